@@ -1,0 +1,9 @@
+"""The one shape of data that every kernel takes."""
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+from torch import Tensor
+
+# One tensor per parameter, in parameter order; None where a parameter has no gradient (it counts as zero).
+Role: TypeAlias = Sequence[Tensor | None]

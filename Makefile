@@ -1,0 +1,71 @@
+# Every target but help sets up .venv by itself. On Linux without a GPU,
+#   make test TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# takes PyTorch's CPU build instead of the much larger CUDA build.
+
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH_INDEX ?=
+
+# Run, not only found: a version manager's shim may stand for a Python that is not there.
+supported := import ensurepip, sys, venv; raise SystemExit(not (3, 10) <= sys.version_info[:2] <= (3, 13))
+candidates := python3.11 python3.12 python3.13 python3.10 python3
+PYTHON ?= $(shell for p in $(candidates); do "$$p" -c '$(supported)' 2>/dev/null && echo "$$p" && break; done)
+
+pip_install := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+
+.PHONY: help demo test lint format bench wheel clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo    run the small experiment on real pictures"
+	@echo "make test    run the tests"
+	@echo "make lint    ruff (check and format) and mypy"
+	@echo "make format  let ruff mend and format the sources"
+	@echo "make bench   print the tables of the benchmarks"
+	@echo "make wheel   build the wheel into dist/"
+	@echo "make clean   remove .venv, caches and builds"
+	@echo
+	@echo "PYTHON=...       the Python to use, 3.10 to 3.13 (here: $(or $(PYTHON),none found))"
+	@echo "TORCH_INDEX=https://download.pytorch.org/whl/cpu"
+	@echo "                 take PyTorch's small CPU build on Linux (unset: the build that PyPI serves)"
+
+# The build tools first, so that they are pinned too: pip does not apply constraints to an isolated build.
+$(VENV)/.dev: pyproject.toml constraints.txt
+	@"$(PYTHON)" -c '$(supported)' 2>/dev/null || { \
+		echo "make: no working Python 3.10 to 3.13 with venv and ensurepip (tried: $(or $(PYTHON),$(candidates)))."; \
+		echo "      Install one (Debian: apt install python3 python3-venv) or name it: make PYTHON=/path/to/python3.11"; \
+		exit 1; } >&2
+	"$(PYTHON)" -m venv $(VENV)
+	$(pip_install) hatchling editables
+	$(pip_install) --no-build-isolation -e '.[dev]'
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.dev
+	$(pip_install) --no-build-isolation -e '.[bench]'
+	@touch $@
+
+demo: $(VENV)/.dev
+	$(BIN)/python -m reproductions mini demo
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: $(VENV)/.bench
+	$(BIN)/python -m benchmarks
+
+wheel: $(VENV)/.dev
+	$(BIN)/python -m build --wheel --no-isolation
+
+clean:
+	rm -rf $(VENV) dist .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,119 @@
+"""What is released: one package, which needs torch alone and works where nothing else is installed."""
+
+import subprocess
+import sys
+import venv
+import zipfile
+from email.parser import HeaderParser
+from importlib.metadata import distribution
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parent.parent
+
+USE = """
+import importlib.util
+
+import torch
+from torch_mdgd import MDGDOptimizer
+
+for name in ("transformers", "numpy", "matplotlib", "reproductions", "benchmarks"):
+    assert importlib.util.find_spec(name) is None, f"{name} can be imported: the environment is not empty"
+
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+x, target, seen = torch.randn(16, 4), torch.randn(16, 3), torch.randn(16, 8)
+
+def capture_both(optimizer):
+    with optimizer.capture("visual"):
+        (model[0](x) - seen).abs().mean().backward()
+    with optimizer.capture("task"):
+        loss = torch.nn.functional.mse_loss(model(x), target)
+        loss.backward()
+    return loss.item()
+
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+optimizer = MDGDOptimizer(optimizer, align=1.0, regularize=1.0)
+
+losses = []
+for _ in range(20):
+    losses.append(capture_both(optimizer))
+    with optimizer.reference():
+        capture_both(optimizer)
+    optimizer.step()
+    optimizer.zero_grad()
+assert losses[-1] < losses[0], losses
+"""
+
+
+def run(*command: object, cwd: Path) -> str:
+    """Runs a command away from the sources; its whole output stands in the failure."""
+    done = subprocess.run([str(c) for c in command], cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, f"{command} failed\n{done.stdout}\n{done.stderr}"
+    return done.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, ROOT, cwd=folder)
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+def dist_info(wheel: Path) -> str:
+    """The metadata's folder, which the name of the wheel tells: NAME-VERSION-TAGS.whl."""
+    return "-".join(wheel.name.split("-")[:2]) + ".dist-info"
+
+
+def closure(name: str) -> set[str]:
+    """The name of a distribution and of all that it requires here, extras aside."""
+    found: set[str] = set()
+    pending = [name]
+    while pending:
+        name = canonicalize_name(pending.pop())
+        if name not in found:
+            found.add(name)
+            needs = [Requirement(line) for line in distribution(name).requires or []]
+            pending += [need.name for need in needs if need.marker is None or need.marker.evaluate({"extra": ""})]
+    return found
+
+
+def lend(name: str, site_packages: Path) -> None:
+    """Links an installed distribution's top-level files and folders, its metadata among them."""
+    installed = distribution(name)
+    tops = {file.parts[0] for file in installed.files or []} - {"..", "__pycache__"}
+    for top in tops:
+        if not (site_packages / top).exists():
+            (site_packages / top).symlink_to(Path(str(installed.locate_file(top))).resolve())
+
+
+def test_wheel_holds_the_package_alone(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names} == {"torch_mdgd", dist_info(wheel)}
+
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "torch_mdgd").rglob("*.py")}
+    assert {name for name in names if name.startswith("torch_mdgd/")} == sources | {"torch_mdgd/py.typed"}
+
+
+def test_wheel_requires_torch_alone(wheel: Path) -> None:
+    metadata = zipfile.ZipFile(wheel).read(f"{dist_info(wheel)}/METADATA").decode()
+    needs = [Requirement(line) for line in HeaderParser().parsestr(metadata).get_all("Requires-Dist", [])]
+    always = [str(need) for need in needs if need.marker is None or "extra" not in str(need.marker)]
+    assert always == ["torch>=2.10"]
+
+
+def test_wheel_works_beside_torch_alone(wheel: Path, tmp_path: Path) -> None:
+    environment = tmp_path / "environment"
+    venv.create(environment, with_pip=False, symlinks=True)
+    python = environment / "bin" / "python"
+    site_packages = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path))
+    for name in closure("torch"):
+        lend(name, site_packages)
+
+    # With its dependencies and no index: pip itself refuses if anything but what was lent is needed.
+    run(sys.executable, "-m", "pip", "--python", python, "--isolated", "install", "--no-index", wheel, cwd=tmp_path)
+    run(python, "-I", "-c", USE, cwd=tmp_path)

@@ -1,0 +1,349 @@
+"""``MDGDOptimizer``: wrap any ``torch.optim`` optimizer; capture gradients, combine them, step."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from torch_mdgd import checkpoint, equations, kernels, settings
+from torch_mdgd.decoupling import decouple_moves_
+from torch_mdgd.diagnostics import gradient_diagnostics
+from torch_mdgd.kernels import Role
+from torch_mdgd.masking import Mask, restore_outside_
+from torch_mdgd.reference import exchange_, snapshot
+from torch_mdgd.roles import DECOUPLED_REFERENCE, ROLES, Captures, assign
+from torch_mdgd.wrapper import OptimizerWrapper
+
+
+class MDGDOptimizer(OptimizerWrapper):
+    """Modality-decoupled gradient descent around any optimizer of ``torch.optim``.
+
+    Two gradients are captured at the current weights θ, task g and visual v, and, for the published update, the same
+    two at the reference φ. :meth:`combine` leaves d in every ``.grad``; :meth:`step` runs the wrapped optimizer on it.
+    See :mod:`torch_mdgd.equations`. With nothing captured, a step is exactly the wrapped optimizer's.
+
+    The hyper-parameters below live in the parameter groups: give a group its own value under the same key.
+
+    Args:
+        base: the optimizer to wrap; afterwards ``self.base``. φ is copied from its parameters now.
+        update: "regularize" is d = g + αv + βr (9); "reference" is r + αv; "project" is g~ + αv, which needs no
+            gradients at φ. Under a mask, "regularize" is M ⊙ (g + αv) (11).
+        space: "gradient" changes what the wrapped optimizer gets; "step" (with ``update="project"``) gives it g and
+            takes the drift out of the move it makes: see :mod:`torch_mdgd.decoupling`.
+        align: α ≥ 0, the weight of the visual gradient. Gradient space only.
+        regularize: β ≥ 0, the weight of r. With 0 no gradients at φ are needed. Only ``update="regularize"``.
+        restore: a ≥ 0, the length of the restoring move relative to the step's. Step space only.
+        scope: "tensor" projects each parameter on its own, "global" all parameters of that scope as one vector.
+        mask: which numbers may move, such as ``TopK(0.1)``: MDGD-GM.
+
+    Raises:
+        TypeError: ``base`` is not an optimizer, is wrapped already, or evaluates its closure several times (LBFGS).
+        ValueError: a hyper-parameter is out of range, naming it.
+    """
+
+    def __init__(
+        self,
+        base: Optimizer,
+        *,
+        update: settings.Update = "regularize",
+        space: settings.Space = "gradient",
+        align: float = 1.0,
+        regularize: float = 1.0,
+        restore: float = 0.0,
+        scope: settings.Scope = "tensor",
+        mask: Mask | None = None,
+    ) -> None:
+        super().__init__(base)
+        self._settings: dict[str, Any] = {
+            "update": update, "space": space, "scope": scope,
+            "align": align, "regularize": regularize, "restore": restore,
+        }  # fmt: skip
+        for group in base.param_groups:
+            settings.complete(group, self._settings)
+        self.mask = mask
+        self._reference = snapshot(p for group in base.param_groups for p in group["params"])
+        self._masks: list[Tensor] | None = None
+        self._captures = Captures()
+        self._directions: list[Tensor | None] | None = None
+        self._refusal: str | None = None
+        self._at_reference = False
+        self._products: tuple[Tensor, Tensor] | None = None
+        self._recorded: dict[str, Tensor] = {}
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """All parameters in order: the order of roles, masks and of :meth:`set_gradients`."""
+        found = [p for group in self.param_groups for p in group["params"]]
+        if len(found) != len(self._reference):
+            raise RuntimeError(
+                f"{len(found)} parameters, but a reference for {len(self._reference)}: "
+                "call add_param_group on the MDGDOptimizer, not on its base"
+            )
+        return found
+
+    @property
+    def required_roles(self) -> tuple[str, ...]:
+        """The gradients that the next combine needs: task and visual, or with the reference's two all four."""
+        if self.mask is not None and self._masks is None:
+            return ROLES
+        for group in self.param_groups:
+            regularized = group["update"] == "regularize" and group["regularize"] != 0 and self.mask is None
+            if regularized or group["update"] == "reference":
+                return ROLES
+        return ROLES[:2]
+
+    def capture(self, role: Literal["task", "visual"], *, scale: float = 1.0) -> AbstractContextManager[None]:
+        """Whatever backward passes inside leave in ``.grad`` is kept as this role, and ``.grad`` cleared.
+
+        Captures of one role add up until the next :meth:`combine` (micro-batches). Inside :meth:`reference` they are
+        gradients at φ. An exception inside discards all that was captured for this step.
+
+        Args:
+            role: "task" or "visual".
+            scale: the loss scale in force, such as ``scaler.get_scale()``: all captures of a step must agree.
+
+        Raises:
+            ValueError: an unknown role; another scale than this step's earlier captures; a sparse gradient.
+            RuntimeError: captures are nested; ``.grad`` holds a gradient that no capture took; no parameter received
+                a gradient.
+        """
+        if role not in ("task", "visual"):
+            raise ValueError(f"capture: role must be 'task' or 'visual', got {role!r}")
+        return self._captures.record(self.role(role), self.parameters, scale)
+
+    def role(self, role: str) -> str:
+        """The name of a role where the parameters now are: "task" is "reference_task" inside :meth:`reference`."""
+        return f"reference_{role}" if self._at_reference else role
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """The reference φ is in the parameters here; θ comes back bit for bit, also after an exception.
+
+        Run forward and backward inside: autograd refuses a backward pass across the exchange.
+        """
+        if self._at_reference or self._captures.recording:
+            raise RuntimeError("reference: already inside reference() or capture()")
+        parameters = self.parameters
+        exchange_(parameters, self._reference)
+        self._at_reference = True
+        try:
+            yield
+        finally:
+            exchange_(parameters, self._reference)
+            self._at_reference = False
+
+    @torch.no_grad()
+    def set_gradients(
+        self,
+        *,
+        task: Role | None = None,
+        visual: Role | None = None,
+        reference_task: Role | None = None,
+        reference_visual: Role | None = None,
+    ) -> None:
+        """Capture gradients computed elsewhere: copied, and added to those captured already.
+
+        Each argument is a sequence in parameter order of tensors of the parameters' shapes, with None for a missing
+        gradient, which counts as zero.
+
+        Raises:
+            ValueError: a sequence or a tensor of the wrong size, naming role and parameter.
+        """
+        for role, gradients in zip(ROLES, (task, visual, reference_task, reference_visual), strict=True):
+            if gradients is not None:
+                self._captures.add(role, gradients, self.parameters)
+
+    @torch.no_grad()
+    def reduce_reference(self) -> None:
+        """Form g~0 (7) now, which frees one gradient-sized buffer; no captures at φ may follow in this step."""
+        if DECOUPLED_REFERENCE not in self._captures:
+            self._captures.require(ROLES[2:])
+            g0, v0 = (self._captures.gradients.pop(role) for role in ROLES[2:])
+            together = self._together("gradient")
+            self._captures.gradients[DECOUPLED_REFERENCE] = equations.decouple_reference_(g0, v0, together)
+
+    def discard(self) -> None:
+        """Forget what was captured or combined since the last step; ``.grad`` stays as it is."""
+        self._captures.clear()
+        self._directions = self._refusal = None
+
+    @torch.no_grad()
+    def combine(self) -> None:
+        """Leave d in every ``.grad``, for clipping or a gradient scaler to see; :meth:`step` does it otherwise.
+
+        Raises:
+            RuntimeError: a gradient that the update needs was not captured, naming it.
+        """
+        if self._captures.recording or self._at_reference:
+            raise RuntimeError("combine: leave capture() and reference() first")
+        needed = self.required_roles
+        self._captures.require(
+            [role for role in needed if DECOUPLED_REFERENCE not in self._captures or role in ROLES[:2]]
+        )
+        if len(needed) == 4 or all(role in self._captures for role in ROLES[2:]):
+            self.reduce_reference()
+        roles = [self._captures[role] for role in ("task", "visual", DECOUPLED_REFERENCE) if role in self._captures]
+        self.discard()
+
+        together = self._together("gradient")
+        raw = kernels.inner_products(roles)
+        self._products = raw, together
+        products = equations.pool(raw, together)
+        if self.mask is not None and self._masks is None:
+            self._choose_mask(self.mask, roles, products)
+        parameters, groups = self.parameters, settings.per_parameter(self.param_groups)
+        d = [_first(gradients, p) for p, *gradients in zip(parameters, *roles, strict=True)]
+        directions = [x if group["space"] == "step" else None for group, x in zip(groups, roles[1], strict=True)]
+        if self._masks is not None:
+            for x, mask in zip(directions, self._masks, strict=True):
+                if x is not None:
+                    x.mul_(mask)
+        kernels.combine_(d, roles, self._coefficients(products), self._masks)
+        self._directions = directions if any(group["space"] == "step" for group in groups) else None
+        assign(parameters, [None if x is None else x.to(p.dtype) for p, x in zip(parameters, d, strict=True)])
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Combine what was captured, then one step of the wrapped optimizer.
+
+        Args:
+            closure: run once, with gradients enabled; it may capture, or leave gradients in ``.grad``. The wrapped
+                optimizer does not see it: it would run it again, over the combined gradient.
+
+        Returns:
+            what the closure returned.
+
+        Raises:
+            RuntimeError: as :meth:`combine`; or the mask could not be chosen because a gradient holds NaN or Inf.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._captures:
+            self.combine()
+        if self._refusal is not None:
+            raise RuntimeError(self._refusal)
+        if self._masks is None and self._directions is None:
+            self.base.step()
+            return loss
+        parameters = self.parameters
+        before = snapshot(parameters)
+        self.base.step()
+        if self._masks is not None:
+            restore_outside_(parameters, before, self._masks)
+        if self._directions is not None:
+            restore = torch.tensor(
+                [group["restore"] for group in settings.per_parameter(self.param_groups)], dtype=torch.float64
+            )
+            decouple_moves_(parameters, before, self._directions, self._together("step"), restore)
+        self.discard()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear ``.grad`` and all that was captured since the last step."""
+        self.discard()
+        self.base.zero_grad(set_to_none=set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the wrapped optimizer, with this optimizer's settings where it has none of its own.
+
+        Its reference is its values now.
+
+        Raises:
+            RuntimeError: gradients are captured for this step, or the mask has been chosen.
+            ValueError: a setting is out of range, naming it; nothing was added.
+        """
+        if self._captures or self._masks is not None:
+            why = "the mask has been chosen" if self._masks is not None else "gradients are captured for this step"
+            raise RuntimeError(f"add_param_group: {why}; add groups before")
+        settings.complete(param_group, self._settings)
+        self.base.add_param_group(param_group)
+        self._reference += snapshot(self.base.param_groups[-1]["params"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The wrapped optimizer's state dict, with φ and the mask in each parameter's state."""
+        self._before_save()
+        return self._after_save(checkpoint.pack(self.base.state_dict(), self._reference, self._masks))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` returned; the wrapped optimizer's own works too, and leaves φ as it is.
+
+        Raises:
+            ValueError: it belongs to other parameters, naming the first that differs; nothing was changed.
+        """
+        state_dict = self._before_load(state_dict)
+        parameters = self.parameters
+        inner, reference, masks = checkpoint.unpack(state_dict, parameters)
+        own = [{name: group[name] for name in settings.SETTINGS} for group in self.param_groups]
+        self.base.load_state_dict(inner)
+        for group, defaults in zip(self.param_groups, own, strict=True):
+            settings.complete(group, defaults)
+        if reference is None:
+            warnings.warn(
+                "the state dict holds no reference: it stays at the weights that were wrapped. If training had begun "
+                "before, those are not the weights that it began with",
+                stacklevel=2,
+            )
+        else:
+            self._reference = [x.detach().to(p, copy=True) for p, x in zip(parameters, reference, strict=True)]
+        self._masks = masks and [x.to(p.device, torch.bool, copy=True) for p, x in zip(parameters, masks, strict=True)]
+        self.discard()
+        self._after_load()
+
+    @property
+    def diagnostics(self) -> dict[str, float]:
+        """Numbers about the last combine, computed when asked for (which waits for the device); {} before the first.
+
+        ``cos_task_visual``, ``visual_to_task``, with a reference ``cos_task_reference`` and ``regularizer_to_task``
+        (see :func:`torch_mdgd.diagnostics.gradient_diagnostics`), with a mask ``kept_fraction``, and whatever
+        :meth:`record` was given.
+        """
+        values = dict(self._recorded)
+        if self._products is not None:
+            values |= gradient_diagnostics(*self._products)
+        out = {name: float(value) for name, value in values.items()}
+        if self._masks is not None:
+            out["kept_fraction"] = sum(int(m.sum()) for m in self._masks) / sum(m.numel() for m in self._masks)
+        return out
+
+    def record(self, **values: Tensor) -> None:
+        """Show these scalars in :attr:`diagnostics` too, read from the device only when asked for."""
+        self._recorded |= {name: value.detach() for name, value in values.items()}
+
+    def _together(self, space: settings.Space) -> Tensor:
+        return torch.tensor(settings.together(self.param_groups, space), device=self.parameters[0].device)
+
+    def _coefficients(self, products: Tensor) -> Tensor:
+        rows, start = [], 0
+        for group in self.param_groups:
+            stop = start + len(group["params"])
+            own = group["update"], group["align"], group["regularize"]
+            # In step space the wrapped optimizer gets g itself.
+            chosen = own if group["space"] == "gradient" else ("regularize", 0.0, 0.0)
+            rows.append(equations.coefficients(products[start:stop], *chosen, masked=self._masks is not None))
+            start = stop
+        return torch.cat(rows)
+
+    def _choose_mask(self, mask: Mask, roles: list[list[Tensor | None]], products: Tensor) -> None:
+        if not products.isfinite().all():
+            # d is NaN then: a gradient scaler skips this step, and the next one chooses.
+            self._refusal = (
+                "a gradient holds NaN or Inf at the step that chooses the mask; nothing was changed. zero_grad() and "
+                "go on with another batch, or train under a gradient scaler, which skips such steps"
+            )
+            return
+        g, v, g0_tilde = roles
+        scores = equations.similarity_scores(g, v, g0_tilde, products, mask.similarity, self.parameters)
+        self._masks = mask.choose(scores)
+
+
+def _first(gradients: list[Tensor | None], parameter: Tensor) -> Tensor | None:
+    """Where d goes: over g, into a new buffer if only other roles have a gradient, nowhere if none has."""
+    if gradients[0] is not None:
+        return gradients[0]
+    return None if all(x is None for x in gradients) else torch.zeros_like(parameter)

@@ -1,0 +1,127 @@
+"""The gradients captured for one step, by role, and how they get there from ``.grad``."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from torch_mdgd.kernels import Role
+
+ROLES = ("task", "visual", "reference_task", "reference_visual")
+# g~0, which takes the place of the two reference roles once it is formed.
+DECOUPLED_REFERENCE = "reference"
+
+
+class Captures:
+    """One gradient per role and parameter; a role adds up over its captures (micro-batches)."""
+
+    def __init__(self) -> None:
+        self.gradients: dict[str, list[Tensor | None]] = {}
+        self.scale: float | None = None
+        self.recording = False
+
+    def __bool__(self) -> bool:
+        return bool(self.gradients)
+
+    def __contains__(self, role: str) -> bool:
+        return role in self.gradients
+
+    def __getitem__(self, role: str) -> list[Tensor | None]:
+        return self.gradients[role]
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.__init__()  # type: ignore[misc]
+
+    def require(self, roles: Sequence[str]) -> None:
+        """Raise a RuntimeError that names the roles which are not there."""
+        missing = [role for role in roles if role not in self.gradients]
+        if missing:
+            hint = ""
+            if missing[0] in ROLES[2:]:
+                hint = " inside reference(); update='project' or regularize=0 works without gradients at the reference"
+            raise RuntimeError(
+                f"this update needs the {' and '.join(missing)} gradient{'s'[: len(missing) > 1]}, not captured: run "
+                f"its backward pass in capture({missing[0].removeprefix('reference_')!r}){hint}"
+            )
+
+    @contextmanager
+    def record(self, role: str, parameters: Sequence[Tensor], scale: float) -> Iterator[None]:
+        """Take what a backward pass inside leaves in ``.grad``; see ``MDGDOptimizer.capture``.
+
+        ``.grad`` holds the role's own buffer meanwhile, so that autograd adds to it and no second buffer lives.
+        """
+        if self.recording:
+            raise RuntimeError("capture: already inside another capture")
+        if self.scale not in (None, scale):
+            raise ValueError(
+                f"capture of {role}: loss scale {scale} differs from {self.scale}, that of this step so far"
+            )
+        self._open(role, parameters)
+        assign(parameters, self.gradients.get(role) or [None] * len(parameters))
+        self.recording, self.scale = True, scale
+        try:
+            yield
+            gathered = [p.grad for p in parameters]
+            if all(x is None for x in gathered):
+                raise RuntimeError(
+                    f"capture of {role}: no parameter received a gradient. Is anything that the optimizer holds used "
+                    "in this loss? (Reentrant gradient checkpointing can drop gradients silently: use_reentrant=False "
+                    "does not.) For a role that is really absent, set_gradients takes a list of None."
+                )
+            _check(role, gathered, parameters)
+            self.gradients[role] = [None if x is None else x.detach() for x in gathered]
+        except BaseException:
+            self.clear()
+            raise
+        finally:
+            self.recording = False
+            assign(parameters, [None] * len(parameters))
+
+    def add(self, role: str, gradients: Role, parameters: Sequence[Tensor]) -> None:
+        """Copy gradients computed elsewhere into the role, or add them to it."""
+        _check(role, gradients, parameters)
+        self._open(role, parameters)
+        held = self.gradients.get(role) or [None] * len(parameters)
+        self.gradients[role] = [_sum(x, y) for x, y in zip(held, gradients, strict=True)]
+
+    def _open(self, role: str, parameters: Sequence[Tensor]) -> None:
+        if role in ROLES[2:] and DECOUPLED_REFERENCE in self.gradients:
+            raise RuntimeError(f"capture of {role}: reduce_reference() has closed the reference's roles for this step")
+        if self.gradients:
+            return
+        for i, p in enumerate(parameters):
+            if p.grad is not None and bool(p.grad.count_nonzero()):
+                raise RuntimeError(
+                    f"parameter {i} already has a gradient, which no capture took and combine() would overwrite: run "
+                    "that backward pass inside capture('task'), or call zero_grad() after the last step"
+                )
+
+
+def assign(parameters: Sequence[Tensor], gradients: Role) -> None:
+    """Put each gradient in its parameter's ``.grad``."""
+    for p, x in zip(parameters, gradients, strict=True):
+        p.grad = x
+
+
+def _sum(held: Tensor | None, more: Tensor | None) -> Tensor | None:
+    if held is None or more is None:
+        return held if more is None else more.detach().clone(memory_format=torch.contiguous_format)
+    return held.add_(more.detach())
+
+
+def _check(role: str, gradients: Role, parameters: Sequence[Tensor]) -> None:
+    if len(gradients) != len(parameters):
+        raise ValueError(f"{role} gradients: {len(gradients)} entries for {len(parameters)} parameters")
+    for i, (p, x) in enumerate(zip(parameters, gradients, strict=True)):
+        if x is None:
+            continue
+        if x.layout != torch.strided or x.is_complex():
+            raise ValueError(
+                f"{role} gradient of parameter {i} is {'complex' if x.is_complex() else 'sparse'}: not supported"
+            )
+        if x.shape != p.shape:
+            raise ValueError(
+                f"{role} gradient of parameter {i} has shape {tuple(x.shape)}, the parameter {tuple(p.shape)}"
+            )

@@ -1,0 +1,51 @@
+"""The hyper-parameters that a parameter group holds, and their limits."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias, get_args
+
+Update: TypeAlias = Literal["regularize", "reference", "project"]
+Space: TypeAlias = Literal["gradient", "step"]
+Scope: TypeAlias = Literal["tensor", "global"]
+Group: TypeAlias = dict[str, Any]
+
+CHOICES = {"update": get_args(Update), "space": get_args(Space), "scope": get_args(Scope)}
+WEIGHTS = ("align", "regularize", "restore")
+SETTINGS = (*CHOICES, *WEIGHTS)
+
+
+def complete(group: Group, defaults: Group) -> None:
+    """Give a parameter group the settings that it does not set itself, and check them all.
+
+    Raises:
+        ValueError: a value out of range, or two that exclude each other, naming them.
+    """
+    merged: Group = {name: group.get(name, defaults[name]) for name in SETTINGS}
+    for name, allowed in CHOICES.items():
+        if merged[name] not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {merged[name]!r}")
+    for name in WEIGHTS:
+        value = merged[name]
+        if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+            raise ValueError(f"{name} must be a finite number ≥ 0, got {value!r}")
+    if merged["space"] == "step" and merged["update"] != "project":
+        raise ValueError(f"space='step' works with update='project' alone, got update={merged['update']!r}")
+    if merged["space"] == "gradient" and merged["restore"]:
+        raise ValueError("restore is a move in step space: pass space='step', or use align in gradient space")
+    group.update(merged)
+
+
+def per_parameter(groups: Sequence[Group]) -> list[Group]:
+    """The group of each parameter, in parameter order."""
+    return [group for group in groups for _ in group["params"]]
+
+
+def together(groups: Sequence[Group], space: Space) -> list[bool]:
+    """For each parameter, whether its inner products are summed with others': scope "global".
+
+    In step space only with those of that space: a move is decoupled by the directions of the parameters that made it.
+    """
+    return [
+        group["scope"] == "global" and (space == "gradient" or group["space"] == space)
+        for group in per_parameter(groups)
+    ]

@@ -322,10 +322,11 @@ class MDGDOptimizer(OptimizerWrapper):
         rows, start = [], 0
         for group in self.param_groups:
             stop = start + len(group["params"])
-            own = group["update"], group["align"], group["regularize"]
-            # In step space the wrapped optimizer gets g itself.
-            chosen = own if group["space"] == "gradient" else ("regularize", 0.0, 0.0)
-            rows.append(equations.coefficients(products[start:stop], *chosen, masked=self._masks is not None))
+            update, align, regularize = group["update"], group["align"], group["regularize"]
+            if group["space"] == "step":  # the wrapped optimizer gets g itself
+                update, align, regularize = "regularize", 0.0, 0.0
+            masked = self._masks is not None
+            rows.append(equations.coefficients(products[start:stop], update, align, regularize, masked))
             start = stop
         return torch.cat(rows)
 

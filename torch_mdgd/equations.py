@@ -19,7 +19,7 @@ from torch import Tensor
 
 from torch_mdgd import kernels
 from torch_mdgd.kernels import Role
-from torch_mdgd.settings import Update
+from torch_mdgd.settings import Group, Update
 
 Similarity = Callable[[Tensor, Tensor], Tensor]
 
@@ -58,9 +58,8 @@ def mdgd(
     return g_tilde + align * v
 
 
-def product(g_tilde: Tensor, g0_tilde: Tensor) -> Tensor:
-    """(10) s = g~ ⊙ g~0, the similarity of each number's two gradients."""
-    return g_tilde * g0_tilde
+product: Similarity = torch.mul
+"""(10) s = g~ ⊙ g~0, the similarity of each number's two gradients."""
 
 
 def sign_agreement(g_tilde: Tensor, g0_tilde: Tensor) -> Tensor:
@@ -144,25 +143,14 @@ def coefficients(products: Tensor, update: Update, align: float, regularize: flo
     return out
 
 
-def similarity_scores(
-    g: Role, v: Role, g0_tilde: Role, products: Tensor, similarity: Similarity, like: Sequence[Tensor]
-) -> list[Tensor]:
-    """(10) The similarity s of every number, in float64, so that no scale of gradients under- or overflows.
-
-    Args:
-        g: task gradients.
-        v: visual gradients.
-        g0_tilde: decoupled gradients at the reference.
-        products: their inner products, shape (T, 3, 3).
-        similarity: maps g~ and g~0 of one parameter to its scores.
-        like: the parameters, for the shapes of missing gradients.
-    """
-    a = drift(products)
-    scores = []
-    for t, parameter in enumerate(like):
-        x, y, z = (
-            torch.zeros_like(parameter, dtype=torch.float64) if role[t] is None else role[t].double()  # type: ignore[union-attr]
-            for role in (g, v, g0_tilde)
-        )
-        scores.append(similarity(x - a[t].to(x.device) * y, z))
-    return scores
+def coefficients_of_groups(products: Tensor, groups: Sequence[Group], masked: bool) -> Tensor:
+    """:func:`coefficients` with the settings of each parameter's group, in one table."""
+    rows, start = [], 0
+    for group in groups:
+        stop = start + len(group["params"])
+        update, align, regularize = group["update"], group["align"], group["regularize"]
+        if group["space"] == "step":  # the wrapped optimizer gets g itself
+            update, align, regularize = "regularize", 0.0, 0.0
+        rows.append(coefficients(products[start:stop], update, align, regularize, masked))
+        start = stop
+    return torch.cat(rows)

@@ -1,12 +1,12 @@
-"""Masks of MDGD-GM: which numbers may move (10).
+"""Masks of MDGD-GM: which numbers may move (10), and the baselines that any mask has to beat.
 
-The dense form: one bool per trainable number. Numbers outside the mask stay bit-identical, whatever the wrapped
-optimizer does with its momentum or weight decay.
+A mask is chosen once, from scores or without any, and numbers outside it stay bit-identical, whatever the wrapped
+optimizer does with momentum or weight decay.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -16,51 +16,212 @@ from torch_mdgd.equations import Similarity, product
 
 
 class Mask(Protocol):
-    """Chooses which numbers may move from their scores s."""
+    """Chooses which numbers may move.
 
-    similarity: Similarity
+    Attributes:
+        scored: whether it needs g~ and g~0 of a step; if not, it is chosen when the optimizer is wrapped.
+        warmup: for how many steps gradients are added up before it is chosen; nothing moves until then.
+        refresh: after how many steps it is chosen anew, None for never.
+    """
 
-    def choose(self, scores: Sequence[Tensor]) -> list[Tensor]:
-        """Bool tensors of the scores' shapes."""
+    scored: bool
+    warmup: int
+    refresh: int | None
+
+    def choose(self, parameters: Sequence[Tensor], gradients: "ScoreInputs | None") -> list[Tensor]:
+        """Bool tensors of the parameters' shapes."""
+
+
+@dataclass(frozen=True)
+class ScoreInputs:
+    """What similarities are computed from: g, v, g~0, and ⟨g, v⟩ / ⟨v, v⟩ of each parameter, shape (T,)."""
+
+    g: kernels.Role
+    v: kernels.Role
+    g0_tilde: kernels.Role
+    a: Tensor
 
 
 @dataclass(frozen=True)
 class TopK:
-    """The fraction ρ of all trainable numbers with the largest similarity, chosen once, at the first step.
+    """The fraction ρ of numbers with the largest similarity s of their gradients g~ and g~0 (10).
 
-    Exactly max(1, round(ρ n)) of the n numbers, ties to the lowest index in parameter order. At the first step the
-    two gradients are equal, so the product is g²: the mask is then the top ρ by |g|.
+    Exactly max(1, round(ρ n)) of n numbers; ties go to the lowest index in parameter order. While θ = φ the two
+    gradients are equal, so that a mask chosen once, at the start, is the top ρ by |g|.
 
     Args:
         fraction: ρ in (0, 1].
-        similarity: s as a function of g~ and g~0 of one parameter (float64); :func:`product` as published,
-            :func:`sign_agreement`, or any callable.
+        scope: "global" counts over all parameters together, "tensor" within each.
+        refresh: choose anew every so many steps; None keeps the first choice. Under an optimizer with second moments
+            a mask that changes often does harm: a number that was rarely chosen jumps when it is.
+        warmup: how many steps' gradients are added up for the first choice; weights wait until it is made.
+        similarity: s as a function of g~ and g~0 (float64 blocks of one shape): :func:`~torch_mdgd.equations.product`
+            as published, :func:`~torch_mdgd.equations.sign_agreement`, or any elementwise callable.
 
     Raises:
-        ValueError: ``fraction`` is outside (0, 1].
+        ValueError: an argument is out of range, naming it.
     """
 
     fraction: float = 0.10
+    scope: Literal["global", "tensor"] = "global"
+    refresh: int | None = None
+    warmup: int = 1
     similarity: Similarity = product
+    scored = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.fraction <= 1:
-            raise ValueError(f"TopK: fraction must lie in (0, 1], got {self.fraction}")
+        _require_fraction("TopK", self.fraction)
+        if self.scope not in ("global", "tensor"):
+            raise ValueError(f"TopK: scope must be 'global' or 'tensor', got {self.scope!r}")
+        if self.refresh is not None and self.refresh < 1:
+            raise ValueError(f"TopK: refresh must be at least 1 step or None, got {self.refresh}")
+        if self.warmup < 1:
+            raise ValueError(f"TopK: warmup must be at least 1 step, got {self.warmup}")
 
-    def choose(self, scores: Sequence[Tensor]) -> list[Tensor]:
-        """The mask of these scores.
+    def choose(self, parameters: Sequence[Tensor], gradients: ScoreInputs | None) -> list[Tensor]:
+        """The mask of these gradients, which hold no NaN or Inf."""
+        assert gradients is not None
+        roles = (gradients.g, gradients.v, gradients.g0_tilde)
+        g, v, g0 = ([_filled(x, p) for x, p in zip(role, parameters, strict=True)] for role in roles)
+
+        def masks(rows: slice, k: int) -> list[Tensor]:
+            found = kernels.top_k_similarity_masks(g[rows], v[rows], g0[rows], gradients.a[rows], k, self.similarity)
+            return [x for x in found if x is not None]
+
+        return _over(self.scope, parameters, self.fraction, masks)
+
+
+@dataclass(frozen=True)
+class Magnitude:
+    """The fraction of numbers that are largest in absolute value when the optimizer is wrapped: a baseline.
+
+    Args:
+        fraction: in (0, 1]; counted as in :class:`TopK`.
+        scope: as in :class:`TopK`.
+    """
+
+    fraction: float = 0.10
+    scope: Literal["global", "tensor"] = "global"
+    scored = False
+    warmup = 1
+    refresh = None
+
+    def __post_init__(self) -> None:
+        _require_fraction("Magnitude", self.fraction)
+
+    def choose(self, parameters: Sequence[Tensor], gradients: ScoreInputs | None) -> list[Tensor]:
+        """The mask of these parameters."""
+        scores = [p.detach().abs() for p in parameters]
+        return _over(self.scope, parameters, self.fraction, lambda rows, k: kernels.top_k_masks(scores[rows], k))
+
+
+@dataclass(frozen=True)
+class Random:
+    """A fraction of all numbers, drawn at random: the baseline.
+
+    Args:
+        fraction: in (0, 1]; counted exactly, over all parameters.
+        seed: of the draw, which is the same on every device.
+    """
+
+    fraction: float = 0.10
+    seed: int = 0
+    scored = False
+    warmup = 1
+    refresh = None
+
+    def __post_init__(self) -> None:
+        _require_fraction("Random", self.fraction)
+
+    def choose(self, parameters: Sequence[Tensor], gradients: ScoreInputs | None) -> list[Tensor]:
+        """A mask for these parameters."""
+        generator = torch.Generator().manual_seed(self.seed)
+        scores = [torch.rand(p.shape, generator=generator, dtype=torch.float64).to(p.device) for p in parameters]
+        return _over("global", parameters, self.fraction, lambda rows, k: kernels.top_k_masks(scores[rows], k))
+
+
+@dataclass(frozen=True)
+class Given:
+    """A mask made elsewhere.
+
+    Args:
+        masks: bool tensors of the parameters' shapes, in parameter order; at least one number is true.
+    """
+
+    masks: Sequence[Tensor]
+    scored = False
+    warmup = 1
+    refresh = None
+
+    def choose(self, parameters: Sequence[Tensor], gradients: ScoreInputs | None) -> list[Tensor]:
+        """These masks, checked.
 
         Raises:
-            ValueError: a score is NaN, naming the parameter's position.
+            ValueError: they do not fit the parameters, naming the first that does not.
         """
-        for i, s in enumerate(scores):
-            if s.isnan().any():
-                raise ValueError(f"the similarity of parameter {i} holds NaN: no mask can be chosen from it")
-        return kernels.top_k_masks(scores, max(1, round(self.fraction * sum(s.numel() for s in scores))))
+        if len(self.masks) != len(parameters):
+            raise ValueError(f"Given: {len(self.masks)} masks for {len(parameters)} parameters")
+        for i, (mask, p) in enumerate(zip(self.masks, parameters, strict=True)):
+            if mask.dtype != torch.bool or mask.shape != p.shape:
+                raise ValueError(
+                    f"Given: mask {i} is {mask.dtype} of shape {tuple(mask.shape)}, its parameter needs bool of "
+                    f"{tuple(p.shape)}"
+                )
+        if not any(bool(mask.any()) for mask in self.masks):
+            raise ValueError("Given: no number is true in any mask, so nothing could be trained")
+        return [mask.to(p.device, copy=True) for mask, p in zip(self.masks, parameters, strict=True)]
 
 
-@torch.no_grad()
-def restore_outside_(parameters: Sequence[Tensor], before: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
-    """Give every number outside its mask the value it had before, bit for bit."""
-    for p, x, mask in zip(parameters, before, masks, strict=True):
-        p.copy_(torch.where(mask, p, x))
+def count(fraction: float, n: int) -> int:
+    """How many of n numbers a fraction keeps: max(1, round(fraction · n))."""
+    return max(1, round(fraction * n))
+
+
+def _over(
+    scope: str, parameters: Sequence[Tensor], fraction: float, masks: Callable[[slice, int], list[Tensor]]
+) -> list[Tensor]:
+    if scope == "global":
+        return masks(slice(None), count(fraction, sum(p.numel() for p in parameters)))
+    return [
+        masks(slice(t, t + 1), count(fraction, p.numel()))[0] if p.numel() else torch.zeros_like(p, dtype=torch.bool)
+        for t, p in enumerate(parameters)
+    ]
+
+
+def _filled(x: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if x is None else x
+
+
+def _require_fraction(name: str, fraction: float) -> None:
+    if not 0 < fraction <= 1:
+        raise ValueError(f"{name}: fraction must lie in (0, 1], got {fraction}")
+
+
+class WarmUp:
+    """Adds up the gradients of the steps before the first mask is chosen."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.sums: list[list[Tensor | None]] = []
+
+    def add(self, roles: Sequence[kernels.Role], steps: int) -> Sequence[kernels.Role] | None:
+        """The sums once so many steps have been added, None until then."""
+        self.steps += 1
+        if steps == 1:
+            return roles
+        if not self.sums:
+            self.sums = [[None if x is None else x.clone() for x in role] for role in roles]
+        else:
+            self.sums = [
+                [_sum(x, y) for x, y in zip(*pair, strict=True)] for pair in zip(self.sums, roles, strict=True)
+            ]
+        if self.steps < steps:
+            return None
+        sums, self.sums = self.sums, []
+        return sums
+
+
+def _sum(held: Tensor | None, more: Tensor | None) -> Tensor | None:
+    if held is None or more is None:
+        return held if more is None else more.clone()
+    return held.add_(more)

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from torch_mdgd import checkpoint, equations, kernels, settings
-from torch_mdgd.decoupling import decouple_moves_
+from torch_mdgd import equations, kernels, settings
+from torch_mdgd.compact import CompactStorage
+from torch_mdgd.dense import DenseStorage
 from torch_mdgd.diagnostics import gradient_diagnostics
 from torch_mdgd.kernels import Role
-from torch_mdgd.masking import Mask, restore_outside_
-from torch_mdgd.reference import exchange_, snapshot
+from torch_mdgd.masking import Mask, ScoreInputs, WarmUp
 from torch_mdgd.roles import DECOUPLED_REFERENCE, ROLES, Captures, assign
 from torch_mdgd.wrapper import OptimizerWrapper
 
@@ -39,6 +39,8 @@ class MDGDOptimizer(OptimizerWrapper):
         restore: a ≥ 0, the length of the restoring move relative to the step's. Step space only.
         scope: "tensor" projects each parameter on its own, "global" all parameters of that scope as one vector.
         mask: which numbers may move, such as ``TopK(0.1)``: MDGD-GM.
+        compact: keep φ and the wrapped optimizer's state for the numbers inside the mask alone. For optimizers that
+            treat every number of a parameter alike and apart; see :mod:`torch_mdgd.compact`.
 
     Raises:
         TypeError: ``base`` is not an optimizer, is wrapped already, or evaluates its closure several times (LBFGS).
@@ -56,6 +58,7 @@ class MDGDOptimizer(OptimizerWrapper):
         restore: float = 0.0,
         scope: settings.Scope = "tensor",
         mask: Mask | None = None,
+        compact: bool = False,
     ) -> None:
         super().__init__(base)
         self._settings: dict[str, Any] = {
@@ -65,10 +68,18 @@ class MDGDOptimizer(OptimizerWrapper):
         for group in base.param_groups:
             settings.complete(group, self._settings)
         self.mask = mask
-        self._reference = snapshot(p for group in base.param_groups for p in group["params"])
-        self._masks: list[Tensor] | None = None
+        parameters = [p for group in base.param_groups for p in group["params"]]
+        if compact and mask is None:
+            raise ValueError("compact=True keeps the numbers inside a mask: pass one, such as mask=TopK(0.1)")
+        self._storage: DenseStorage | CompactStorage = (
+            CompactStorage(parameters, base) if compact else DenseStorage(parameters)
+        )
+        if mask is not None and not mask.scored:
+            self._storage.choose(mask.choose(parameters, None), base, parameters)
+        self._warmup = WarmUp()
         self._captures = Captures()
         self._directions: list[Tensor | None] | None = None
+        self._waits = False
         self._refusal: str | None = None
         self._at_reference = False
         self._products: tuple[Tensor, Tensor] | None = None
@@ -78,9 +89,9 @@ class MDGDOptimizer(OptimizerWrapper):
     def parameters(self) -> list[Tensor]:
         """All parameters in order: the order of roles, masks and of :meth:`set_gradients`."""
         found = [p for group in self.param_groups for p in group["params"]]
-        if len(found) != len(self._reference):
+        if len(found) != len(self._storage):
             raise RuntimeError(
-                f"{len(found)} parameters, but a reference for {len(self._reference)}: "
+                f"{len(found)} parameters, but a reference for {len(self._storage)}: "
                 "call add_param_group on the MDGDOptimizer, not on its base"
             )
         return found
@@ -88,7 +99,7 @@ class MDGDOptimizer(OptimizerWrapper):
     @property
     def required_roles(self) -> tuple[str, ...]:
         """The gradients that the next combine needs: task and visual, or with the reference's two all four."""
-        if self.mask is not None and self._masks is None:
+        if self._choosing:
             return ROLES
         for group in self.param_groups:
             regularized = group["update"] == "regularize" and group["regularize"] != 0 and self.mask is None
@@ -128,12 +139,12 @@ class MDGDOptimizer(OptimizerWrapper):
         if self._at_reference or self._captures.recording:
             raise RuntimeError("reference: already inside reference() or capture()")
         parameters = self.parameters
-        exchange_(parameters, self._reference)
+        self._storage.exchange_(parameters)
         self._at_reference = True
         try:
             yield
         finally:
-            exchange_(parameters, self._reference)
+            self._storage.exchange_(parameters)
             self._at_reference = False
 
     @torch.no_grad()
@@ -170,6 +181,7 @@ class MDGDOptimizer(OptimizerWrapper):
         """Forget what was captured or combined since the last step; ``.grad`` stays as it is."""
         self._captures.clear()
         self._directions = self._refusal = None
+        self._waits = False
 
     @torch.no_grad()
     def combine(self) -> None:
@@ -193,17 +205,17 @@ class MDGDOptimizer(OptimizerWrapper):
         raw = kernels.inner_products(roles)
         self._products = raw, together
         products = equations.pool(raw, together)
-        if self.mask is not None and self._masks is None:
+        if self.mask is not None and self._choosing:
             self._choose_mask(self.mask, roles, products)
+        if self.mask is not None and self.mask.refresh is not None:
+            self.param_groups[0]["mask_age"] = self._age + 1
         parameters, groups = self.parameters, settings.per_parameter(self.param_groups)
         d = [_first(gradients, p) for p, *gradients in zip(parameters, *roles, strict=True)]
-        directions = [x if group["space"] == "step" else None for group, x in zip(groups, roles[1], strict=True)]
-        if self._masks is not None:
-            for x, mask in zip(directions, self._masks, strict=True):
-                if x is not None:
-                    x.mul_(mask)
-        kernels.combine_(d, roles, self._coefficients(products), self._masks)
-        self._directions = directions if any(group["space"] == "step" for group in groups) else None
+        if any(group["space"] == "step" for group in groups):
+            v = [x if group["space"] == "step" else None for group, x in zip(groups, roles[1], strict=True)]
+            self._directions = self._storage.restrict_(v)
+        coefficients = equations.coefficients_of_groups(products, self.param_groups, self._storage.masked)
+        self._storage.combine_(d, roles, coefficients)
         assign(parameters, [None if x is None else x.to(p.dtype) for p, x in zip(parameters, d, strict=True)])
 
     @torch.no_grad()
@@ -228,19 +240,8 @@ class MDGDOptimizer(OptimizerWrapper):
             self.combine()
         if self._refusal is not None:
             raise RuntimeError(self._refusal)
-        if self._masks is None and self._directions is None:
-            self.base.step()
-            return loss
-        parameters = self.parameters
-        before = snapshot(parameters)
-        self.base.step()
-        if self._masks is not None:
-            restore_outside_(parameters, before, self._masks)
-        if self._directions is not None:
-            restore = torch.tensor(
-                [group["restore"] for group in settings.per_parameter(self.param_groups)], dtype=torch.float64
-            )
-            decouple_moves_(parameters, before, self._directions, self._together("step"), restore)
+        if not self._waits:
+            self._storage.step(self.base, self.parameters, self._directions, self._together("step"))
         self.discard()
         return loss
 
@@ -258,17 +259,17 @@ class MDGDOptimizer(OptimizerWrapper):
             RuntimeError: gradients are captured for this step, or the mask has been chosen.
             ValueError: a setting is out of range, naming it; nothing was added.
         """
-        if self._captures or self._masks is not None:
-            why = "the mask has been chosen" if self._masks is not None else "gradients are captured for this step"
+        if self._captures or self._storage.masked:
+            why = "the mask has been chosen" if self._storage.masked else "gradients are captured for this step"
             raise RuntimeError(f"add_param_group: {why}; add groups before")
         settings.complete(param_group, self._settings)
         self.base.add_param_group(param_group)
-        self._reference += snapshot(self.base.param_groups[-1]["params"])
+        self._storage.extend(self.base.param_groups[-1]["params"])
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state dict, with φ and the mask in each parameter's state."""
         self._before_save()
-        return self._after_save(checkpoint.pack(self.base.state_dict(), self._reference, self._masks))
+        return self._after_save(self._storage.save(self.base))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` returned; the wrapped optimizer's own works too, and leaves φ as it is.
@@ -277,21 +278,15 @@ class MDGDOptimizer(OptimizerWrapper):
             ValueError: it belongs to other parameters, naming the first that differs; nothing was changed.
         """
         state_dict = self._before_load(state_dict)
-        parameters = self.parameters
-        inner, reference, masks = checkpoint.unpack(state_dict, parameters)
         own = [{name: group[name] for name in settings.SETTINGS} for group in self.param_groups]
-        self.base.load_state_dict(inner)
-        for group, defaults in zip(self.param_groups, own, strict=True):
-            settings.complete(group, defaults)
-        if reference is None:
+        if not self._storage.load(state_dict, self.base, self.parameters):
             warnings.warn(
                 "the state dict holds no reference: it stays at the weights that were wrapped. If training had begun "
                 "before, those are not the weights that it began with",
                 stacklevel=2,
             )
-        else:
-            self._reference = [x.detach().to(p, copy=True) for p, x in zip(parameters, reference, strict=True)]
-        self._masks = masks and [x.to(p.device, torch.bool, copy=True) for p, x in zip(parameters, masks, strict=True)]
+        for group, defaults in zip(self.param_groups, own, strict=True):
+            settings.complete(group, defaults)
         self.discard()
         self._after_load()
 
@@ -307,8 +302,9 @@ class MDGDOptimizer(OptimizerWrapper):
         if self._products is not None:
             values |= gradient_diagnostics(*self._products)
         out = {name: float(value) for name, value in values.items()}
-        if self._masks is not None:
-            out["kept_fraction"] = sum(int(m.sum()) for m in self._masks) / sum(m.numel() for m in self._masks)
+        if self._storage.masked:
+            kept, total = self._storage.kept(self.parameters)
+            out["kept_fraction"] = kept / total
         return out
 
     def record(self, **values: Tensor) -> None:
@@ -318,17 +314,17 @@ class MDGDOptimizer(OptimizerWrapper):
     def _together(self, space: settings.Space) -> Tensor:
         return torch.tensor(settings.together(self.param_groups, space), device=self.parameters[0].device)
 
-    def _coefficients(self, products: Tensor) -> Tensor:
-        rows, start = [], 0
-        for group in self.param_groups:
-            stop = start + len(group["params"])
-            update, align, regularize = group["update"], group["align"], group["regularize"]
-            if group["space"] == "step":  # the wrapped optimizer gets g itself
-                update, align, regularize = "regularize", 0.0, 0.0
-            masked = self._masks is not None
-            rows.append(equations.coefficients(products[start:stop], update, align, regularize, masked))
-            start = stop
-        return torch.cat(rows)
+    @property
+    def _choosing(self) -> bool:
+        """Whether the next combine chooses a mask."""
+        if self.mask is None or not self.mask.scored:
+            return False
+        return not self._storage.masked or (self.mask.refresh is not None and self._age >= self.mask.refresh)
+
+    @property
+    def _age(self) -> int:
+        """Combined steps since the mask was chosen; in a group, so that it survives checkpoints."""
+        return int(self.param_groups[0].get("mask_age", 0))
 
     def _choose_mask(self, mask: Mask, roles: list[list[Tensor | None]], products: Tensor) -> None:
         if not products.isfinite().all():
@@ -338,9 +334,17 @@ class MDGDOptimizer(OptimizerWrapper):
                 "go on with another batch, or train under a gradient scaler, which skips such steps"
             )
             return
-        g, v, g0_tilde = roles
-        scores = equations.similarity_scores(g, v, g0_tilde, products, mask.similarity, self.parameters)
-        self._masks = mask.choose(scores)
+        summed = roles if self._storage.masked else self._warmup.add(roles, mask.warmup)
+        if summed is None:
+            self._waits = True
+            return
+        parameters = self.parameters
+        if summed is not roles:
+            products = equations.pool(kernels.inner_products(summed), self._together("gradient"))
+        g, v, g0_tilde = summed
+        scores = ScoreInputs(g, v, g0_tilde, equations.drift(products))
+        self._storage.choose(mask.choose(parameters, scores), self.base, parameters)
+        self.param_groups[0]["mask_age"] = 0
 
 
 def _first(gradients: list[Tensor | None], parameter: Tensor) -> Tensor | None:

@@ -4,6 +4,10 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
 Update: TypeAlias = Literal["regularize", "reference", "project"]
 Space: TypeAlias = Literal["gradient", "step"]
 Scope: TypeAlias = Literal["tensor", "global"]
@@ -49,3 +53,8 @@ def together(groups: Sequence[Group], space: Space) -> list[bool]:
         group["scope"] == "global" and (space == "gradient" or group["space"] == space)
         for group in per_parameter(groups)
     ]
+
+
+def restores(optimizer: Optimizer) -> Tensor:
+    """The restoring move a of each parameter, relative to its step: float64, shape (T,)."""
+    return torch.tensor([group["restore"] for group in per_parameter(optimizer.param_groups)], dtype=torch.float64)

@@ -1,0 +1,213 @@
+"""φ, positions and optimizer state for the selected numbers alone: MDGD-GM in a tenth of the memory.
+
+With a mask, θ differs from φ only inside it. So the wrapped optimizer is given, for the time of its step, one small
+leaf per parameter that holds the selected numbers, and what it keeps about them has their size.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import ASGD, Adafactor, Muon, Optimizer, Rprop, SparseAdam
+
+from torch_mdgd import checkpoint, kernels
+from torch_mdgd.decoupling import decouple_moves_
+from torch_mdgd.kernels import Role
+from torch_mdgd.reference import snapshot
+from torch_mdgd.settings import restores
+
+# They look at a parameter's shape, expect sparse gradients, or keep state that cannot begin at zero.
+UNSUPPORTED = (Adafactor, ASGD, Muon, Rprop, SparseAdam)
+
+
+class CompactStorage:
+    """Selected numbers only; before a mask is chosen nothing at all, since nothing moves until then and θ is φ.
+
+    Args:
+        parameters: in parameter order.
+        base: the wrapped optimizer. It has to treat every number of a parameter alike and apart, with a state that
+            begins at zero: true of SGD, Adam, AdamW, NAdam, RAdam, Adamax, RMSprop, Adagrad and Adadelta. That of
+            another library is taken at its word.
+
+    Raises:
+        TypeError: ``base`` is known to be of another kind.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], base: Optimizer) -> None:
+        if isinstance(base, UNSUPPORTED):
+            raise TypeError(
+                f"compact=True needs an optimizer that treats every number of a parameter alike and apart, which "
+                f"{type(base).__name__} does not: use compact=False, the dense mode"
+            )
+        self.count = len(parameters)
+        self.positions: list[Tensor] | None = None
+        self.leaves: list[nn.Parameter] = []
+        # Numbers that some earlier mask let move keep their φ too.
+        self.moved: list[Tensor] = []
+        self.reference: list[Tensor] = []
+
+    def __len__(self) -> int:
+        return self.count
+
+    @property
+    def masked(self) -> bool:
+        """Whether a mask has been chosen."""
+        return self.positions is not None
+
+    def kept(self, parameters: Sequence[Tensor]) -> tuple[int, int]:
+        """How many numbers may move, of how many."""
+        return sum(x.numel() for x in self.positions or ()), sum(p.numel() for p in parameters)
+
+    def extend(self, parameters: Sequence[Tensor]) -> None:
+        """Take in new parameters, at their values now."""
+        self.count += len(parameters)
+
+    @torch.no_grad()
+    def exchange_(self, parameters: Sequence[Tensor]) -> None:
+        """Swap θ and φ where they can differ."""
+        for p, positions, values in zip(parameters, self.moved, self.reference, strict=False):
+            held = _take(p, positions)
+            _put_(p, positions, values)
+            values.copy_(held)
+
+    @torch.no_grad()
+    def choose(self, masks: Sequence[Tensor], base: Optimizer, parameters: Sequence[Tensor]) -> None:
+        """Let only the numbers inside these masks move from now on; state of those that could before is kept."""
+        positions = [_positions(mask) for mask in masks]
+        old = self.positions or [torch.arange(p.numel(), device=p.device) for p in parameters]
+        holders = self.leaves or parameters
+        leaves = [_leaf(p) for p in parameters]
+        for holder, leaf, before, after in zip(holders, leaves, old, positions, strict=True):
+            if holder in base.state:
+                base.state[leaf] = _carried(base.state.pop(holder), before, after)
+        moved = self.moved or [x[:0] for x in positions]
+        reference = self.reference or [p.detach().new_empty(0) for p in parameters]
+        for i, p in enumerate(parameters):
+            fresh = positions[i][~torch.isin(positions[i], moved[i])]
+            union, order = torch.cat([moved[i], fresh]).sort()
+            reference[i] = torch.cat([reference[i], _take(p, fresh)])[order]
+            moved[i] = union
+        self.positions, self.leaves, self.moved, self.reference = positions, leaves, moved, reference
+
+    def restrict_(self, v: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The directions v inside the mask, at its size."""
+        if self.positions is None:
+            return list(v)
+        return [None if x is None else _take(x, at) for x, at in zip(v, self.positions, strict=True)]
+
+    def combine_(self, d: Role, roles: Sequence[Role], coefficients: Tensor) -> None:
+        """Write the linear combination of the roles, under the mask, over d."""
+        kernels.combine_(d, roles, coefficients)
+        for x, positions in zip(d, self.positions or (), strict=False):
+            if x is not None:
+                kept = _take(x, positions)
+                # A product, so that NaN and Inf outside the mask stay visible, as in the dense mode.
+                x.mul_(0)
+                _put_(x, positions, kept)
+
+    def step(
+        self,
+        base: Optimizer,
+        parameters: Sequence[Tensor],
+        directions: Sequence[Tensor | None] | None,
+        together: Tensor,
+    ) -> None:
+        """One step of the wrapped optimizer on the selected numbers, decoupled if there are directions."""
+        if self.positions is None:
+            base.step()
+            return
+        for p, leaf, positions in zip(parameters, self.leaves, self.positions, strict=True):
+            leaf.data = _take(p, positions)
+            leaf.grad = None if p.grad is None or not leaf.numel() else _take(p.grad, positions)
+        before = None if directions is None else snapshot(self.leaves)
+        try:
+            with self._in_place_of_parameters(base):
+                base.step()
+            if directions is not None and before is not None:
+                decouple_moves_(self.leaves, before, directions, together, restores(base))
+            for p, leaf, positions in zip(parameters, self.leaves, self.positions, strict=True):
+                _put_(p, positions, leaf)
+        finally:
+            for leaf in self.leaves:
+                leaf.grad, leaf.data = None, leaf.data.new_empty(0)
+
+    @contextmanager
+    def _in_place_of_parameters(self, base: Optimizer) -> Iterator[None]:
+        groups = base.param_groups
+        held = [group["params"] for group in groups]
+        leaves = iter(self.leaves)
+        for group, parameters in zip(groups, held, strict=True):
+            group["params"] = [next(leaves) for _ in parameters]
+        try:
+            yield
+        finally:
+            # The groups anew: loading a state dict replaces them.
+            for group, parameters in zip(base.param_groups, held, strict=True):
+                group["params"] = parameters
+
+    def save(self, base: Optimizer) -> dict[str, Any]:
+        """The wrapped optimizer's state dict with φ and the positions in it."""
+        if self.positions is None:
+            return base.state_dict()
+        with self._in_place_of_parameters(base):
+            inner = base.state_dict()
+        own = {"positions": self.positions, "moved": self.moved, "reference": self.reference}
+        return checkpoint.pack(inner, own)
+
+    def load(self, state_dict: dict[str, Any], base: Optimizer, parameters: Sequence[Tensor]) -> bool:
+        """The opposite of :meth:`save`; returns whether φ was there. See ``MDGDOptimizer.load_state_dict``."""
+        inner, found = checkpoint.unpack(state_dict, parameters)
+        if "positions" not in found:
+            if found:
+                raise ValueError("the state dict was saved with compact=False: build the MDGDOptimizer so, too")
+            base.load_state_dict(inner)
+            self.__init__(parameters, base)  # type: ignore[misc]
+            return False
+        checkpoint.require_shapes("reference", found["reference"], [x.shape for x in found["moved"]])
+        for i, (p, *indices) in enumerate(zip(parameters, found["positions"], found["moved"], strict=True)):
+            for x in indices:
+                if x.numel() and not (int(x.min()) >= 0 and int(x.max()) < p.numel()):
+                    raise ValueError(f"the state dict's positions of parameter {i} lie outside its {p.numel()} numbers")
+        self.leaves = [_leaf(p) for p in parameters]
+        with self._in_place_of_parameters(base):
+            base.load_state_dict(inner)
+        for name in ("positions", "moved"):
+            setattr(self, name, [x.to(p.device, copy=True) for p, x in zip(parameters, found[name], strict=True)])
+        self.reference = [x.to(p, copy=True) for p, x in zip(parameters, found["reference"], strict=True)]
+        return True
+
+
+def _leaf(parameter: Tensor) -> nn.Parameter:
+    return nn.Parameter(parameter.detach().new_empty(0))
+
+
+def _positions(mask: Tensor) -> Tensor:
+    index = mask.reshape(-1).nonzero().squeeze(1)
+    return index.to(torch.int32) if mask.numel() <= torch.iinfo(torch.int32).max else index
+
+
+def _take(x: Tensor, positions: Tensor) -> Tensor:
+    return x.detach().take(positions.long())
+
+
+def _put_(x: Tensor, positions: Tensor, values: Tensor) -> None:
+    x.put_(positions.long(), values.detach())
+
+
+def _carried(state: dict[Any, Any], before: Tensor, after: Tensor) -> dict[Any, Any]:
+    """State of the numbers at ``before`` for those at ``after``: kept where both have them, zero for new ones.
+
+    Numbers of a parameter at large, such as the step count, stay as they are.
+    """
+    at = torch.searchsorted(before, after).clamp(max=max(before.numel() - 1, 0))
+    stays = before[at] == after if before.numel() else torch.zeros_like(after, dtype=torch.bool)
+    out = {}
+    for name, value in state.items():
+        if isinstance(value, Tensor) and value.dim() and value.numel() == before.numel():
+            out[name] = torch.zeros(after.numel(), dtype=value.dtype, device=value.device)
+            out[name][stays] = value.reshape(-1)[at[stays]]
+        else:
+            out[name] = value
+    return out

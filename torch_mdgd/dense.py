@@ -1,0 +1,103 @@
+"""φ and the mask at full size: what any optimizer, elementwise or not, can be wrapped with."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from torch_mdgd import checkpoint, kernels
+from torch_mdgd.decoupling import decouple_moves_
+from torch_mdgd.kernels import Role
+from torch_mdgd.reference import exchange_, snapshot
+from torch_mdgd.settings import restores
+
+
+class DenseStorage:
+    """A copy of every trainable number and, under a mask, one bool for each.
+
+    Args:
+        parameters: in parameter order.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self.reference = snapshot(parameters)
+        self.masks: list[Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self.reference)
+
+    @property
+    def masked(self) -> bool:
+        """Whether a mask has been chosen."""
+        return self.masks is not None
+
+    def kept(self, parameters: Sequence[Tensor]) -> tuple[int, int]:
+        """How many numbers may move, of how many."""
+        masks = self.masks or []
+        return sum(int(m.sum()) for m in masks), sum(m.numel() for m in masks)
+
+    def extend(self, parameters: Sequence[Tensor]) -> None:
+        """Take in new parameters, at their values now."""
+        self.reference += snapshot(parameters)
+
+    def exchange_(self, parameters: Sequence[Tensor]) -> None:
+        """Swap θ and φ."""
+        exchange_(parameters, self.reference)
+
+    def choose(self, masks: Sequence[Tensor], base: Optimizer, parameters: Sequence[Tensor]) -> None:
+        """Hold everything outside these masks still from now on; a number that comes in anew begins with no state."""
+        for p, old, new in zip(parameters, self.masks or (), masks, strict=False):
+            for value in base.state.get(p, {}).values():
+                if isinstance(value, Tensor) and value.shape == p.shape and value.dim():
+                    value.mul_(old & new)
+        self.masks = list(masks)
+
+    def restrict_(self, v: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The directions v inside the mask, in place."""
+        for x, mask in zip(v, self.masks or (), strict=False):
+            if x is not None:
+                x.mul_(mask)
+        return list(v)
+
+    def combine_(self, d: Role, roles: Sequence[Role], coefficients: Tensor) -> None:
+        """Write the linear combination of the roles, under the mask, over d."""
+        kernels.combine_(d, roles, coefficients, self.masks)
+
+    def step(
+        self,
+        base: Optimizer,
+        parameters: Sequence[Tensor],
+        directions: Sequence[Tensor | None] | None,
+        together: Tensor,
+    ) -> None:
+        """One step of the wrapped optimizer, its move decoupled from the directions if there are any."""
+        if self.masks is None and directions is None:
+            base.step()
+            return
+        before = snapshot(parameters)
+        base.step()
+        for p, x, mask in zip(parameters, before, self.masks or (), strict=False):
+            p.copy_(torch.where(mask, p, x))
+        if directions is not None:
+            decouple_moves_(parameters, before, directions, together, restores(base))
+
+    def save(self, base: Optimizer) -> dict[str, Any]:
+        """The wrapped optimizer's state dict with φ and the mask in it."""
+        return checkpoint.pack(base.state_dict(), {"reference": self.reference, "mask": self.masks})
+
+    def load(self, state_dict: dict[str, Any], base: Optimizer, parameters: Sequence[Tensor]) -> bool:
+        """The opposite of :meth:`save`; returns whether φ was there. See ``MDGDOptimizer.load_state_dict``."""
+        inner, found = checkpoint.unpack(state_dict, parameters)
+        if "positions" in found:
+            raise ValueError("the state dict was saved with compact=True: build the MDGDOptimizer so, too")
+        for name, tensors in found.items():
+            checkpoint.require_shapes(name, tensors, [p.shape for p in parameters])
+        base.load_state_dict(inner)
+        if "reference" in found:
+            self.reference = [x.to(p, copy=True) for p, x in zip(parameters, found["reference"], strict=True)]
+        self.masks = None
+        if "mask" in found:
+            self.masks = [x.to(p.device, torch.bool, copy=True) for p, x in zip(parameters, found["mask"], strict=True)]
+        return "reference" in found

@@ -47,7 +47,7 @@ def unpack(
         own = {k: v for k, v in entry.items() if k not in (REFERENCE, MASK)} if isinstance(entry, dict) else entry
         if own or entry == {}:
             state[key] = own
-    inner = {**state_dict, "state": state}
+    inner = {**state_dict, "state": state, "param_groups": [dict(group) for group in state_dict["param_groups"]]}
     reference, masks = (_collect(state_dict, keys, parameters, name) for name in (REFERENCE, MASK))
     return inner, reference, masks
 

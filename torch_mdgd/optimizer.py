@@ -15,7 +15,7 @@ from torch_mdgd.diagnostics import gradient_diagnostics
 from torch_mdgd.kernels import Role
 from torch_mdgd.masking import Mask, restore_outside_
 from torch_mdgd.reference import exchange_, snapshot
-from torch_mdgd.roles import DECOUPLED_REFERENCE, ROLES, Captures, assign
+from torch_mdgd.roles import DECOUPLED_REFERENCE, ROLES, Captures, assign, destination, refuse_stray
 from torch_mdgd.wrapper import OptimizerWrapper
 
 
@@ -90,7 +90,7 @@ class MDGDOptimizer(OptimizerWrapper):
         """The gradients that the next combine needs: task and visual, or with the reference's two all four."""
         if self.mask is not None and self._masks is None:
             return ROLES
-        for group in self.param_groups:
+        for _, group in zip(self.parameters, settings.per_parameter(self.param_groups), strict=True):
             regularized = group["update"] == "regularize" and group["regularize"] != 0 and self.mask is None
             if regularized or group["update"] == "reference":
                 return ROLES
@@ -151,11 +151,10 @@ class MDGDOptimizer(OptimizerWrapper):
         gradient, which counts as zero.
 
         Raises:
-            ValueError: a sequence or a tensor of the wrong size, naming role and parameter.
+            ValueError: a sequence or a tensor of the wrong size, naming role and parameter; nothing was captured.
         """
-        for role, gradients in zip(ROLES, (task, visual, reference_task, reference_visual), strict=True):
-            if gradients is not None:
-                self._captures.add(role, gradients, self.parameters)
+        given = zip(ROLES, (task, visual, reference_task, reference_visual), strict=True)
+        self._captures.add({role: x for role, x in given if x is not None}, self.parameters)
 
     @torch.no_grad()
     def reduce_reference(self) -> None:
@@ -176,14 +175,15 @@ class MDGDOptimizer(OptimizerWrapper):
         """Leave d in every ``.grad``, for clipping or a gradient scaler to see; :meth:`step` does it otherwise.
 
         Raises:
-            RuntimeError: a gradient that the update needs was not captured, naming it.
+            RuntimeError: a gradient that the update needs was not captured, naming it; ``.grad`` holds one that no
+                capture took; inside :meth:`capture` or :meth:`reference`.
         """
-        if self._captures.recording or self._at_reference:
-            raise RuntimeError("combine: leave capture() and reference() first")
+        parameters = self._outside("combine")
         needed = self.required_roles
         self._captures.require(
             [role for role in needed if DECOUPLED_REFERENCE not in self._captures or role in ROLES[:2]]
         )
+        refuse_stray(parameters)
         if len(needed) == 4 or all(role in self._captures for role in ROLES[2:]):
             self.reduce_reference()
         roles = [self._captures[role] for role in ("task", "visual", DECOUPLED_REFERENCE) if role in self._captures]
@@ -195,8 +195,8 @@ class MDGDOptimizer(OptimizerWrapper):
         products = equations.pool(raw, together)
         if self.mask is not None and self._masks is None:
             self._choose_mask(self.mask, roles, products)
-        parameters, groups = self.parameters, settings.per_parameter(self.param_groups)
-        d = [_first(gradients, p) for p, *gradients in zip(parameters, *roles, strict=True)]
+        groups = settings.per_parameter(self.param_groups)
+        d = [destination(gradients, p) for p, *gradients in zip(parameters, *roles, strict=True)]
         directions = [x if group["space"] == "step" else None for group, x in zip(groups, roles[1], strict=True)]
         if self._masks is not None:
             for x, mask in zip(directions, self._masks, strict=True):
@@ -220,7 +220,7 @@ class MDGDOptimizer(OptimizerWrapper):
         Raises:
             RuntimeError: as :meth:`combine`; or the mask could not be chosen because a gradient holds NaN or Inf.
         """
-        loss = None
+        parameters, loss = self._outside("step"), None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
@@ -231,7 +231,6 @@ class MDGDOptimizer(OptimizerWrapper):
         if self._masks is None and self._directions is None:
             self.base.step()
             return loss
-        parameters = self.parameters
         before = snapshot(parameters)
         self.base.step()
         if self._masks is not None:
@@ -258,7 +257,8 @@ class MDGDOptimizer(OptimizerWrapper):
             RuntimeError: gradients are captured for this step, or the mask has been chosen.
             ValueError: a setting is out of range, naming it; nothing was added.
         """
-        if self._captures or self._masks is not None:
+        self._outside("add_param_group")
+        if self._captures or self._directions is not None or self._masks is not None:
             why = "the mask has been chosen" if self._masks is not None else "gradients are captured for this step"
             raise RuntimeError(f"add_param_group: {why}; add groups before")
         settings.complete(param_group, self._settings)
@@ -267,6 +267,7 @@ class MDGDOptimizer(OptimizerWrapper):
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state dict, with φ and the mask in each parameter's state."""
+        self._outside("state_dict")
         self._before_save()
         return self._after_save(checkpoint.pack(self.base.state_dict(), self._reference, self._masks))
 
@@ -274,15 +275,14 @@ class MDGDOptimizer(OptimizerWrapper):
         """Load what :meth:`state_dict` returned; the wrapped optimizer's own works too, and leaves φ as it is.
 
         Raises:
-            ValueError: it belongs to other parameters, naming the first that differs; nothing was changed.
+            ValueError: it belongs to other parameters, naming the first that differs, or holds a setting out of
+                range; nothing was changed.
         """
-        state_dict = self._before_load(state_dict)
-        parameters = self.parameters
-        inner, reference, masks = checkpoint.unpack(state_dict, parameters)
-        own = [{name: group[name] for name in settings.SETTINGS} for group in self.param_groups]
+        parameters = self._outside("load_state_dict")
+        inner, reference, masks = checkpoint.unpack(self._before_load(state_dict), parameters)
+        for saved, group in zip(inner["param_groups"], self.param_groups, strict=False):
+            settings.complete(saved, group)
         self.base.load_state_dict(inner)
-        for group, defaults in zip(self.param_groups, own, strict=True):
-            settings.complete(group, defaults)
         if reference is None:
             warnings.warn(
                 "the state dict holds no reference: it stays at the weights that were wrapped. If training had begun "
@@ -315,6 +315,12 @@ class MDGDOptimizer(OptimizerWrapper):
         """Show these scalars in :attr:`diagnostics` too, read from the device only when asked for."""
         self._recorded |= {name: value.detach() for name, value in values.items()}
 
+    def _outside(self, verb: str) -> list[Tensor]:
+        """The parameters, for what must not happen while ``.grad`` or the parameters hold something else."""
+        if self._captures.recording or self._at_reference:
+            raise RuntimeError(f"{verb}: leave capture() and reference() first")
+        return self.parameters
+
     def _together(self, space: settings.Space) -> Tensor:
         return torch.tensor(settings.together(self.param_groups, space), device=self.parameters[0].device)
 
@@ -341,10 +347,3 @@ class MDGDOptimizer(OptimizerWrapper):
         g, v, g0_tilde = roles
         scores = equations.similarity_scores(g, v, g0_tilde, products, mask.similarity, self.parameters)
         self._masks = mask.choose(scores)
-
-
-def _first(gradients: list[Tensor | None], parameter: Tensor) -> Tensor | None:
-    """Where d goes: over g, into a new buffer if only other roles have a gradient, nowhere if none has."""
-    if gradients[0] is not None:
-        return gradients[0]
-    return None if all(x is None for x in gradients) else torch.zeros_like(parameter)

@@ -37,8 +37,8 @@ def decouple_moves_(
 ) -> None:
     """Decouple the moves of a list of parameters, in place.
 
-    The correction is subtracted from where the optimizer arrived, so that a move with nothing to remove stays
-    bit-identical.
+    The correction is subtracted from where the optimizer arrived, so that a move with nothing to remove, or a number
+    outside a mask, stays bit-identical; only −0 may become 0.
 
     Args:
         parameters: T parameters after the step.

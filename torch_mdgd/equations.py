@@ -83,7 +83,7 @@ def pool(products: Tensor, together: Tensor) -> Tensor:
         products: shape (T, ...), one row per parameter.
         together: bool, shape (T,): the parameters of scope "global", whose rows become their common sum.
     """
-    where = together.view(-1, *[1] * (products.dim() - 1))
+    where = together.to(products.device).view(-1, *[1] * (products.dim() - 1))
     return torch.where(where, torch.where(where, products, torch.zeros_like(products)).sum(0, keepdim=True), products)
 
 

@@ -195,33 +195,3 @@ def _filled(x: Tensor | None, like: Tensor) -> Tensor:
 def _require_fraction(name: str, fraction: float) -> None:
     if not 0 < fraction <= 1:
         raise ValueError(f"{name}: fraction must lie in (0, 1], got {fraction}")
-
-
-class WarmUp:
-    """Adds up the gradients of the steps before the first mask is chosen."""
-
-    def __init__(self) -> None:
-        self.steps = 0
-        self.sums: list[list[Tensor | None]] = []
-
-    def add(self, roles: Sequence[kernels.Role], steps: int) -> Sequence[kernels.Role] | None:
-        """The sums once so many steps have been added, None until then."""
-        self.steps += 1
-        if steps == 1:
-            return roles
-        if not self.sums:
-            self.sums = [[None if x is None else x.clone() for x in role] for role in roles]
-        else:
-            self.sums = [
-                [_sum(x, y) for x, y in zip(*pair, strict=True)] for pair in zip(self.sums, roles, strict=True)
-            ]
-        if self.steps < steps:
-            return None
-        sums, self.sums = self.sums, []
-        return sums
-
-
-def _sum(held: Tensor | None, more: Tensor | None) -> Tensor | None:
-    if held is None or more is None:
-        return held if more is None else more.clone()
-    return held.add_(more)

@@ -14,8 +14,9 @@ from torch_mdgd.compact import CompactStorage
 from torch_mdgd.dense import DenseStorage
 from torch_mdgd.diagnostics import gradient_diagnostics
 from torch_mdgd.kernels import Role
-from torch_mdgd.masking import Mask, ScoreInputs, WarmUp
-from torch_mdgd.roles import DECOUPLED_REFERENCE, ROLES, Captures, assign
+from torch_mdgd.masking import Mask
+from torch_mdgd.roles import DECOUPLED_REFERENCE, ROLES, Captures, assign, destination, refuse_stray
+from torch_mdgd.schedule import MaskSchedule
 from torch_mdgd.wrapper import OptimizerWrapper
 
 
@@ -67,7 +68,6 @@ class MDGDOptimizer(OptimizerWrapper):
         }  # fmt: skip
         for group in base.param_groups:
             settings.complete(group, self._settings)
-        self.mask = mask
         parameters = [p for group in base.param_groups for p in group["params"]]
         if compact and mask is None:
             raise ValueError("compact=True keeps the numbers inside a mask: pass one, such as mask=TopK(0.1)")
@@ -76,14 +76,18 @@ class MDGDOptimizer(OptimizerWrapper):
         )
         if mask is not None and not mask.scored:
             self._storage.choose(mask.choose(parameters, None), base, parameters)
-        self._warmup = WarmUp()
+        self._schedule = MaskSchedule(mask)
         self._captures = Captures()
         self._directions: list[Tensor | None] | None = None
-        self._waits = False
-        self._refusal: str | None = None
+        self._refused = False
         self._at_reference = False
         self._products: tuple[Tensor, Tensor] | None = None
         self._recorded: dict[str, Tensor] = {}
+
+    @property
+    def mask(self) -> Mask | None:
+        """The mask that numbers are chosen by."""
+        return self._schedule.mask
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -99,9 +103,9 @@ class MDGDOptimizer(OptimizerWrapper):
     @property
     def required_roles(self) -> tuple[str, ...]:
         """The gradients that the next combine needs: task and visual, or with the reference's two all four."""
-        if self._choosing:
+        if self._schedule.due(self._storage.masked, self.param_groups):
             return ROLES
-        for group in self.param_groups:
+        for _, group in zip(self.parameters, settings.per_parameter(self.param_groups), strict=True):
             regularized = group["update"] == "regularize" and group["regularize"] != 0 and self.mask is None
             if regularized or group["update"] == "reference":
                 return ROLES
@@ -162,11 +166,10 @@ class MDGDOptimizer(OptimizerWrapper):
         gradient, which counts as zero.
 
         Raises:
-            ValueError: a sequence or a tensor of the wrong size, naming role and parameter.
+            ValueError: a sequence or a tensor of the wrong size, naming role and parameter; nothing was captured.
         """
-        for role, gradients in zip(ROLES, (task, visual, reference_task, reference_visual), strict=True):
-            if gradients is not None:
-                self._captures.add(role, gradients, self.parameters)
+        given = zip(ROLES, (task, visual, reference_task, reference_visual), strict=True)
+        self._captures.add({role: x for role, x in given if x is not None}, self.parameters)
 
     @torch.no_grad()
     def reduce_reference(self) -> None:
@@ -180,22 +183,23 @@ class MDGDOptimizer(OptimizerWrapper):
     def discard(self) -> None:
         """Forget what was captured or combined since the last step; ``.grad`` stays as it is."""
         self._captures.clear()
-        self._directions = self._refusal = None
-        self._waits = False
+        self._directions = None
+        self._refused = self._schedule.waits = False
 
     @torch.no_grad()
     def combine(self) -> None:
         """Leave d in every ``.grad``, for clipping or a gradient scaler to see; :meth:`step` does it otherwise.
 
         Raises:
-            RuntimeError: a gradient that the update needs was not captured, naming it.
+            RuntimeError: a gradient that the update needs was not captured, naming it; ``.grad`` holds one that no
+                capture took; inside :meth:`capture` or :meth:`reference`.
         """
-        if self._captures.recording or self._at_reference:
-            raise RuntimeError("combine: leave capture() and reference() first")
+        parameters = self._outside("combine")
         needed = self.required_roles
         self._captures.require(
             [role for role in needed if DECOUPLED_REFERENCE not in self._captures or role in ROLES[:2]]
         )
+        refuse_stray(parameters)
         if len(needed) == 4 or all(role in self._captures for role in ROLES[2:]):
             self.reduce_reference()
         roles = [self._captures[role] for role in ("task", "visual", DECOUPLED_REFERENCE) if role in self._captures]
@@ -205,12 +209,17 @@ class MDGDOptimizer(OptimizerWrapper):
         raw = kernels.inner_products(roles)
         self._products = raw, together
         products = equations.pool(raw, together)
-        if self.mask is not None and self._choosing:
-            self._choose_mask(self.mask, roles, products)
-        if self.mask is not None and self.mask.refresh is not None:
-            self.param_groups[0]["mask_age"] = self._age + 1
-        parameters, groups = self.parameters, settings.per_parameter(self.param_groups)
-        d = [_first(gradients, p) for p, *gradients in zip(parameters, *roles, strict=True)]
+        if self._schedule.due(self._storage.masked, self.param_groups):
+            # With NaN or Inf none is chosen: d is NaN, a gradient scaler skips this step, and the next one chooses.
+            if bool(products.isfinite().all()):
+                masks = self._schedule.masks(roles, products, together, parameters, self.param_groups)
+                if masks is not None:
+                    self._storage.choose(masks, self.base, parameters)
+            else:
+                self._refused = True
+        self._schedule.count(self.param_groups)
+        groups = settings.per_parameter(self.param_groups)
+        d = [destination(gradients, p) for p, *gradients in zip(parameters, *roles, strict=True)]
         if any(group["space"] == "step" for group in groups):
             v = [x if group["space"] == "step" else None for group, x in zip(groups, roles[1], strict=True)]
             self._directions = self._storage.restrict_(v)
@@ -232,16 +241,19 @@ class MDGDOptimizer(OptimizerWrapper):
         Raises:
             RuntimeError: as :meth:`combine`; or the mask could not be chosen because a gradient holds NaN or Inf.
         """
-        loss = None
+        parameters, loss = self._outside("step"), None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         if self._captures:
             self.combine()
-        if self._refusal is not None:
-            raise RuntimeError(self._refusal)
-        if not self._waits:
-            self._storage.step(self.base, self.parameters, self._directions, self._together("step"))
+        if self._refused:
+            raise RuntimeError(
+                "a gradient holds NaN or Inf at the step that chooses the mask; nothing was changed. zero_grad() and "
+                "go on with another batch, or train under a gradient scaler, which skips such steps"
+            )
+        if not self._schedule.waits:
+            self._storage.step(self.base, parameters, self._directions, self._together("step"))
         self.discard()
         return loss
 
@@ -259,7 +271,8 @@ class MDGDOptimizer(OptimizerWrapper):
             RuntimeError: gradients are captured for this step, or the mask has been chosen.
             ValueError: a setting is out of range, naming it; nothing was added.
         """
-        if self._captures or self._storage.masked:
+        self._outside("add_param_group")
+        if self._captures or self._directions is not None or self._storage.masked:
             why = "the mask has been chosen" if self._storage.masked else "gradients are captured for this step"
             raise RuntimeError(f"add_param_group: {why}; add groups before")
         settings.complete(param_group, self._settings)
@@ -268,6 +281,7 @@ class MDGDOptimizer(OptimizerWrapper):
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state dict, with φ and the mask in each parameter's state."""
+        self._outside("state_dict")
         self._before_save()
         return self._after_save(self._storage.save(self.base))
 
@@ -275,18 +289,20 @@ class MDGDOptimizer(OptimizerWrapper):
         """Load what :meth:`state_dict` returned; the wrapped optimizer's own works too, and leaves φ as it is.
 
         Raises:
-            ValueError: it belongs to other parameters, naming the first that differs; nothing was changed.
+            ValueError: it belongs to other parameters, naming the first that differs, or holds a setting out of
+                range; nothing was changed.
         """
+        parameters = self._outside("load_state_dict")
         state_dict = self._before_load(state_dict)
-        own = [{name: group[name] for name in settings.SETTINGS} for group in self.param_groups]
-        if not self._storage.load(state_dict, self.base, self.parameters):
+        state_dict["param_groups"] = [dict(group) for group in state_dict["param_groups"]]
+        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=False):
+            settings.complete(saved, group)
+        if not self._storage.load(state_dict, self.base, parameters):
             warnings.warn(
                 "the state dict holds no reference: it stays at the weights that were wrapped. If training had begun "
                 "before, those are not the weights that it began with",
                 stacklevel=2,
             )
-        for group, defaults in zip(self.param_groups, own, strict=True):
-            settings.complete(group, defaults)
         self.discard()
         self._after_load()
 
@@ -311,44 +327,11 @@ class MDGDOptimizer(OptimizerWrapper):
         """Show these scalars in :attr:`diagnostics` too, read from the device only when asked for."""
         self._recorded |= {name: value.detach() for name, value in values.items()}
 
+    def _outside(self, verb: str) -> list[Tensor]:
+        """The parameters, for what must not happen while ``.grad`` or the parameters hold something else."""
+        if self._captures.recording or self._at_reference:
+            raise RuntimeError(f"{verb}: leave capture() and reference() first")
+        return self.parameters
+
     def _together(self, space: settings.Space) -> Tensor:
         return torch.tensor(settings.together(self.param_groups, space), device=self.parameters[0].device)
-
-    @property
-    def _choosing(self) -> bool:
-        """Whether the next combine chooses a mask."""
-        if self.mask is None or not self.mask.scored:
-            return False
-        return not self._storage.masked or (self.mask.refresh is not None and self._age >= self.mask.refresh)
-
-    @property
-    def _age(self) -> int:
-        """Combined steps since the mask was chosen; in a group, so that it survives checkpoints."""
-        return int(self.param_groups[0].get("mask_age", 0))
-
-    def _choose_mask(self, mask: Mask, roles: list[list[Tensor | None]], products: Tensor) -> None:
-        if not products.isfinite().all():
-            # d is NaN then: a gradient scaler skips this step, and the next one chooses.
-            self._refusal = (
-                "a gradient holds NaN or Inf at the step that chooses the mask; nothing was changed. zero_grad() and "
-                "go on with another batch, or train under a gradient scaler, which skips such steps"
-            )
-            return
-        summed = roles if self._storage.masked else self._warmup.add(roles, mask.warmup)
-        if summed is None:
-            self._waits = True
-            return
-        parameters = self.parameters
-        if summed is not roles:
-            products = equations.pool(kernels.inner_products(summed), self._together("gradient"))
-        g, v, g0_tilde = summed
-        scores = ScoreInputs(g, v, g0_tilde, equations.drift(products))
-        self._storage.choose(mask.choose(parameters, scores), self.base, parameters)
-        self.param_groups[0]["mask_age"] = 0
-
-
-def _first(gradients: list[Tensor | None], parameter: Tensor) -> Tensor | None:
-    """Where d goes: over g, into a new buffer if only other roles have a gradient, nowhere if none has."""
-    if gradients[0] is not None:
-        return gradients[0]
-    return None if all(x is None for x in gradients) else torch.zeros_like(parameter)

@@ -24,13 +24,13 @@ def exchange_(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     built on the other values.
 
     Raises:
-        ValueError: a shape differs, naming the parameter's position.
+        ValueError: a shape or dtype differs, naming the parameter's position.
     """
     for i, (p, x) in enumerate(zip(parameters, values, strict=True)):
-        if p.shape != x.shape:
+        if p.shape != x.shape or p.dtype != x.dtype:
             raise ValueError(
-                f"parameter {i} has shape {tuple(p.shape)} but its reference has {tuple(x.shape)}: "
-                "the parameters were replaced after MDGDOptimizer was built; wrap the optimizer last"
+                f"parameter {i} is {p.dtype}, shape {tuple(p.shape)}, but its reference {x.dtype}, {tuple(x.shape)}: "
+                "parameters were replaced or cast after MDGDOptimizer was built; wrap the optimizer last"
             )
     for p, x in zip(parameters, values, strict=True):
         held = p.clone()

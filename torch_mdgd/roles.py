@@ -1,6 +1,6 @@
 """The gradients captured for one step, by role, and how they get there from ``.grad``."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -79,24 +79,36 @@ class Captures:
             self.recording = False
             assign(parameters, [None] * len(parameters))
 
-    def add(self, role: str, gradients: Role, parameters: Sequence[Tensor]) -> None:
-        """Copy gradients computed elsewhere into the role, or add them to it."""
-        _check(role, gradients, parameters)
-        self._open(role, parameters)
-        held = self.gradients.get(role) or [None] * len(parameters)
-        self.gradients[role] = [_sum(x, y) for x, y in zip(held, gradients, strict=True)]
+    def add(self, given: Mapping[str, Role], parameters: Sequence[Tensor]) -> None:
+        """Copy gradients computed elsewhere into their roles, or add them: all of them, or none if one does not fit."""
+        for role, gradients in given.items():
+            _check(role, gradients, parameters)
+            self._open(role, parameters)
+        for role, gradients in given.items():
+            held = self.gradients.get(role) or [None] * len(parameters)
+            self.gradients[role] = [_sum(x, y) for x, y in zip(held, gradients, strict=True)]
 
     def _open(self, role: str, parameters: Sequence[Tensor]) -> None:
         if role in ROLES[2:] and DECOUPLED_REFERENCE in self.gradients:
             raise RuntimeError(f"capture of {role}: reduce_reference() has closed the reference's roles for this step")
-        if self.gradients:
-            return
-        for i, p in enumerate(parameters):
-            if p.grad is not None and bool(p.grad.count_nonzero()):
-                raise RuntimeError(
-                    f"parameter {i} already has a gradient, which no capture took and combine() would overwrite: run "
-                    "that backward pass inside capture('task'), or call zero_grad() after the last step"
-                )
+        refuse_stray(parameters)
+
+
+def destination(gradients: Role, parameter: Tensor) -> Tensor | None:
+    """Where d goes: over g, into a new buffer if only other roles have a gradient, nowhere if none has."""
+    if gradients[0] is not None:
+        return gradients[0]
+    return None if all(x is None for x in gradients) else torch.zeros_like(parameter)
+
+
+def refuse_stray(parameters: Sequence[Tensor]) -> None:
+    """Raise a RuntimeError if a ``.grad`` holds what no capture took; zeros left by ``zero_grad`` may stay."""
+    for i, p in enumerate(parameters):
+        if p.grad is not None and bool(p.grad.count_nonzero()):
+            raise RuntimeError(
+                f"parameter {i} already has a gradient, which no capture took and combine() would overwrite: run "
+                "that backward pass inside capture('task'), or call zero_grad() after the last step"
+            )
 
 
 def assign(parameters: Sequence[Tensor], gradients: Role) -> None:

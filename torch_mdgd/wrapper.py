@@ -19,6 +19,7 @@ class OptimizerWrapper(Optimizer):
 
     Raises:
         TypeError: ``base`` is not an optimizer, is wrapped already, or evaluates its closure several times (LBFGS).
+        ValueError: ``base`` holds a parameter twice.
     """
 
     base: Optimizer
@@ -30,6 +31,9 @@ class OptimizerWrapper(Optimizer):
             raise TypeError(f"base is wrapped already, in {type(base).__name__}: wrap the plain optimizer, once")
         if isinstance(base, LBFGS):
             raise TypeError("LBFGS evaluates its closure several times a step, each on another gradient: not supported")
+        parameters = [p for group in base.param_groups for p in group["params"]]
+        if len(set(parameters)) < len(parameters):
+            raise ValueError("base holds a parameter more than once, so its values could not be exchanged in place")
         # Not Optimizer.__init__, which would make a second set of groups; this installs the hooks and patches step.
         Optimizer.__setstate__(self, {"base": base})
 

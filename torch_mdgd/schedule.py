@@ -1,0 +1,83 @@
+"""When a mask is chosen, and from which gradients."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from torch_mdgd import equations, kernels
+from torch_mdgd.masking import Mask, ScoreInputs
+from torch_mdgd.settings import Group
+
+AGE = "mask_age"
+
+
+class MaskSchedule:
+    """The first choice after ``mask.warmup`` steps, then one every ``mask.refresh`` steps.
+
+    The age of a choice lies in the first parameter group, so that it survives checkpoints. A run that is resumed
+    within the warm-up begins that anew: nothing has moved by then.
+
+    Args:
+        mask: what chooses; None for no mask.
+    """
+
+    def __init__(self, mask: Mask | None) -> None:
+        self.mask = mask
+        self.waits = False
+        self.steps = 0
+        self.sums: list[list[Tensor | None]] = []
+
+    def due(self, masked: bool, groups: Sequence[Group]) -> bool:
+        """Whether the next combine chooses a mask.
+
+        Args:
+            masked: whether one has been chosen before.
+            groups: the parameter groups.
+        """
+        if self.mask is None or not self.mask.scored:
+            return False
+        refresh = self.mask.refresh
+        return not masked or (refresh is not None and int(groups[0].get(AGE, 0)) >= refresh)
+
+    def count(self, groups: Sequence[Group]) -> None:
+        """Note one more combined step."""
+        if self.mask is not None and self.mask.refresh is not None and not self.waits:
+            groups[0][AGE] = int(groups[0].get(AGE, 0)) + 1
+
+    def masks(
+        self,
+        roles: Sequence[kernels.Role],
+        products: Tensor,
+        together: Tensor,
+        parameters: Sequence[Tensor],
+        groups: Sequence[Group],
+    ) -> list[Tensor] | None:
+        """The masks of these gradients and those of the warm-up, or None while it lasts; ``waits`` then says so.
+
+        Args:
+            roles: g, v and g~0.
+            products: their inner products in each parameter's scope, shape (T, 3, 3).
+            together: bool, shape (T,): parameters of scope "global".
+            parameters: T parameters.
+            groups: the parameter groups.
+        """
+        assert self.mask is not None
+        self.steps += 1
+        if self.steps < self.mask.warmup or self.sums:
+            self._add(roles)
+            self.waits = self.steps < self.mask.warmup
+            if self.waits:
+                return None
+            roles, self.sums = self.sums, []
+            products = equations.pool(kernels.inner_products(roles), together)
+        groups[0][AGE] = 0
+        g, v, g0_tilde = roles
+        return self.mask.choose(parameters, ScoreInputs(g, v, g0_tilde, equations.drift(products)))
+
+    def _add(self, roles: Sequence[kernels.Role]) -> None:
+        if not self.sums:
+            self.sums = [[None] * len(role) for role in roles]
+        for held, more in zip(self.sums, roles, strict=True):
+            for t, (x, y) in enumerate(zip(held, more, strict=True)):
+                if y is not None:
+                    held[t] = y.clone() if x is None else x + y

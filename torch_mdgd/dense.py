@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from torch_mdgd import checkpoint, kernels
 from torch_mdgd.decoupling import decouple_moves_
 from torch_mdgd.kernels import Role
+from torch_mdgd.masking import restore_outside_
 from torch_mdgd.reference import exchange_, snapshot
 from torch_mdgd.settings import restores
 
@@ -78,8 +79,8 @@ class DenseStorage:
             return
         before = snapshot(parameters)
         base.step()
-        for p, x, mask in zip(parameters, before, self.masks or (), strict=False):
-            p.copy_(torch.where(mask, p, x))
+        if self.masks is not None:
+            restore_outside_(parameters, before, self.masks)
         if directions is not None:
             decouple_moves_(parameters, before, directions, together, restores(base))
 

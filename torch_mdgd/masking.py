@@ -172,6 +172,13 @@ class Given:
         return [mask.to(p.device, copy=True) for mask, p in zip(self.masks, parameters, strict=True)]
 
 
+@torch.no_grad()
+def restore_outside_(parameters: Sequence[Tensor], before: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
+    """Give every number outside its mask the value it had before, bit for bit."""
+    for p, x, mask in zip(parameters, before, masks, strict=True):
+        p.copy_(torch.where(mask, p, x))
+
+
 def count(fraction: float, n: int) -> int:
     """How many of n numbers a fraction keeps: max(1, round(fraction · n))."""
     return max(1, round(fraction * n))

@@ -39,17 +39,17 @@ def inner_products(rows: Sequence[Role], columns: Sequence[Role]) -> Tensor:
 def _alike(rows: Sequence[Role], columns: Sequence[Role]) -> list[tuple[list[int], list[int], list[int]]]:
     """Parameters that can share their calls, with the rows and columns that they have: (parameters, rows, columns).
 
-    Those of one size, if that is small, up to BLOCK numbers; every other parameter is alone.
+    Those of one small size share; every other parameter is alone, and an empty one nowhere.
     """
     groups: dict[tuple[int, ...], tuple[list[int], list[int], list[int]]] = {}
     for t in range(len(rows[0])):
         rs = [r for r, role in enumerate(rows) if role[t] is not None]
         cs = [c for c, role in enumerate(columns) if role[t] is not None]
-        if rs and cs:
-            n = next(x.numel() for role in rows if (x := role[t]) is not None)
+        n = next((x.numel() for role in rows if (x := role[t]) is not None), 0)
+        if n and cs:
             key = (n, -1, *rs, -1, *cs) if n <= SMALL else (n, t)
             groups.setdefault(key, ([], rs, cs))[0].append(t)
-    most = {key: max(1, 2 * SMALL // max(1, key[0])) for key in groups}
+    most = {key: max(1, 2 * SMALL // key[0]) for key in groups}
     return [
         (ts[i : i + most[key]], rs, cs) for key, (ts, rs, cs) in groups.items() for i in range(0, len(ts), most[key])
     ]

@@ -106,7 +106,7 @@ def test_no_move_raises_the_visual_loss_to_first_order(case, scope, base):
         if scope == "tensor":
             pairs = [(d.reshape(-1), x.reshape(-1)) for d, x in zip(moves, v, strict=True)]
         # Rounding is that of θ, from which the move is a difference.
-        size = max(float(p.norm()) for p in case.parameters)
+        size = max(float(p.detach().norm()) for p in case.parameters)
         assert all(float(d @ x) <= 1e-14 * (1 + size) * float(x.norm()) for d, x in pairs)
 
 

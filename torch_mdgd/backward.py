@@ -40,6 +40,8 @@ def mdgd_backward(
     Returns:
         the task loss, detached, without weight or scale. L_v is in ``optimizer.diagnostics["visual_loss"]``.
 
+    An exception discards all that was captured for this step.
+
     Raises:
         TypeError: ``optimizer`` is not an :class:`MDGDOptimizer`.
         RuntimeError: the model returns no loss, or no trainable parameter influences z.
@@ -78,16 +80,21 @@ def mdgd_backward(
     def scaled(loss: Tensor) -> Any:
         return loss * weight if scaler is None else scaler.scale(loss * weight)
 
-    if len(optimizer.required_roles) == 4:
-        z = features()
-        with optimizer.reference():
-            z_reference = backward(z)[2]
-        if combine:
-            optimizer.reduce_reference()
-    else:
-        with optimizer.reference():
-            z_reference = features()
-    loss, visual_loss, _ = backward(z_reference)
+    try:
+        if len(optimizer.required_roles) == 4:
+            z = features()
+            with optimizer.reference():
+                z_reference = backward(z)[2]
+            if combine:
+                optimizer.reduce_reference()
+        else:
+            with optimizer.reference():
+                z_reference = features()
+        loss, visual_loss, _ = backward(z_reference)
+    except BaseException:
+        # Half of a batch's gradients would count twice when the batch is tried again.
+        optimizer.discard()
+        raise
     optimizer.record(visual_loss=visual_loss)
     if combine:
         optimizer.combine()

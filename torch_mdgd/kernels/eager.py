@@ -1,75 +1,142 @@
-"""The kernels in plain torch, for any device: blocked, so that temporaries stay in cache, and in place."""
+"""The kernels in plain torch, for any device: in blocks, so that temporaries stay in cache, and in place."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from torch_mdgd.kernels.selection import top_k_masks, top_k_similarity_masks
 from torch_mdgd.kernels.types import Role
 
-BLOCK = 1 << 14
+__all__ = ["combine_", "inner_products", "top_k_masks", "top_k_similarity_masks"]
 
-
-def _blocks(numel: int) -> Iterator[slice]:
-    return (slice(start, min(start + BLOCK, numel)) for start in range(0, numel, BLOCK))
+# Half a megabyte of float32: longer to read than to call for, and still in a cache when it is read again.
+BLOCK = 1 << 17
+# Up to this many numbers a float64 matrix product is faster than pairs of float32 vectors.
+SMALL = 1 << 14
+# Nearer to zero, a block's float32 sum may have lost products to underflow, and a float32 coefficient its digits.
+TINY = 2.0**-80
 
 
 def inner_products(rows: Sequence[Role], columns: Sequence[Role]) -> Tensor:
-    """See :func:`torch_mdgd.kernels.inner_products`."""
-    roles = list({id(role): role for role in (*rows, *columns)}.values())
-    where = {id(role): r for r, role in enumerate(roles)}
-    grams = [_gram([role[t] for role in roles]) for t in range(len(roles[0]))]
-    device = next((gram.device for gram in grams if gram is not None), torch.device("cpu"))
-    zero = torch.zeros(len(roles), len(roles), dtype=torch.float64, device=device)
-    table = torch.stack([zero if gram is None else gram.to(device) for gram in grams])
-    return table[:, [where[id(r)] for r in rows]][:, :, [where[id(c)] for c in columns]]
+    """See :func:`torch_mdgd.kernels.inner_products`.
+
+    On the CPU, products are rounded to float32 and summed pairwise within a block (as torch sums), and blocks are
+    summed in float64. Blocks that over- or underflow are done again in float64. Short vectors, float64 vectors
+    and other devices, where looking at a sum would wait for it, are done in float64 throughout.
+    """
+    device = next((x.device for role in (*rows, *columns) for x in role if x is not None), torch.device("cpu"))
+    table = torch.zeros(len(rows[0]), len(rows), len(columns), dtype=torch.float64, device=device)
+    for ts, rs, cs in _alike(rows, columns):
+        left = [x.reshape(-1) for t in ts for r in rs if (x := rows[r][t]) is not None]
+        right = [x.reshape(-1) for t in ts for c in cs if (x := columns[c][t]) is not None]
+        products = _exact_products(left, right, len(ts)) if len(ts) > 1 else _products(left, right)
+        where = torch.tensor(ts)[:, None, None], torch.tensor(rs)[:, None], torch.tensor(cs)
+        table[where] = products.to(device)
+    return table
 
 
-def _gram(vectors: list[Tensor | None]) -> Tensor | None:
-    """All inner products of one parameter's vectors, shape (R, R); None if there is no vector at all."""
-    flat = {r: x.reshape(-1) for r, x in enumerate(vectors) if x is not None}
-    if not flat:
-        return None
-    first = next(iter(flat.values()))
-    gram = torch.zeros(len(vectors), len(vectors), dtype=torch.float64, device=first.device)
-    buffer = torch.zeros(len(vectors), BLOCK, dtype=torch.float64, device=first.device)
-    for block in _blocks(first.numel()):
-        part = buffer[:, : block.stop - block.start]
-        for r, x in flat.items():
-            part[r].copy_(x[block])
-        gram.addmm_(part, part.T)
-    return gram
+def _alike(rows: Sequence[Role], columns: Sequence[Role]) -> list[tuple[list[int], list[int], list[int]]]:
+    """Parameters that can share their calls, with the rows and columns that they have: (parameters, rows, columns).
+
+    Those of one small size share; every other parameter is alone, and an empty one nowhere.
+    """
+    groups: dict[tuple[int, ...], tuple[list[int], list[int], list[int]]] = {}
+    for t in range(len(rows[0])):
+        rs = [r for r, role in enumerate(rows) if role[t] is not None]
+        cs = [c for c, role in enumerate(columns) if role[t] is not None]
+        n = next((x.numel() for role in rows if (x := role[t]) is not None), 0)
+        if n and cs:
+            key = (n, -1, *rs, -1, *cs) if n <= SMALL else (n, t)
+            groups.setdefault(key, ([], rs, cs))[0].append(t)
+    most = {key: max(1, 2 * SMALL // key[0]) for key in groups}
+    return [
+        (ts[i : i + most[key]], rs, cs) for key, (ts, rs, cs) in groups.items() for i in range(0, len(ts), most[key])
+    ]
+
+
+def _products(left: list[Tensor], right: list[Tensor]) -> Tensor:
+    """The inner products of one parameter's flat vectors, shape (1, R, C), float64."""
+    x = left[0]
+    if x.device.type != "cpu" or x.numel() <= SMALL or any(y.dtype == torch.float64 for y in (*left, *right)):
+        blocks = zip(_split(left), _split(right), strict=True)
+        return sum((_exact_products(xs, ys, 1) for xs, ys in blocks), start=torch.zeros((), dtype=torch.float64))
+    sums = _fast_products(left, right)
+    suspicious = ~((sums.abs() > TINY) & sums.isfinite()).flatten(1).all(1)
+    if suspicious.any():
+        for b, (xs, ys) in enumerate(zip(_split(left), _split(right), strict=True)):
+            if suspicious[b]:
+                sums[b] = _exact_products(xs, ys, 1)[0]
+    return sums.sum(0, keepdim=True)
+
+
+def _split(vectors: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+    """The vectors block by block."""
+    if vectors[0].numel() <= BLOCK:
+        return [tuple(vectors)]
+    return list(zip(*(x.split(BLOCK) for x in vectors), strict=True))
+
+
+def _exact_products(left: Sequence[Tensor], right: Sequence[Tensor], parameters: int) -> Tensor:
+    """The inner products of R · T rows and C · T columns of one length, parameter by parameter, shape (T, R, C)."""
+    X = torch.stack(tuple(left)).double().view(parameters, -1, len(left[0]))
+    Y = torch.stack(tuple(right)).double().view(parameters, -1, len(left[0]))
+    return X @ Y.mT
+
+
+def _fast_products(left: list[Tensor], right: list[Tensor]) -> Tensor:
+    """The inner products of every block, summed in float32, shape (blocks, R, C), float64."""
+    vectors = {x.data_ptr(): x for x in (*left, *right)}
+    place = {pointer: i for i, pointer in enumerate(vectors)}
+    # ⟨x, y⟩ = ⟨y, x⟩: each unordered pair of vectors is multiplied once.
+    cells = [tuple(sorted((place[x.data_ptr()], place[y.data_ptr()]))) for x in left for y in right]
+    pairs = list(dict.fromkeys(cells))
+    scratch = torch.empty(len(vectors) + 1, BLOCK)
+    sums = []
+    for block in _split(list(vectors.values())):
+        product, *casts = scratch[:, : len(block[0])].unbind()
+        xs = [x if x.dtype == torch.float32 else c.copy_(x) for x, c in zip(block, casts, strict=True)]
+        sums.append(torch.stack([torch.mul(xs[i], xs[j], out=product).sum() for i, j in pairs]))
+    table = torch.stack(sums).double()[:, [pairs.index(cell) for cell in cells]]
+    return table.view(-1, len(left), len(right))
 
 
 def combine_(
     out: Role, roles: Sequence[Role], coefficients: Tensor, masks: Sequence[Tensor | None] | None = None
 ) -> None:
-    """See :func:`torch_mdgd.kernels.combine_`."""
+    """See :func:`torch_mdgd.kernels.combine_`. A coefficient that float32 cannot hold well makes the sum float64."""
+    size = coefficients.abs()
+    wide = ((size > 1 / TINY) | ((size < TINY) & (size > 0))).any(1)
+    # Where looking at the coefficients would wait for them, every sum is float64.
+    exact = wide.tolist() if wide.device.type == "cpu" else [True] * len(wide)
+    single, double = coefficients.float(), coefficients.double()
     for t, target in enumerate(out):
         if target is None:
             continue
-        terms = [(r, x.reshape(-1)) for r, role in enumerate(roles) if (x := role[t]) is not None]
-        dtype = torch.promote_types(target.dtype, torch.float32)
-        scalars = coefficients[t].to(device=target.device, dtype=dtype)
-        mask = masks[t].reshape(-1) if masks is not None and masks[t] is not None else None
+        scalars = (double if exact[t] or target.dtype == torch.float64 else single)[t].to(target.device).unbind()
+        terms = [(x.reshape(-1), c) for role, c in zip(roles, scalars, strict=True) if (x := role[t]) is not None]
+        mask = masks[t] if masks is not None else None
         flat = target.view(-1) if target.is_contiguous() else target.new_empty(target.numel())
-        for block in _blocks(target.numel()):
-            total = torch.zeros(block.stop - block.start, dtype=dtype, device=target.device)
-            for r, x in terms:
-                total.addcmul_(x[block].to(dtype), scalars[r])
-            if mask is not None:
-                total.mul_(mask[block])
-            flat[block] = total
+        _combine_flat(flat, [x for x, _ in terms], [c for _, c in terms], mask)
         if not target.is_contiguous():
             target.copy_(flat.view(target.shape))
 
 
-def top_k_masks(scores: Sequence[Tensor], k: int) -> list[Tensor]:
-    """See :func:`torch_mdgd.kernels.top_k_masks`."""
-    flat = torch.cat([s.reshape(-1) for s in scores])
-    threshold = torch.kthvalue(flat, flat.numel() - k + 1).values
-    chosen = flat > threshold
-    ties = (flat == threshold).nonzero().squeeze(1)
-    chosen[ties[: k - int(chosen.sum())]] = True
-    parts = chosen.split([s.numel() for s in scores])
-    return [part.view(s.shape) for part, s in zip(parts, scores, strict=True)]
+def _combine_flat(flat: Tensor, terms: list[Tensor], scalars: list[Tensor], mask: Tensor | None) -> None:
+    if not terms:
+        flat.zero_()
+        return
+    # Read as int8, a bool mask turns into numbers nine times faster.
+    keep = [] if mask is None else [mask.reshape(-1).view(torch.int8)]
+    scratch = torch.empty(2, min(BLOCK, flat.numel()), dtype=scalars[0].dtype, device=flat.device)
+    for target, *block in _split([flat, *keep, *terms]):
+        total, cast = scratch[:, : len(target)].unbind()
+        for r, (x, scalar) in enumerate(zip(block[len(keep) :], scalars, strict=True)):
+            part = x if x.dtype == total.dtype else cast.copy_(x)
+            if r:
+                total.addcmul_(part, scalar)
+            else:
+                torch.mul(part, scalar, out=total)
+        if keep:
+            total.mul_(cast.copy_(block[0]))
+        target.copy_(total)

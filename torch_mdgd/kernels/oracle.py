@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torch_mdgd.kernels.types import Role
+from torch_mdgd.kernels.types import Role, Similarity
 
 
 def inner_products(rows: Sequence[Role], columns: Sequence[Role]) -> Tensor:
@@ -42,9 +42,30 @@ def combine_(
 
 def top_k_masks(scores: Sequence[Tensor], k: int) -> list[Tensor]:
     """See :func:`torch_mdgd.kernels.top_k_masks`."""
+    for t, s in enumerate(scores):
+        if s.isnan().any():
+            raise ValueError(f"scores[{t}] has a NaN")
     flat = torch.cat([s.reshape(-1).double() for s in scores])
+    if not 1 <= k <= len(flat):
+        raise ValueError(f"k must be within 1 and the {len(flat)} scores, not {k}")
     order = torch.argsort(flat, descending=True, stable=True)
     chosen = torch.zeros(flat.numel(), dtype=torch.bool, device=flat.device)
     chosen[order[:k]] = True
     parts = chosen.split([s.numel() for s in scores])
     return [part.view(s.shape) for part, s in zip(parts, scores, strict=True)]
+
+
+def top_k_similarity_masks(
+    g: Role, v: Role, g0: Role, a: Tensor | None, k: int, similarity: Similarity
+) -> list[Tensor | None]:
+    """See :func:`torch_mdgd.kernels.top_k_similarity_masks`."""
+    scores: list[Tensor | None] = []
+    for t, tensors in enumerate(zip(g, v, g0, strict=True)):
+        some = next((x for x in tensors if x is not None), None)
+        if some is None:
+            scores.append(None)
+            continue
+        task, visual, reference = (torch.zeros_like(some).double() if x is None else x.double() for x in tensors)
+        scores.append(similarity(task if a is None else task - a[t].item() * visual, reference))
+    masks = iter(top_k_masks([s for s in scores if s is not None], k))
+    return [None if s is None else next(masks) for s in scores]

@@ -1,0 +1,30 @@
+"""Numbers that the experiment's results depend on, kept apart from the code that needs torch."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class PretrainSettings:
+    """Everything that the pre-trained weights depend on.
+
+    Attributes:
+        seed: of the weights and of the batches.
+        vision_steps: steps in which the vision tower alone learns to tell what each patch shows.
+        language_steps: steps in which the whole model learns to answer.
+        vision_batch: pictures a vision step.
+        language_batch: pictures, with up to five questions each, a language step.
+        vision_rate: peak learning rate of the vision steps.
+        language_rate: peak learning rate of the language steps.
+    """
+
+    seed: int = 0
+    vision_steps: int = 500
+    language_steps: int = 1500
+    vision_batch: int = 96
+    language_batch: int = 64
+    vision_rate: float = 1.5e-3
+    language_rate: float = 2e-3
+
+
+PRETRAIN = PretrainSettings()
+"""What the checkpoint in the repository was made with."""

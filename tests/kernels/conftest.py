@@ -1,0 +1,43 @@
+"""Every backend that can run in this process, with blocks so small that short tensors have several.
+
+Triton decides when it is imported whether its kernels are compiled for CUDA or interpreted on the CPU, so one process
+has either. Without CUDA, test_triton.py runs these tests again in a process that interprets.
+"""
+
+import os
+
+import pytest
+import torch
+
+from torch_mdgd import kernels
+from torch_mdgd.kernels import eager, selection
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def backends():
+    if INTERPRETED:
+        return ["triton"]
+    return ["eager", "triton"] if torch.cuda.is_available() else ["eager"]
+
+
+@pytest.fixture(params=backends(), scope="module")
+def backend(request):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(eager, "BLOCK", 64)
+        patch.setattr(eager, "SMALL", 24)
+        patch.setattr(selection, "BLOCK", 64)
+        patch.setattr(selection, "COMPUTED_BLOCK", 40)
+        patch.setattr(selection, "SAMPLE", 128)
+        if request.param == "triton":
+            from torch_mdgd.kernels.triton import chunks
+
+            patch.setattr(chunks, "TILE", 16)
+            patch.setattr(chunks, "TILES", 3)
+        with kernels.use_backend(request.param):
+            yield request.param
+
+
+@pytest.fixture(scope="module")
+def device(backend):
+    return "cuda" if backend == "triton" and not INTERPRETED else "cpu"

@@ -1,0 +1,56 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from torch_mdgd import kernels
+from torch_mdgd.kernels import eager, oracle
+
+
+def test_cpu_tensors_run_eagerly():
+    assert kernels.backend_for(torch.zeros(1)) == "eager"
+    assert kernels.backend_for(None) == "eager"
+
+
+def test_the_environment_variable_decides(monkeypatch):
+    monkeypatch.setenv("TORCH_MDGD_BACKEND", "oracle")
+    assert kernels.backend_for(torch.zeros(1)) == "oracle"
+
+
+def test_the_environment_variable_must_name_a_backend(monkeypatch):
+    monkeypatch.setenv("TORCH_MDGD_BACKEND", "fast")
+    with pytest.raises(
+        ValueError, match="TORCH_MDGD_BACKEND names the backend 'fast'; there are oracle, eager, triton"
+    ):
+        kernels.inner_products([[torch.zeros(1)]])
+
+
+def test_the_context_manager_decides_over_the_environment_variable_and_only_inside(monkeypatch):
+    monkeypatch.setenv("TORCH_MDGD_BACKEND", "eager")
+    with kernels.use_backend("oracle"):
+        assert kernels.backend_for(torch.zeros(1)) == "oracle"
+    assert kernels.backend_for(torch.zeros(1)) == "eager"
+
+
+def test_the_context_manager_must_name_a_backend():
+    with pytest.raises(ValueError, match="'fast'"), kernels.use_backend("fast"):
+        pass
+
+
+@pytest.mark.parametrize("name", ["oracle", "eager"])
+def test_the_named_backend_is_the_one_that_runs(monkeypatch, name):
+    table = torch.full((1, 1, 1), 42.0, dtype=torch.float64)
+    monkeypatch.setattr({"oracle": oracle, "eager": eager}[name], "inner_products", lambda rows, columns: table)
+    with kernels.use_backend(name):
+        assert kernels.inner_products([[torch.zeros(1)]]) is table
+
+
+def test_importing_and_running_eagerly_needs_no_triton():
+    program = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, torch_mdgd\n"
+        "from torch_mdgd import kernels\n"
+        "assert float(kernels.inner_products([[torch.ones(3)]])) == 3\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -1,0 +1,15 @@
+import pytest
+from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
+
+from reproductions.mini.model import load_checkpoint
+from reproductions.mini.text import make_tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def checkpoint() -> tuple[LlavaForConditionalGeneration, PreTrainedTokenizerFast]:
+    return load_checkpoint()

@@ -1,0 +1,87 @@
+"""How many buffers of the size of the parameters are alive at once."""
+
+import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from torch_mdgd import MDGDOptimizer
+
+N = 1 << 20
+
+
+class LiveBuffers(TorchDispatchMode):
+    """Counts storages of at least ``N`` float32 numbers among the results of every operation; keeps the peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, StorageWeakRef] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        known = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and x.untyped_storage().nbytes() >= 4 * N:
+                key = x.untyped_storage()._cdata
+                # A result in an argument's storage is not new: parameters, φ and data stay out of the count.
+                if key in self.alive or key not in known:
+                    self.alive[key] = StorageWeakRef(x.untyped_storage())
+        self.alive = {key: ref for key, ref in self.alive.items() if not ref.expired()}
+        self.peak = max(self.peak, len(self.alive))
+        return out
+
+
+def passes(optimizer, p, data):
+    for role, x in zip(("visual", "task"), data, strict=True):
+        with optimizer.capture(role):
+            (p @ x).backward()
+
+
+def test_the_watch_counts_live_buffers():
+    with LiveBuffers() as live:
+        a = torch.ones(N)
+        b = a + 1
+        del a
+        b = b.add_(1).view(2, -1)
+        c = b * 2
+    assert (live.peak, len(live.alive)) == (2, 2)
+    assert c.numel() == b.numel()
+
+
+@pytest.mark.parametrize(
+    ("settings", "captured", "combined", "left"),
+    [
+        # g, v and g~0; d takes the place of g, and nothing else is left.
+        ({}, 3, 3, 1),
+        ({"update": "reference", "scope": "global"}, 3, 3, 1),
+        ({"update": "project"}, 2, 2, 1),
+        # v is kept for the move.
+        ({"update": "project", "space": "step"}, 2, 2, 2),
+    ],
+)
+def test_gradient_sized_buffers(settings, captured, combined, left):
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(N))
+    data = [torch.randn(N) for _ in range(4)]
+    optimizer = MDGDOptimizer(torch.optim.SGD([p], lr=0.1), **settings)
+    with LiveBuffers() as live:
+        if len(optimizer.required_roles) == 4:
+            with optimizer.reference():
+                passes(optimizer, p, data[2:])
+            optimizer.reduce_reference()
+        passes(optimizer, p, data[:2])
+        assert live.peak <= captured
+        live.peak = 0
+        optimizer.combine()
+        assert live.peak <= combined
+        live.peak = 0
+        torch.zeros(1)
+        assert live.peak == left
+        optimizer.step()
+        # In step space also the parameters' values before the step.
+        assert live.peak <= left + ("space" in settings)
+        optimizer.zero_grad()
+        torch.zeros(1)
+        assert len(live.alive) == 0

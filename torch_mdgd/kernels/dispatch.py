@@ -1,0 +1,65 @@
+"""Which backend runs: the tensors' device decides, unless ``TORCH_MDGD_BACKEND`` or :func:`use_backend` does."""
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+VARIABLE = "TORCH_MDGD_BACKEND"
+BACKENDS = ("oracle", "eager", "triton")
+
+_forced: ContextVar[str | None] = ContextVar("backend", default=None)
+
+
+def backend_for(tensor: Tensor | None) -> str:
+    """The name of the backend that runs for a list whose first tensor this is (None: for a list without any).
+
+    It is what :func:`use_backend` says, else what the environment variable TORCH_MDGD_BACKEND says, else
+    ``"triton"`` for a CUDA tensor if Triton is installed, else ``"eager"``.
+
+    Raises:
+        ValueError: the environment variable names no backend.
+    """
+    name = _forced.get() or os.environ.get(VARIABLE)
+    if name:
+        return _known(name, f"the environment variable {VARIABLE}")
+    on_cuda = tensor is not None and tensor.device.type == "cuda" and torch.version.hip is None
+    return "triton" if on_cuda and _triton_installed() else "eager"
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every kernel inside the ``with`` block on one backend: ``"oracle"``, ``"eager"`` or ``"triton"``.
+
+    Raises:
+        ValueError: there is no such backend.
+    """
+    token = _forced.set(_known(name, "use_backend"))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def backend_module(*lists: Sequence[Tensor | None]) -> ModuleType:
+    """The module that implements the operations for these lists of tensors."""
+    first = next((x for tensors in lists for x in tensors if x is not None), None)
+    return importlib.import_module(f"torch_mdgd.kernels.{backend_for(first)}")
+
+
+def _known(name: str, origin: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{origin} names the backend {name!r}; there are {', '.join(BACKENDS)}")
+    return name
+
+
+@cache
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None

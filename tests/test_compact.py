@@ -91,10 +91,7 @@ def before_of(parameter: nn.Parameter) -> Tensor:
 @pytest.mark.parametrize("base", ["adamw", "sgd-momentum", "adagrad"])
 @pytest.mark.parametrize("form", FORMS)
 def test_resume_is_bit_exact(base: str, form: str) -> None:
-    if form == "warmed up":
-        steps = range(3, 6)
-    else:
-        steps = range(2, 6)
+    steps = range(3, 6) if form == "warmed up" else range(2, 6)
     parameters = make_parameters()
     optimizer = MDGDOptimizer(BASES[base](parameters), compact=True, **FORMS[form])
     train(optimizer, range(steps.start))

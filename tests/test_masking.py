@@ -9,7 +9,7 @@ from torch import nn
 from tests.properties import assert_close, assert_same_bits, bits, expected, flat
 from tests.strategies import SCOPES, UPDATES, WEIGHTS, cases, make_case
 from torch_mdgd import MDGDOptimizer, TopK, equations
-from torch_mdgd.masking import restore_outside_
+from torch_mdgd.masking import Given, Magnitude, Random, ScoreInputs, restore_outside_
 
 F64 = (torch.float64,)
 BASES = {
@@ -41,28 +41,133 @@ def test_fraction_out_of_range_is_refused(fraction):
         TopK(fraction)
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TopK(0.1, scope="layer"), "scope must be"),
+        (lambda: TopK(0.1, refresh=0), "refresh must be at least 1"),
+        (lambda: TopK(0.1, warmup=0), "warmup must be at least 1"),
+        (lambda: Random(0.0), "fraction must lie in"),
+        (lambda: Magnitude(2.0), "fraction must lie in"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def scored(scores, mask):
+    """The masks that these scores choose: as gradients g~ with ones for g~0."""
+    parameters = [torch.zeros_like(s) for s in scores]
+    ones = [torch.ones_like(s) for s in scores]
+    return mask.choose(parameters, ScoreInputs(scores, [None] * len(scores), ones, torch.zeros(len(scores)).double()))
+
+
 def test_scores_with_nan_are_refused_by_position():
-    with pytest.raises(ValueError, match="similarity of parameter 1 holds NaN"):
-        TopK(0.5).choose([torch.ones(2), torch.tensor([1.0, float("nan")])])
+    with pytest.raises(ValueError, match=r"\b1\b.*NaN"):
+        scored([torch.ones(2), torch.tensor([1.0, float("nan")])], TopK(0.5))
 
 
+@pytest.mark.parametrize("scope", ["global", "tensor"])
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=4), st.floats(0.001, 1.0), st.integers(0, 2**31))
-def test_fact_8_exact_count_with_ties_to_the_lowest_index(sizes, fraction, seed):
+def test_fact_8_exact_count_with_ties_to_the_lowest_index(scope, sizes, fraction, seed):
     generator = torch.Generator().manual_seed(seed)
     # Five different scores, so that nearly all are tied.
     scores = [torch.randint(-2, 3, (n,), generator=generator).double() for n in sizes]
-    masks = TopK(fraction).choose(scores)
-    total = [float(x) for s in scores for x in s]
-    k = max(1, round(fraction * len(total)))
-    ranked = sorted(range(len(total)), key=lambda i: (-total[i], i))[:k]
-    assert [i for i, kept in enumerate(torch.cat(masks).tolist()) if kept] == sorted(ranked)
+    masks = scored(scores, TopK(fraction, scope=scope))
     assert all(m.dtype == torch.bool and m.shape == s.shape for m, s in zip(masks, scores, strict=True))
+    pairs = [(torch.cat(masks), torch.cat(scores))] if scope == "global" else zip(masks, scores, strict=True)
+    for mask, score in pairs:
+        total = score.tolist()
+        ranked = sorted(range(len(total)), key=lambda i: (-total[i], i))[: max(1, round(fraction * len(total)))]
+        assert mask.nonzero().flatten().tolist() == sorted(ranked)
 
 
 def test_fact_8_all_tied():
-    masks = TopK(0.3).choose([torch.zeros(2, 3), torch.zeros(4)])
+    masks = scored([torch.zeros(2, 3), torch.zeros(4)], TopK(0.3))
     assert masks[0].tolist() == [[True, True, True], [False, False, False]]
     assert not masks[1].any()
+
+
+def test_magnitude_keeps_the_largest_numbers_of_the_reference():
+    parameters = [nn.Parameter(torch.tensor([0.1, -9.0, 3.0])), nn.Parameter(torch.tensor([[-4.0, 2.0]]))]
+    optimizer = MDGDOptimizer(torch.optim.SGD(parameters), mask=Magnitude(0.4))
+    assert [m.tolist() for m in masks_of(optimizer)] == [[False, True, False], [[True, False]]]
+    optimizer = MDGDOptimizer(torch.optim.SGD(parameters), mask=Magnitude(0.4, scope="tensor"))
+    assert [m.tolist() for m in masks_of(optimizer)] == [[False, True, False], [[True, False]]]
+    optimizer = MDGDOptimizer(torch.optim.SGD(parameters), mask=Magnitude(0.6))
+    assert [m.tolist() for m in masks_of(optimizer)] == [[False, True, True], [[True, False]]]
+
+
+@given(st.integers(0, 1000), st.floats(0.01, 1.0))
+def test_random_masks_are_exact_and_depend_on_the_seed_alone(seed, fraction):
+    parameters = [nn.Parameter(torch.randn(9, 7)), nn.Parameter(torch.randn(41))]
+    first, again, other = (Random(fraction, s).choose(parameters, None) for s in (seed, seed, seed + 1))
+    assert sum(int(m.sum()) for m in first) == max(1, round(fraction * 104))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    if 0.1 < fraction < 0.9:
+        assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_a_given_mask_is_checked_and_kept():
+    parameters = [nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(2, 2))]
+    masks = [torch.tensor([True, False, False]), torch.eye(2, dtype=torch.bool)]
+    optimizer = MDGDOptimizer(torch.optim.SGD(parameters), mask=Given(masks))
+    assert_same_bits(masks_of(optimizer), masks)
+    for bad, message in (
+        (masks[:1], "1 masks for 2 parameters"),
+        ([masks[0], masks[1].float()], "mask 1 is torch.float32"),
+        ([masks[0], masks[1][0]], "mask 1"),
+        ([torch.zeros_like(m) for m in masks], "nothing could be trained"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            MDGDOptimizer(torch.optim.SGD(parameters), mask=Given(bad))
+
+
+def gradients_at(step, parameters):
+    generator = torch.Generator().manual_seed(step)
+    return [torch.randn(p.shape, generator=generator) for p in parameters]
+
+
+def test_a_warm_up_adds_gradients_up_and_moves_nothing():
+    parameters = [nn.Parameter(torch.randn(6, 5)), nn.Parameter(torch.randn(20))]
+    before = [p.detach().clone() for p in parameters]
+    optimizer = MDGDOptimizer(torch.optim.AdamW(parameters, lr=0.1), mask=TopK(0.2, warmup=3))
+    zeros = [torch.zeros_like(p) for p in parameters]
+    for step in range(3):
+        assert len(optimizer.required_roles) == 4
+        g = gradients_at(step, parameters)
+        optimizer.set_gradients(task=g, visual=zeros, reference_task=g, reference_visual=zeros)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step < 2:
+            assert_same_bits(parameters, before)
+            assert not optimizer.base.state
+    total = torch.cat(
+        [sum(xs).flatten().abs() for xs in zip(*(gradients_at(s, parameters) for s in range(3)), strict=True)]
+    )
+    kept = torch.cat([m.flatten() for m in masks_of(optimizer)])
+    assert set(kept.nonzero().flatten().tolist()) == set(total.topk(10).indices.tolist())
+    assert len(optimizer.required_roles) == 2
+
+
+def test_a_refreshed_mask_follows_the_gradients_of_its_step_and_needs_the_reference_only_then():
+    parameters = [nn.Parameter(torch.randn(30))]
+    optimizer = MDGDOptimizer(torch.optim.SGD(parameters, lr=0.1, momentum=0.9), mask=TopK(0.2, refresh=3))
+    zeros = [torch.zeros(30)]
+    for step in range(7):
+        g = gradients_at(step, parameters)
+        choosing = step % 3 == 0
+        assert (len(optimizer.required_roles) == 4) == choosing
+        before = parameters[0].detach().clone()
+        if choosing:
+            optimizer.set_gradients(task=g, visual=zeros, reference_task=g, reference_visual=zeros)
+            wanted = set(g[0].abs().topk(6).indices.tolist())
+        else:
+            optimizer.set_gradients(task=g, visual=zeros)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert set((parameters[0] != before).nonzero().flatten().tolist()) == wanted
 
 
 @pytest.mark.parametrize("similarity", [equations.product, equations.sign_agreement, lambda x, y: -(x - y).abs()])
@@ -76,7 +181,7 @@ def test_the_mask_keeps_the_largest_similarities(similarity, case, scope, fracti
         pairs = [[flat([x], [p]) for x in row] for *row, p in zip(g, v, g0, v0, like, strict=True)]
     scores = [similarity(equations.decouple(a, b), equations.decouple(c, d)) for a, b, c, d in pairs]
 
-    masks = torch.cat([m.reshape(-1) for m in chosen(case, TopK(fraction, similarity), scope=scope)])
+    masks = torch.cat([m.reshape(-1) for m in chosen(case, TopK(fraction, similarity=similarity), scope=scope)])
 
     scores = torch.cat(scores)
     assert int(masks.sum()) == max(1, round(fraction * scores.numel()))

@@ -300,12 +300,13 @@ def test_a_hook_that_changes_the_state_dict_in_place_does_not_change_the_callers
 # Closures.
 
 
+@pytest.mark.parametrize("space", ["gradient", "step"])
 @pytest.mark.parametrize("captured", [False, True])
-def test_a_closure_runs_once_with_gradients_enabled(captured):
+def test_a_closure_runs_once_with_gradients_enabled(captured, space):
     outcomes = []
     for as_closure in (False, True):
         model = network()
-        optimizer = MDGDOptimizer(torch.optim.AdamW(model.parameters(), lr=0.1), update="project")
+        optimizer = MDGDOptimizer(torch.optim.AdamW(model.parameters(), lr=0.1), update="project", space=space)
         calls = []
 
         def closure(model=model, optimizer=optimizer, calls=calls):

@@ -125,17 +125,16 @@ def coefficients(products: Tensor, update: Update, align: float, regularize: flo
         masked: whether the result is for (11).
 
     Returns:
-        shape (T, 2) or (T, 3). NaN or Inf in any of the vectors makes the first coefficient NaN, so that it reaches
-        ``.grad`` even from a vector that the update does not add.
+        shape (T, 2) or (T, 3). All vectors have one, if it is 0, since the kernel carries NaN and Inf along even then:
+        they reach ``.grad`` also from a vector that the update does not add.
     """
     roles = products.shape[-1]
     out = torch.zeros(products.shape[:2], dtype=products.dtype, device=products.device)
-    out[:, 0] = 0 * products.diagonal(dim1=1, dim2=2).sum(1)
     out[:, 1] = align
     if update == "reference":
         out[:, 2] = agreement(products)
     else:
-        out[:, 0] += 1
+        out[:, 0] = 1
     if update == "project":
         out[:, 1] -= drift(products)
     if update == "regularize" and not masked and roles == 3:

@@ -1,14 +1,29 @@
 """Modality-decoupled gradient descent for torch: fine-tune a vision-language model without blinding it.
 
-optimizer = MDGDOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-4), align=1.0, regularize=1.0)
-loss = mdgd_backward(model, optimizer, batch)  # in place of loss.backward()
-optimizer.step()
+Wrap the optimizer in :class:`MDGDOptimizer` and call :func:`mdgd_backward` in place of ``loss.backward()``.
 """
 
 from torch_mdgd.backward import mdgd_backward
+from torch_mdgd.delta import apply_delta, save_delta
 from torch_mdgd.diagnostics import effective_rank
-from torch_mdgd.masking import TopK
+from torch_mdgd.masking import Given, Magnitude, Random, TopK
 from torch_mdgd.optimizer import MDGDOptimizer
+from torch_mdgd.parts import connector, freeze_all_but, last_decoder_layers
 from torch_mdgd.visual import VisualTap, visual_alignment_loss
 
-__all__ = ["MDGDOptimizer", "TopK", "VisualTap", "effective_rank", "mdgd_backward", "visual_alignment_loss"]
+__all__ = [
+    "Given",
+    "MDGDOptimizer",
+    "Magnitude",
+    "Random",
+    "TopK",
+    "VisualTap",
+    "apply_delta",
+    "connector",
+    "effective_rank",
+    "freeze_all_but",
+    "last_decoder_layers",
+    "mdgd_backward",
+    "save_delta",
+    "visual_alignment_loss",
+]

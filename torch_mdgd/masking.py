@@ -16,17 +16,19 @@ from torch_mdgd.equations import Similarity, product
 
 
 class Mask(Protocol):
-    """Chooses which numbers may move.
+    """Chooses which numbers may move."""
 
-    Attributes:
-        scored: whether it needs g~ and g~0 of a step; if not, it is chosen when the optimizer is wrapped.
-        warmup: for how many steps gradients are added up before it is chosen; nothing moves until then.
-        refresh: after how many steps it is chosen anew, None for never.
-    """
+    @property
+    def scored(self) -> bool:
+        """Whether it needs g~ and g~0 of a step; if not, it is chosen when the optimizer is wrapped."""
 
-    scored: bool
-    warmup: int
-    refresh: int | None
+    @property
+    def warmup(self) -> int:
+        """For how many steps gradients are added up before the first choice; nothing moves until then."""
+
+    @property
+    def refresh(self) -> int | None:
+        """After how many steps it is chosen anew, None for never."""
 
     def choose(self, parameters: Sequence[Tensor], gradients: "ScoreInputs | None") -> list[Tensor]:
         """Bool tensors of the parameters' shapes."""

@@ -1,18 +1,16 @@
 """`python -m reproductions mini ...`: commands of the small experiment."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from reproductions.mini.settings import PRETRAIN, PretrainSettings
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 app = typer.Typer(help="A small LLaVA on drawn scenes: runs on two CPU cores.", no_args_is_help=True)
-
-
-@app.callback()
-def _group() -> None:
-    """Keeps the command's name necessary while there is only one."""
 
 
 @app.command()
@@ -51,6 +49,56 @@ def pretrain(
         report = pretraining.pretrain(output, settings, show, workers, final_examples=examples)
     console.print(f"validation: {_percentages(report['validation']['exact'])}", soft_wrap=True)
     console.print(f"wrote {output} after {report['seconds'] / 60:.1f} minutes", soft_wrap=True)
+
+
+Target = Annotated[str, typer.Option(help="What to fine-tune on: digits or caption.")]
+Steps = Annotated[int, typer.Option(min=1, help="Optimizer steps of each fine-tuning.")]
+Examples = Annotated[int, typer.Option(min=1, help="Examples that measure each task.")]
+
+
+@app.command()
+def demo(
+    output: Annotated[
+        Path,
+        typer.Option(help="Folder for the table's numbers and the figure; what it holds already is not run again."),
+    ] = Path("runs/mini/demo"),
+    target: Target = "digits",
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the batches.")] = 0,
+    steps: Steps = 300,
+    examples: Examples = 200,
+) -> None:
+    """Fine-tune with and without MDGD and show what is forgotten: under 4 minutes on two cores."""
+    from reproductions.mini import demo as demonstration
+
+    demonstration.demo(output, target, seed, steps, examples, _console())
+
+
+@app.command()
+def tune(
+    output: Annotated[
+        Path, typer.Option(help="Folder for the results; those that are there are not run again.")
+    ] = Path("runs/mini/tune"),
+    target: Target = "digits",
+    methods: Annotated[str, typer.Option(help="Which methods, separated by commas; all by default.")] = "",
+    steps: Steps = 300,
+    examples: Examples = 150,
+) -> None:
+    """Choose settings on validation examples and on seeds of their own: about half an hour on two cores."""
+    from reproductions.mini import tune as tuning
+
+    names = methods.split(",") if methods else list(tuning.GRIDS)
+    tuning.tune(output, names, target, steps, examples, _console())
+
+
+def _console() -> "Console":
+    """Where to print; as wide as the table needs where the output is no terminal."""
+    import sys
+
+    import transformers
+    from rich.console import Console
+
+    transformers.utils.logging.disable_progress_bar()
+    return Console(width=None if sys.stdout.isatty() else 140)
 
 
 def _percentages(accuracies: dict[str, float]) -> str:

@@ -1,0 +1,106 @@
+"""The demo's figure: what each model still answers, task by task, and the rank of its visual features."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import SubFigure
+
+from reproductions.mini.data import Example, pretrained_task_data
+from reproductions.mini.parallel import Result
+from reproductions.mini.questions import PRETRAINED_TASKS
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart.
+COLOURS = {
+    "zero-shot": "#999999",
+    "fine-tune": "#D55E00",
+    "fine-tune-low": "#E69F00",
+    "mdgd": "#0072B2",
+    "mdgd-gm": "#56B4E9",
+    "step": "#009E73",
+}
+SHOWN = 4
+
+
+def draw_demo(results: Sequence[Result], target: str, path: Path) -> None:
+    """Draw pictures with answers above, scores and effective ranks below.
+
+    Args:
+        results: of the pre-trained model first, then of every method.
+        target: the task that they were fine-tuned on.
+        path: PNG to write.
+    """
+    figure = plt.figure(figsize=(12, 7.4), layout="constrained")
+    top, bottom = cast("Sequence[SubFigure]", figure.subfigures(2, 1, height_ratios=(1.1, 1.5)))
+    _pictures(top.subplots(1, SHOWN), results)
+    scores, ranks = bottom.subplots(1, 2, width_ratios=(3.4, 1))
+    _scores(scores, results, target)
+    _ranks(ranks, results)
+    figure.suptitle(f"What is forgotten by fine-tuning on {target}, and what MDGD saves", fontsize=13)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _pictures(axes: Sequence[Axes], results: Sequence[Result]) -> None:
+    for axis, (example, answers) in zip(axes, telling_examples(results, SHOWN), strict=True):
+        axis.imshow(example.picture.transpose(1, 2, 0))
+        axis.set_axis_off()
+        axis.set_title(example.question, fontsize=10)
+        for line, (result, answer) in enumerate(zip(results, answers, strict=True)):
+            right = answer == example.answer
+            axis.text(
+                1.06, 0.9 - 0.17 * line, f"{result['label']}: {answer or '(nothing)'}", transform=axis.transAxes,
+                color=COLOURS[result["method"]], fontsize=8.5, fontweight="bold" if right else "normal",
+            )  # fmt: skip
+
+
+def telling_examples(results: Sequence[Result], count: int) -> list[tuple[Example, list[str]]]:
+    """Test examples, from different tasks, that the pre-trained model answers rightly and plain fine-tuning wrongly.
+
+    Picked for that, so they show what forgetting looks like, not how often it happens. The first of each task; tasks
+    in the order of their loss.
+    """
+    plain = next(r for r in results if r["method"] == "fine-tune")
+    tasks = sorted(PRETRAINED_TASKS, key=lambda task: plain["exact"][task] - results[0]["exact"][task])
+    found: list[tuple[Example, list[str]]] = []
+    for task in tasks:
+        data = pretrained_task_data(task, "test", len(plain["answers"][task]))
+        for i, example in enumerate(data.examples):
+            if results[0]["answers"][task][i] == example.answer != plain["answers"][task][i]:
+                found.append((example, [r["answers"][task][i] for r in results]))
+                break
+    rest = pretrained_task_data(tasks[0], "test", count)
+    for i in range(count - len(found)):
+        found.append((rest.examples[i], [r["answers"][tasks[0]][i] for r in results]))
+    return found[:count]
+
+
+def _scores(axis: Axes, results: Sequence[Result], target: str) -> None:
+    columns: list[tuple[str, Any]] = [(task, task) for task in PRETRAINED_TASKS]
+    columns += [("mean of\nthese seven", None), (f"target:\n{target}", target)]
+    width = 0.8 / len(results)
+    for i, result in enumerate(results):
+        heights = [result["P"] if task is None else result["exact"][task] for _, task in columns]
+        places = [column + (i - (len(results) - 1) / 2) * width for column in range(len(columns))]
+        axis.bar(places, heights, width, label=result["label"], color=COLOURS[result["method"]])
+    axis.set_xticks(range(len(columns)), [name for name, _ in columns])
+    axis.axvline(len(PRETRAINED_TASKS) - 0.5, color="0.7", linewidth=0.8)
+    axis.set_ylabel("right answers, %")
+    axis.set_ylim(0, 100)
+    axis.legend(ncols=len(results), loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _ranks(axis: Axes, results: Sequence[Result]) -> None:
+    ranks = [result["effective_rank"]["scenes"] for result in results]
+    axis.barh(range(len(results)), ranks, color=[COLOURS[result["method"]] for result in results])
+    axis.set_yticks(range(len(results)), [result["label"] for result in results])
+    axis.invert_yaxis()
+    axis.bar_label(axis.containers[0], fmt="%.1f", padding=3)  # type: ignore[arg-type]
+    axis.set_title("effective rank of the\nvisual features, scenes", fontsize=10)
+    axis.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,144 @@
+"""The demo and the choice of its settings, end to end on few steps."""
+
+import json
+
+import pytest
+import torch
+from rich.console import Console
+
+from reproductions.mini import demo, tune
+from reproductions.mini.data import target_data
+from reproductions.mini.figures import telling_examples
+from reproductions.mini.finetune import Run, execute, finetune, trainable_parameters
+from reproductions.mini.methods import METHODS
+from reproductions.mini.model import load_checkpoint
+from reproductions.mini.parallel import execute_all, key, read_results
+from reproductions.mini.questions import PRETRAINED_TASKS
+from torch_mdgd import MDGDOptimizer
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A demo of 20 steps: its folder, its results and what it printed."""
+    folder = tmp_path_factory.mktemp("demo")
+    console = Console(record=True, width=140)
+    results = demo.demo(folder, "digits", seed=0, steps=20, examples=12, console=console)
+    return folder, results, console.export_text()
+
+
+def test_every_method_has_every_number(finished):
+    _, results, _ = finished
+    assert [r["method"] for r in results] == list(METHODS)
+    for result in results:
+        assert set(result["exact"]) == {*PRETRAINED_TASKS, "digits"}
+        assert all(0 <= score <= 100 for score in result["exact"].values())
+        assert all(1 <= rank <= 128 for rank in result["effective_rank"].values())
+        assert len(result["losses"]) == (0 if result["method"] == "zero-shot" else 20)
+    assert results[0]["P"] > 90, "the checkpoint can see"
+    assert results[0]["T"] < 20, "the target is new to it"
+    assert all(r["losses"][-1] < r["losses"][0] for r in results[1:])
+
+
+def test_trained_numbers_are_those_that_move():
+    for name in ("fine-tune", "mdgd-gm"):
+        model, tokenizer = load_checkpoint()
+        before = [p.detach().clone() for p in model.parameters()]
+        run = Run(METHODS[name], "digits", "validation", seed=100, steps=2, examples=2)
+        finetune(model, tokenizer, target_data("digits", "train"), run.method, seed=100, steps=2)
+        moved = sum(int((a != b).sum()) for a, b in zip(before, model.parameters(), strict=True))
+        trained = execute(run)["trained"]
+        assert 0.9 * trained <= moved <= trained
+
+
+def test_the_last_layers_and_the_projector_are_trained_alone():
+    model, _ = load_checkpoint()
+    parameters = trainable_parameters(model)
+    assert sum(p.numel() for p in parameters) == 459_520
+    frozen = {name.split(".layers.")[0] for name, p in model.named_parameters() if not p.requires_grad}
+    assert not any("projector" in name for name in frozen)
+    assert {id(p) for p in parameters} == {id(p) for p in model.parameters() if p.requires_grad}
+
+
+def test_table_and_files_hold_the_results(finished):
+    folder, results, printed = finished
+    for result in results:
+        assert result["label"].split(",")[0].split()[0] in printed
+    for word in (*PRETRAINED_TASKS, "Avg", "H(P, T)", "effective rank", "numbers trained"):
+        assert word in printed
+    saved = json.loads((folder / "demo.json").read_text())
+    assert [r["key"] for r in saved] == [r["key"] for r in results]
+    assert (folder / "demo.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_second_call_runs_nothing_again(finished):
+    folder, results, _ = finished
+    lines = (folder / "results.jsonl").read_text()
+    again = demo.demo(folder, "digits", seed=0, steps=20, examples=12, console=Console(quiet=True))
+    assert (folder / "results.jsonl").read_text() == lines
+    assert [r["key"] for r in again] == [r["key"] for r in results]
+
+
+def test_a_result_cut_short_by_a_kill_is_run_again(finished, tmp_path):
+    folder, results, _ = finished
+    whole = (folder / "results.jsonl").read_text().splitlines()
+    zero = next(line for line in whole if json.loads(line)["method"] == "zero-shot")
+    path = tmp_path / "results.jsonl"
+    path.write_text(zero[:100] + "\n")
+    assert read_results(path) == {}
+    run = Run(METHODS["zero-shot"], "digits", "test", 0, 0, 12)
+    (result,) = execute_all([run], path, Console(quiet=True))
+    assert result["exact"] == results[0]["exact"]
+    assert set(read_results(path)) == {key(run)}
+
+
+def test_runs_are_reproducible(finished):
+    _, results, _ = finished
+    threads = torch.get_num_threads()
+    again = execute(Run(METHODS["fine-tune"], "digits", "test", 0, 20, 12))
+    torch.set_num_threads(threads)
+    wanted = next(r for r in results if r["method"] == "fine-tune")
+    assert again["losses"] == wanted["losses"]
+    assert list(again["answers"]["digits"]) == list(wanted["answers"]["digits"])
+
+
+def test_pictures_shown_are_right_before_and_wrong_after_where_there_are_any(finished):
+    _, results, _ = finished
+    shown = telling_examples(results, 4)
+    assert len(shown) == 4
+    wrong = sum(r["exact"][t] < results[0]["exact"][t] for t in PRETRAINED_TASKS for r in results[1:2])
+    telling = [(e, a) for e, a in shown if a[0] == e.answer != a[1]]
+    assert bool(telling) == bool(wrong)
+
+
+def test_seeds_and_splits_of_tuning_are_not_those_of_the_table():
+    assert not set(tune.SEEDS) & set(demo.TEST_SEEDS)
+    with pytest.raises(ValueError, match="kept for choosing settings"):
+        demo.demo(None, "digits", tune.SEEDS[0], 1, 1, Console())  # type: ignore[arg-type]
+    assert all(run.split == "test" for run in demo.runs("digits", 0, 1, 1))
+
+
+def test_an_unknown_target_is_named():
+    with pytest.raises(ValueError, match="'digit'"):
+        Run(METHODS["fine-tune"], "digit", "test", 0)
+
+
+def test_every_candidate_differs_and_every_method_has_as_many():
+    counts = {name: len({str(m) for m in tune.candidates(name)}) for name in tune.GRIDS}
+    assert len(set(counts.values())) == 1
+    for name in tune.GRIDS:
+        for method in tune.candidates(name):
+            model, _ = load_checkpoint()
+            optimizer = method.optimizer(trainable_parameters(model))
+            assert optimizer.param_groups[0]["lr"] == method.learning_rate
+            assert isinstance(optimizer, MDGDOptimizer) == (method.wrap is not None)
+
+
+def test_tune_ranks_candidates_by_the_harmonic_mean(tmp_path, monkeypatch):
+    monkeypatch.setattr(tune, "SEEDS", (100,))
+    monkeypatch.setitem(tune.GRIDS, "fine-tune", {"learning_rate": (1e-9, 2e-3)})
+    console = Console(record=True, width=160)
+    ranked = tune.tune(tmp_path, ["fine-tune"], "digits", steps=12, examples=8, console=console)
+    scores = [results[0]["H"] for results in ranked["fine-tune"]]
+    assert scores == sorted(scores, reverse=True)
+    assert {r["split"] for results in ranked["fine-tune"] for r in results} == {"validation"}
+    assert "learning_rate 0.002" in console.export_text()

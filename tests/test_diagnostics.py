@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.properties import flat
@@ -113,6 +114,15 @@ def test_recorded_values_are_shown():
     optimizer.record(visual_loss=x * 2)
     optimizer.record(other=torch.tensor(1))
     assert optimizer.diagnostics == {"visual_loss": 5.0, "other": 1.0}
+
+
+def test_recording_keeps_no_graph_alive():
+    optimizer = MDGDOptimizer(torch.optim.SGD(make_case([(3,)], F64, 0).parameters, lr=0.1))
+    saved_for_backward = torch.ones(3, requires_grad=True) * 2
+    optimizer.record(visual_loss=saved_for_backward.square().sum())
+    storage = StorageWeakRef(saved_for_backward.untyped_storage())
+    del saved_for_backward
+    assert storage.expired()
 
 
 class NoReads(TorchDispatchMode):

@@ -1,0 +1,49 @@
+"""``python -m benchmarks``: print every table, and write it with its picture into ``benchmarks/results``."""
+
+import argparse
+import os
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from benchmarks import combine, masking, memory, scaling, shapes, step, training
+from benchmarks.report import machine
+from benchmarks.settings import QUICK, Settings
+
+SECTIONS = {
+    "combine": combine.section,
+    "masking": masking.section,
+    "shapes": shapes.section,
+    "step": step.section,
+    "training": training.section,
+    "memory": memory.section,
+    "scaling": scaling.section,
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="NAME",
+                        help=f"of {', '.join(SECTIONS)}")  # fmt: skip
+    parser.add_argument("--quick", action="store_true", help="small sizes, to see that everything runs")
+    parser.add_argument("--threads", nargs="+", type=int, metavar="N", help="thread counts (default: 1 and 2)")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="where results are written")
+    options = parser.parse_args(arguments)
+    settings = QUICK if options.quick else Settings()
+    if options.threads:
+        settings = replace(settings, threads=tuple(options.threads))
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    warnings.filterwarnings("ignore", module="(peft|transformers).*")
+    print(machine())
+    for name in options.only:
+        torch.manual_seed(0)
+        section = SECTIONS[name](settings)
+        section.show()
+        section.write(options.out)
+
+
+if __name__ == "__main__":
+    main()

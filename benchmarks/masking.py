@@ -1,0 +1,93 @@
+"""Exact top-k masks: the library beside torch.topk, torch.kthvalue and np.partition, each up to the finished mask."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks import figures
+from benchmarks.report import Goal, Section, Table, mega, on
+from benchmarks.settings import Settings
+from benchmarks.setups import gradients
+from benchmarks.timing import PATIENCE, Contender, Ratio, copy_of, median_ratio, ratio, threads
+from torch_mdgd import kernels
+
+OURS, FUSED = "torch_mdgd, of scores", "torch_mdgd, of g, v, g~0"
+TOPK, KTHVALUE, PARTITION = "torch.topk", "torch.kthvalue", "np.partition"
+RIVALS = (TOPK, KTHVALUE, PARTITION)
+NAMES = (OURS, FUSED, *RIVALS)
+FRACTION = 0.10
+
+
+def by_topk(scores: Tensor, k: int) -> Tensor:
+    """The positions of the k largest; which ones among equals is left to torch."""
+    mask = torch.zeros(scores.shape, dtype=torch.bool)
+    mask[torch.topk(scores, k, sorted=False).indices] = True
+    return mask
+
+
+def by_kthvalue(scores: Tensor, k: int) -> Tensor:
+    """All numbers not below the k-th largest; more than k if it is not the only one of its value."""
+    return scores >= torch.kthvalue(scores, len(scores) - k + 1).values
+
+
+def by_partition(scores: Tensor, k: int) -> Tensor:
+    """As :func:`by_kthvalue`, with numpy's introselect."""
+    array = scores.numpy()
+    return torch.from_numpy(array >= np.partition(array, len(array) - k)[len(array) - k])
+
+
+def contenders(n: int, fraction: float = FRACTION, names: Sequence[str] = NAMES) -> list[Contender]:
+    """The named rows for n scores, and the copy that is their unit."""
+    k = max(1, round(fraction * n))
+    if FUSED in names:
+        g, v, g0 = (tensors for _, tensors in zip(range(3), gradients([(n,)]).values(), strict=False))
+        a = torch.full((1,), 0.3, dtype=torch.float64)
+    scores = torch.randn(n, generator=torch.Generator().manual_seed(1))
+    found = {
+        OURS: lambda: kernels.top_k_masks([scores], k),
+        FUSED: lambda: kernels.top_k_similarity_masks(g, v, g0, a, k),
+        TOPK: lambda: by_topk(scores, k),
+        KTHVALUE: lambda: by_kthvalue(scores, k),
+        PARTITION: lambda: by_partition(scores, k),
+    }
+    patience = {name: PATIENCE if name in RIVALS else math.inf for name in names}
+    return [copy_of(n), *(Contender(name, found[name], limit=patience[name]) for name in names)]
+
+
+def section(settings: Settings) -> Section:
+    """Time all rows at one fraction on each number of threads, then those that are fast at several fractions."""
+    n = settings.values
+    series: dict[str, dict[str, Ratio | None]] = {}
+    for count in settings.threads:
+        with threads(count):
+            times = settings.race(contenders(n))
+        series[on(count)] = {name: ratio(times, name) for name in NAMES}
+    table = Table(
+        f"{FRACTION:.0%} of {mega(n)} float32 scores, in copies of them",
+        ("mask", *series),
+        [(name, *(str(values[name] or "too slow") for values in series.values())) for name in NAMES],
+        ["Median and quartiles. torch_mdgd breaks ties by position; the others return any k, or more than k."],
+    )
+    fast = (OURS, FUSED, PARTITION)
+    found = {}
+    for fraction in settings.fractions:
+        with threads(settings.threads[-1]):
+            found[fraction] = settings.race(contenders(n, fraction, fast))
+    fractions = Table(
+        f"By fraction, in copies, {on(settings.threads[-1])}",
+        ("mask", *(f"{fraction:.0%}" for fraction in found)),
+        [(name, *(str(ratio(times, name) or "too slow") for times in found.values())) for name in fast],
+    )
+    goals = [
+        Goal("exact mask", 6, median_ratio(times, OURS), unit="copies"),
+        Goal("faster than torch.topk", 15, median_ratio(times, TOPK, OURS), at_least=True),
+    ]
+    about = (
+        "The largest scores of all tensors together, as a bool mask with an exact count. "
+        "The row of g, v, g~0 computes the scores (10) as well, in float64 and block by block."
+    )
+    figure = figures.bars(table.title, f"copies of {mega(n)} float32 values", series)
+    return Section("masking", "Top-k masks", about, [table, fractions], goals, figure)

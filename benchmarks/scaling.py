@@ -1,0 +1,111 @@
+"""Time against n, for the update and for the mask; and how orthogonal the result is at each n."""
+
+import math
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from benchmarks import combine, figures, masking, naive
+from benchmarks.report import Goal, Section, Table, mega, on
+from benchmarks.settings import Settings
+from benchmarks.setups import Captured, gradients
+from benchmarks.timing import COPY, Contender, Times, digits, ratio, threads
+
+UPDATES = (combine.OURS, combine.PROJECTION, combine.NAIVE)
+MASKS = (masking.OURS, masking.PARTITION)
+# float32 vectors of size n that a comparison holds at its worst moment.
+VECTORS = {"update": 24, "mask": 6}
+
+
+def slope(points: Sequence[tuple[int, float]]) -> float:
+    """The exponent p of the least-squares fit time = c · n^p."""
+    x = [math.log(n) for n, _ in points]
+    y = [math.log(t) for _, t in points]
+    mx, my = sum(x) / len(x), sum(y) / len(y)
+    return sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True)) / sum((a - mx) ** 2 for a in x)
+
+
+def residual(g_tilde: Tensor, g: Tensor, v: Tensor) -> float:
+    """|⟨g~, v⟩| / (‖g‖ ‖v‖), with inner products in float64."""
+    dot, gg, vv = 0.0, 0.0, 0.0
+    for chunk in zip(g_tilde.split(1 << 20), g.split(1 << 20), v.split(1 << 20), strict=True):
+        t, x, y = (part.double() for part in chunk)
+        dot, gg, vv = dot + float(t @ y), gg + float(x @ x), vv + float(y @ y)
+    return abs(dot) / math.sqrt(gg * vv)
+
+
+def residuals(n: int) -> tuple[float, float]:
+    """The residual of the library's float32 projection, and of the naive one."""
+    originals = gradients([(n,)])
+    g, v = originals["task"][0], originals["visual"][0]
+    projection = Captured(originals, update="project", align=0.0)
+    projection.prepare()
+    projection.combine()
+    return residual(projection.work["task"][0], g, v), residual(naive.project(g, v), g, v)
+
+
+def sizes(wanted: Sequence[int], vectors: int) -> list[int]:
+    """Those at which so many float32 vectors fit into half of the machine's memory."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return [n for n in wanted if 4 * n * vectors <= memory / 2]
+
+
+def section(settings: Settings) -> Section:
+    """Time both at each size, on the largest number of threads."""
+    with threads(settings.threads[-1]):
+        updates = _sweep(sizes(settings.sweep, VECTORS["update"]), settings, _updates)
+        masks = _sweep(sizes(settings.mask_sweep, VECTORS["mask"]), settings, _masks)
+        left = {n: residuals(n) for n in updates}
+    tables, lines, goals = [], {}, []
+    for title, names, sweep in (("The update (6)-(9)", UPDATES, updates), ("The top 10 %", MASKS, masks)):
+        rows = []
+        for n, times in sweep.items():
+            cells = [str(ratio(times, name) or "too slow") for name in names]
+            rows.append((mega(n), *cells, *(_throughput(times, name, n) for name in names)))
+        tables.append(Table(title, ("n", *(f"{x}, copies" for x in names), *(f"{x}, values/s" for x in names)), rows))
+        for name in (COPY, *names):
+            points = [(n, _median(times[name])) for n, times in sweep.items() if name in times]
+            label = f"{name} ({title.lower()})" if name == COPY else name
+            lines[label] = [(n, 1e3 * t) for n, t in points]
+            if name == names[0]:
+                linear = slope(points) if len(points) > 1 else None
+                what = f"{title}: exponent p of time ~ n^p up to n = {mega(max(sweep))}"
+                goals.append(Goal(what, 1.1, linear, unit=""))
+    largest = max(left)
+    tables.append(
+        Table(
+            "⟨g~, v⟩ / (‖g‖ ‖v‖) of the float32 projection",
+            ("n", "torch_mdgd", "written naively"),
+            [(mega(n), f"{ours:.1e}", f"{naively:.1e}") for n, (ours, naively) in left.items()],
+        )
+    )
+    goals.append(Goal(f"⟨g~, v⟩ / (‖g‖ ‖v‖), n = {mega(largest)}", 1e-6, left[largest][0], unit=""))
+    about = (
+        "Median and quartiles in copies of n values, and the values per second that they came to on this machine, "
+        f"{on(settings.threads[-1])}; np.partition uses one. Vectors that fit into the processor's cache have a "
+        "cheaper copy."
+    )
+    figure = figures.curves("Time against n", "n", "milliseconds", lines)
+    return Section("scaling", "Scaling", about, tables, goals, figure)
+
+
+def _updates(n: int) -> list[Contender]:
+    return combine.contenders(n, torch.float32, UPDATES)
+
+
+def _masks(n: int) -> list[Contender]:
+    return masking.contenders(n, masking.FRACTION, MASKS)
+
+
+def _sweep(ns: Sequence[int], settings: Settings, contenders) -> dict[int, Times]:
+    return {n: settings.race(contenders(n)) for n in ns}
+
+
+def _median(values: Sequence[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+def _throughput(times: Times, name: str, n: int) -> str:
+    return f"{digits(n / _median(times[name]) / 1e6)} M" if name in times else "—"

@@ -1,0 +1,54 @@
+"""How large, how often, on how many threads."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from benchmarks.timing import Contender, Times, interleave
+
+M = 1 << 20
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One run of the benchmarks.
+
+    Args:
+        values: numbers in the vectors of most tables.
+        sweep: sizes at which the update is timed.
+        mask_sweep: sizes at which the mask is timed.
+        fractions: kept fractions at which the mask is timed.
+        divide: by what the widths of LLaVA are divided in the list of its shapes.
+        hidden: width of the small language model that is trained.
+        layers: its depth.
+        rounds: at least so many rounds of every comparison.
+        seconds: and more of them until a comparison has taken this long.
+        threads: thread counts of torch; tables with one count use the last.
+    """
+
+    values: int = 16 * M
+    sweep: tuple[int, ...] = tuple(M << i for i in range(0, 7))
+    mask_sweep: tuple[int, ...] = tuple(M << i for i in range(0, 9))
+    fractions: tuple[float, ...] = (0.01, 0.05, 0.10, 0.25, 0.50)
+    divide: int = 8
+    hidden: int = 512
+    layers: int = 4
+    rounds: int = 7
+    seconds: float = 1.0
+    threads: tuple[int, ...] = tuple(sorted({1, min(2, os.cpu_count() or 1)}))
+
+    def race(self, contenders: Sequence[Contender]) -> Times:
+        """Time them in turn, as often as these settings say."""
+        return interleave(contenders, rounds=self.rounds, seconds=self.seconds)
+
+
+QUICK = Settings(
+    values=4096,
+    sweep=(1024, 2048, 4096),
+    mask_sweep=(1024, 2048, 4096),
+    fractions=(0.10, 0.50),
+    divide=128,
+    hidden=32,
+    layers=1,
+    seconds=0.0,
+)

@@ -1,0 +1,114 @@
+"""What the suites and the tables share: vectors, lists of shapes, and optimizers with their captures set."""
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_mdgd import MDGDOptimizer
+
+Shape = tuple[int, ...]
+ROLES = ("task", "visual", "reference_task", "reference_visual")
+
+
+def decoder_layer(hidden: int, inner: int) -> list[Shape]:
+    """The weights of one Llama decoder layer: attention, gated MLP, two norms."""
+    square, up, down = (hidden, hidden), (inner, hidden), (hidden, inner)
+    return [square, square, square, square, up, up, down, (hidden,), (hidden,)]
+
+
+def llava(divide: int = 1) -> list[Shape]:
+    """LLaVA-1.5-7B: the last 6 decoder layers and the projector, 58 tensors; every width divided by ``divide``."""
+    vision, hidden, inner = 1024 // divide, 4096 // divide, 11008 // divide
+    return 6 * decoder_layer(hidden, inner) + [(hidden, vision), (hidden,), (hidden, hidden), (hidden,)]
+
+
+def minicpm() -> list[Shape]:
+    """MiniCPM-V-2.0: the last 8 decoder layers and the resampler."""
+    vision, hidden = 1152, 2304
+    attention = [(3 * hidden, hidden), (3 * hidden,), (hidden, hidden), (hidden,)]
+    norms = 6 * [(hidden,)]
+    return 8 * decoder_layer(hidden, 5760) + [(64, hidden), (hidden, vision), *attention, *norms, (hidden, hidden)]
+
+
+def count(shapes: Sequence[Shape]) -> int:
+    """How many numbers tensors of these shapes hold."""
+    return sum(map(prod, shapes))
+
+
+def gradients(shapes: Sequence[Shape], dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, list[Tensor]]:
+    """The four gradients of every parameter: normal numbers, correlated as those of one network are.
+
+    Returns:
+        per role a list of tensors of these shapes.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal() -> list[Tensor]:
+        return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+
+    found = {role: normal() for role in ROLES}
+    for role in ROLES[1:]:
+        torch._foreach_add_(found[role], found["task"], alpha=0.3)
+    return found
+
+
+class Captured:
+    """An :class:`MDGDOptimizer` over parameters of given shapes, whose captures can be set again and again.
+
+    ``combine`` writes d over g and g~0 over g0, so every ``prepare`` restores those two first.
+
+    Args:
+        originals: the four gradients; their shapes and dtype are the parameters'.
+        work: the tensors that are captured and overwritten; made if None, shared between optimizers if given.
+        base: makes the wrapped optimizer from the parameters.
+        settings: of the :class:`MDGDOptimizer`.
+    """
+
+    def __init__(
+        self,
+        originals: dict[str, list[Tensor]],
+        work: dict[str, list[Tensor]] | None = None,
+        base: Any = torch.optim.SGD,
+        **settings: Any,
+    ) -> None:
+        self.originals = originals
+        self.work = work if work is not None else overwritable(originals)
+        parameters = [torch.zeros_like(x).normal_(std=0.02).requires_grad_() for x in originals["task"]]
+        self.optimizer = MDGDOptimizer(base(parameters, lr=1e-6), **settings)
+
+    def prepare(self) -> None:
+        """Captures set, nothing combined."""
+        self.optimizer.zero_grad()
+        for role, tensors in self.work.items():
+            if tensors is not self.originals[role]:
+                torch._foreach_copy_(tensors, self.originals[role])
+        self._capture()
+        if len(self.optimizer.required_roles) == len(ROLES):
+            with self.optimizer.reference():
+                self._capture()
+
+    def combine(self) -> Tensor | None:
+        """(6)-(9), or whatever the settings ask for; the first parameter's d."""
+        self.optimizer.combine()
+        return self.optimizer.parameters[0].grad
+
+    def step(self) -> None:
+        """Combine, then the wrapped optimizer's step."""
+        self.optimizer.step()
+
+    def _capture(self) -> None:
+        for role in ROLES[:2]:
+            with self.optimizer.capture(role):  # type: ignore[arg-type]
+                found = self.work[self.optimizer.role(role)]
+                for p, x in zip(self.optimizer.parameters, found, strict=True):
+                    p.grad = x
+
+
+def overwritable(originals: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
+    """The four gradients with copies of the two that are overwritten."""
+    return {
+        role: [x.clone() for x in tensors] if role.endswith("task") else tensors for role, tensors in originals.items()
+    }

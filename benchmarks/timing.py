@@ -1,0 +1,147 @@
+"""Interleaved timing: every contender meets the same noise, and only ratios within one process are reported."""
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+COPY = "copy"
+# Seconds for one run of a rival; the library's own rows are never left out.
+PATIENCE = 5.0
+
+
+def _nothing() -> None: ...
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One row of a comparison.
+
+    Args:
+        name: as printed.
+        run: what is timed; its result is freed outside the timing.
+        prepare: runs before every ``run``, untimed.
+        limit: if the warm-up takes longer than so many seconds, it is left out.
+    """
+
+    name: str
+    run: Callable[[], object]
+    prepare: Callable[[], object] = _nothing
+    limit: float = math.inf
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Median and quartiles of the ratios of single rounds."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{digits(self.median)} ({digits(self.low)}–{digits(self.high)})"
+
+
+Times = dict[str, list[float]]
+
+
+def copy_of(n: int) -> Contender:
+    """The unit: ``out.copy_(x)`` of n float32 values."""
+    x, out = torch.ones(n), torch.zeros(n)
+    return Contender(COPY, lambda: out.copy_(x))
+
+
+def interleave(
+    contenders: Sequence[Contender],
+    *,
+    rounds: int = 7,
+    seconds: float = 0.0,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Times:
+    """Times of A B C A B C ..., after one warm-up of each, without garbage collection in between.
+
+    Args:
+        contenders: with distinct names.
+        rounds: at least so many.
+        seconds: more rounds until the timed parts add up to this, at most 20 times ``rounds``.
+        clock: seconds.
+
+    Returns:
+        seconds of every round by name, without the contenders that exceeded their limit.
+
+    Raises:
+        ValueError: two contenders have one name.
+    """
+    names = [c.name for c in contenders]
+    if len(set(names)) < len(names):
+        raise ValueError(f"interleave: contenders must have distinct names, got {names}")
+    with _collected():
+        staying = [c for c in contenders if _time(c, clock) <= c.limit]
+        times: Times = {c.name: [] for c in staying}
+        done = 0
+        while staying and (done < rounds or (done < 20 * rounds and sum(map(sum, times.values())) < seconds)):
+            for c in staying:
+                times[c.name].append(_time(c, clock))
+            done += 1
+    return times
+
+
+def ratio(times: Times, name: str, unit: str = COPY) -> Ratio | None:
+    """How many ``unit`` one ``name`` takes, round by round; None if either was left out."""
+    if name not in times or unit not in times:
+        return None
+    values = [a / b for a, b in zip(times[name], times[unit], strict=True)]
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return Ratio(statistics.median(values), low, high)
+
+
+def median_ratio(times: Times, name: str, unit: str = COPY) -> float | None:
+    """The median of :func:`ratio`."""
+    found = ratio(times, name, unit)
+    return None if found is None else found.median
+
+
+def digits(value: float) -> str:
+    """Three significant digits, without an exponent."""
+    if value == 0 or not math.isfinite(value):
+        return str(value)
+    return f"{value:,.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Let torch use this many threads inside."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _collected() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _time(contender: Contender, clock: Callable[[], float]) -> float:
+    contender.prepare()
+    start = clock()
+    result = contender.run()
+    elapsed = clock() - start
+    del result
+    return elapsed

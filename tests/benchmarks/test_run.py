@@ -1,0 +1,120 @@
+"""A quick run of everything: tables, figures, goals, the command line and the suites."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks import combine, language_model, methods, peers, scaling
+from benchmarks.__main__ import SECTIONS, main
+from benchmarks.report import Goal, Section
+from benchmarks.settings import QUICK
+
+ROOT = Path(__file__).resolve().parents[2]
+SETTINGS = replace(QUICK, threads=(1,))
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture(scope="module", params=SECTIONS)
+def section(request: pytest.FixtureRequest) -> Section:
+    return SECTIONS[request.param](SETTINGS)
+
+
+def test_every_table_is_full_of_finite_numbers(section: Section) -> None:
+    for table in section.all_tables():
+        assert table.rows, table.title
+        for row in table.rows:
+            assert len(row) == len(table.columns), row
+            for cell in row[1:]:
+                for number in re.findall(r"nan|inf|-?\d[\d,]*\.?\d*(?:e[+-]?\d+)?", cell):
+                    assert math.isfinite(float(number.replace(",", ""))), row
+
+
+def test_every_goal_has_a_verdict(section: Section) -> None:
+    assert section.goals
+    for goal in section.goals:
+        assert goal.met is not None or goal.reached is None
+        if goal.reached is not None:
+            assert math.isfinite(goal.reached), goal
+
+
+def test_written_and_shown(section: Section, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    section.write(tmp_path)
+    text = (tmp_path / f"{section.name}.md").read_text(encoding="utf-8")
+    assert (tmp_path / f"{section.name}.png").read_bytes().startswith(PNG)
+    for table in section.all_tables():
+        assert f"## {table.title}" in text
+        for row in table.rows:
+            assert "| " + " | ".join(row) + " |" in text
+    assert "torch " in text
+    section.show()
+    assert section.title in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("limit", "reached", "at_least", "met"),
+    [(3, 2.9, False, True), (3, 3.0, False, True), (3, 3.1, False, False), (3, 2.9, True, False), (3, 3.1, True, True)],
+)
+def test_goals(limit: float, reached: float, at_least: bool, met: bool) -> None:
+    goal = Goal("it", limit, reached, at_least)
+    assert goal.met is met
+    assert goal.cells()[-1] == ("met" if met else "not met")
+
+
+def test_a_goal_that_was_not_measured_is_neither() -> None:
+    assert Goal("it", 3, None).cells() == ("it", "≤ 3 ×", "", "not measured")
+
+
+def test_the_exponent_of_a_power_law() -> None:
+    assert scaling.slope([(n, 5 * n**1.5) for n in (10, 100, 1000)]) == pytest.approx(1.5)
+
+
+def test_missing_peers_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    assert set(peers.versions().values()) == {"not installed"}
+    found = combine.section(SETTINGS)
+    cells = {row[0]: row[1] for row in found.tables[0].rows}
+    assert {cells[name] for name in combine.PEER_ROWS} == {"not installed"}
+    assert "not installed" not in {cells[combine.OURS], cells[combine.NAIVE]}
+    assert [goal.met for goal in found.goals][-1] is None
+    rows = {row[0]: row[1] for name in ("training", "memory") for row in SECTIONS[name](SETTINGS).tables[0].rows}
+    assert rows["SHiRA"] == rows["LoRA"] == "not installed"
+
+
+def test_the_same_numbers_are_trained_by_both_adapters() -> None:
+    pytest.importorskip("peft")
+    trained = {m.name: language_model.build(m, SETTINGS).trained for m in methods.METHODS}
+    assert trained["LoRA"] == trained["SHiRA"]
+    assert trained["LoRA"] == pytest.approx(trained["Fine-tune"] / 10, rel=0.2)
+
+
+def test_command_line_runs_one_section(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    main(["--quick", "--only", "combine", "--threads", "1", "--out", str(tmp_path)])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["combine.md", "combine.png"]
+    assert "The update" in capsys.readouterr().out
+
+
+def test_an_unknown_section_is_refused(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        main(["--only", "nonsense"])
+    assert "combine" in capsys.readouterr().err
+
+
+def test_suites_save_and_compare(tmp_path: Path) -> None:
+    small = ["--values", "1024", "--divide", "128", "--hidden", "32", f"--benchmark-storage=file://{tmp_path}"]
+    # Not the cache of the repository, nor its plugins that share out tests: a suite is timed alone.
+    command = [sys.executable, "-m", "pytest", "benchmarks/test_combine.py", "-q", "-p", "no:cacheprovider", *small]
+    environment = {**os.environ, "COLUMNS": "200"}
+    for options in (["--benchmark-save=first"], ["--benchmark-compare=0001"]):
+        done = subprocess.run([*command, *options], cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert "0001_first" in done.stdout
+    (saved,) = tmp_path.rglob("*_first.json")
+    groups = {found["group"] for found in json.loads(saved.read_text())["benchmarks"]}
+    assert groups == {"update, float32", "update, bfloat16"}

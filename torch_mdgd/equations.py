@@ -108,8 +108,8 @@ def drift(products: Tensor) -> Tensor:
 def agreement(products: Tensor) -> Tensor:
     """⟨g~, g~0⟩ / ⟨g~0, g~0⟩ of (8), from the table of (g, v, g~0); shape (T,).
 
-    ⟨g~, g~0⟩ = ⟨g, g~0⟩ − a ⟨v, g~0⟩ is linear in g~, so that g~ need not be formed: in float64 the expansion is
-    exact to far below the rounding of the gradients themselves.
+    ⟨g~, g~0⟩ = ⟨g, g~0⟩ − a ⟨v, g~0⟩ is linear in g~, so that g~ need not be formed: r is off by no more than the
+    rounding of g, as it would be with g~ formed in the precision of the gradients.
     """
     return ratio(products[:, 0, 2] - drift(products) * products[:, 1, 2], products[:, 2, 2])
 

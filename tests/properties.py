@@ -85,8 +85,3 @@ def assert_orthogonal(x: Tensor, v: Tensor, tolerance: float = 1e-13) -> None:
     """⟨x, v⟩ = 0 beside the lengths of the two."""
     x, v = x.double().reshape(-1), v.double().reshape(-1)
     assert abs(float(x @ v)) <= tolerance * float(x.norm() * v.norm() + torch.finfo(torch.float64).tiny)
-
-
-def assert_not_finite(gradients: Gradients) -> None:
-    """NaN or Inf somewhere."""
-    assert not all(bool(x.isfinite().all()) for x in gradients if x is not None)

@@ -10,7 +10,7 @@ from benchmarks.peers import PEERS, TORCHJD_PCGRAD
 from benchmarks.report import Goal, Section, Table, mega, on
 from benchmarks.settings import Settings
 from benchmarks.setups import Captured, gradients
-from benchmarks.timing import PATIENCE, Contender, Ratio, copy_of, median_ratio, ratio, threads
+from benchmarks.timing import NOTE, PATIENCE, Contender, Ratio, copy_of, median_ratio, ratio, threads
 
 OURS, PROJECTION = "torch_mdgd, (6)-(9)", "torch_mdgd, one projection"
 NAIVE, NAIVE_PROJECTION = "written naively, (6)-(9)", "written naively, one projection"
@@ -59,7 +59,7 @@ def section(settings: Settings) -> Section:
         "Time in copies of n float32 values",
         ("update", *series),
         rows,
-        ["Median and quartiles. k x n: the peer combines k of the same vectors."],
+        [f"{NOTE} k x n: the peer combines k of the same vectors."],
     )
     goals = [
         Goal("(6)-(9), float32", 6, median_ratio(goal_times, OURS), unit="copies"),
@@ -82,4 +82,4 @@ def section(settings: Settings) -> Section:
 def _cell(values: dict[str, Ratio | None], name: str) -> str:
     if name in PEER_ROWS and not PEER_ROWS[name][0].installed:
         return "not installed"
-    return str(values[name] or "too slow") if name in values else "—"
+    return str(values[name] or "left out") if name in values else "—"

@@ -24,7 +24,9 @@ def bars(title: str, unit: str, series: Mapping[str, Mapping[str, Ratio | None]]
     axes.set_title(title)
     axes.margins(x=0.15)
     if log:
+        medians = [x.median for values in series.values() for x in values.values() if x is not None]
         axes.set_xscale("log")
+        axes.set_xlim(left=min(1, *medians))
     if len(series) > 1:
         axes.legend(fontsize=8)
     return figure
@@ -46,16 +48,15 @@ def stacks(title: str, unit: str, rows: Mapping[str, Mapping[str, float]]) -> Fi
     return figure
 
 
-def curves(title: str, x: str, y: str, lines: Mapping[str, Sequence[tuple[float, float]]], log: bool = True) -> Figure:
-    """One line a series; both axes logarithmic unless told otherwise."""
+def curves(title: str, x: str, y: str, lines: Mapping[str, Sequence[tuple[float, float]]]) -> Figure:
+    """One line a series, both axes logarithmic."""
     figure = Figure(figsize=(8, 5))
     axes = figure.add_subplot()
     for name, points in lines.items():
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", label=name)
-    if log:
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.set_title(title)

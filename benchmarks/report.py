@@ -29,7 +29,7 @@ class Goal:
     Args:
         what: is limited.
         limit: of it.
-        reached: the measurement; None if a peer is missing or was too slow.
+        reached: the measurement; None if a peer is missing or was left out.
         at_least: whether the limit is one from below.
         unit: of both.
     """
@@ -114,8 +114,8 @@ def machine() -> str:
 
 
 def mega(n: int) -> str:
-    """A count in Mi (2²⁰) or Ki."""
-    return f"{n / 2**20:g} Mi" if n >= 2**20 else f"{n / 2**10:g} Ki"
+    """A count in millions, or thousands."""
+    return f"{n / 1e6:g} M" if n >= 1e6 else f"{n / 1e3:g} k"
 
 
 def on(threads: int) -> str:

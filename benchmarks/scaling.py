@@ -11,7 +11,7 @@ from benchmarks import combine, figures, masking, naive
 from benchmarks.report import Goal, Section, Table, mega, on
 from benchmarks.settings import Settings
 from benchmarks.setups import Captured, gradients
-from benchmarks.timing import COPY, Contender, Times, digits, ratio, threads
+from benchmarks.timing import COPY, NOTE, Contender, Times, digits, ratio, threads
 
 UPDATES = (combine.OURS, combine.PROJECTION, combine.NAIVE)
 MASKS = (masking.OURS, masking.PARTITION)
@@ -62,7 +62,7 @@ def section(settings: Settings) -> Section:
     for title, names, sweep in (("The update (6)-(9)", UPDATES, updates), ("The top 10 %", MASKS, masks)):
         rows = []
         for n, times in sweep.items():
-            cells = [str(ratio(times, name) or "too slow") for name in names]
+            cells = [str(ratio(times, name) or "left out") for name in names]
             rows.append((mega(n), *cells, *(_throughput(times, name, n) for name in names)))
         tables.append(Table(title, ("n", *(f"{x}, copies" for x in names), *(f"{x}, values/s" for x in names)), rows))
         for name in (COPY, *names):
@@ -83,9 +83,9 @@ def section(settings: Settings) -> Section:
     )
     goals.append(Goal(f"⟨g~, v⟩ / (‖g‖ ‖v‖), n = {mega(largest)}", 1e-6, left[largest][0], unit=""))
     about = (
-        "Median and quartiles in copies of n values, and the values per second that they came to on this machine, "
+        "In copies of n values, and the values per second that they came to on this machine, "
         f"{on(settings.threads[-1])}; np.partition uses one. Vectors that fit into the processor's cache have a "
-        "cheaper copy."
+        f"cheaper copy. {NOTE}"
     )
     figure = figures.curves("Time against n", "n", "milliseconds", lines)
     return Section("scaling", "Scaling", about, tables, goals, figure)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from benchmarks.timing import Contender, Times, interleave
 
-M = 1 << 20
+M = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Settings:
     """
 
     values: int = 16 * M
-    sweep: tuple[int, ...] = tuple(M << i for i in range(0, 7))
-    mask_sweep: tuple[int, ...] = tuple(M << i for i in range(0, 9))
+    sweep: tuple[int, ...] = tuple(M << i for i in range(7))
+    mask_sweep: tuple[int, ...] = tuple(M << i for i in range(9))
     fractions: tuple[float, ...] = (0.01, 0.05, 0.10, 0.25, 0.50)
     divide: int = 8
     hidden: int = 512
@@ -43,9 +43,9 @@ class Settings:
 
 
 QUICK = Settings(
-    values=4096,
-    sweep=(1024, 2048, 4096),
-    mask_sweep=(1024, 2048, 4096),
+    values=4000,
+    sweep=(1000, 2000, 4000),
+    mask_sweep=(1000, 2000, 4000),
     fractions=(0.10, 0.50),
     divide=128,
     hidden=32,

@@ -49,7 +49,7 @@ def section(settings: Settings) -> Section:
     table = Table(
         "Time of a step, in copies of all parameters and in steps of AdamW(fused)",
         ("step", *series),
-        [(name, *(str(values[name] or "too slow") for values in series.values())) for name in NAMES],
+        [(name, *(str(values[name]) for values in series.values())) for name in NAMES],
         ["Median and quartiles. The masked step is one after the mask was chosen."],
     )
     goals = [

@@ -4,6 +4,7 @@ import gc
 import math
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ T = TypeVar("T")
 COPY = "copy"
 # Seconds for one run of a rival; the library's own rows are never left out.
 PATIENCE = 5.0
+NOTE = f"Median and quartiles. Left out: a rival that took over {PATIENCE:g} s for one run, or failed."
 
 
 def _nothing() -> None: ...
@@ -28,13 +30,13 @@ class Contender:
         name: as printed.
         run: what is timed; its result is freed outside the timing.
         prepare: runs before every ``run``, untimed.
-        limit: if the warm-up takes longer than so many seconds, it is left out.
+        limit: of a rival, in seconds. If its warm-up takes longer, or fails, it is left out.
     """
 
     name: str
     run: Callable[[], object]
     prepare: Callable[[], object] = _nothing
-    limit: float = math.inf
+    limit: float | None = None
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def interleave(
         clock: seconds.
 
     Returns:
-        seconds of every round by name, without the contenders that exceeded their limit.
+        seconds of every round by name, without the contenders that were left out.
 
     Raises:
         ValueError: two contenders have one name.
@@ -83,7 +85,7 @@ def interleave(
     if len(set(names)) < len(names):
         raise ValueError(f"interleave: contenders must have distinct names, got {names}")
     with _collected():
-        staying = [c for c in contenders if _time(c, clock) <= c.limit]
+        staying = [c for c in contenders if _warm_up(c, clock)]
         times: Times = {c.name: [] for c in staying}
         done = 0
         while staying and (done < rounds or (done < 20 * rounds and sum(map(sum, times.values())) < seconds)):
@@ -136,6 +138,17 @@ def _collected() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def _warm_up(contender: Contender, clock: Callable[[], float]) -> bool:
+    if contender.limit is None:
+        _time(contender, clock)
+        return True
+    try:
+        return _time(contender, clock) <= contender.limit
+    except Exception as error:
+        warnings.warn(f"{contender.name} is left out: {error}", stacklevel=2)
+        return False
 
 
 def _time(contender: Contender, clock: Callable[[], float]) -> float:

@@ -60,6 +60,18 @@ def test_a_contender_over_its_limit_is_left_out() -> None:
     assert ratio(times, "slow", "a") is None
 
 
+def test_a_rival_that_fails_is_left_out() -> None:
+    clock = Clock()
+    with pytest.warns(UserWarning, match="rival is left out: division by zero"):
+        times = interleave([clock.contender("a", [1.0]), Contender("rival", lambda: 1 / 0, limit=9.0)], clock=clock)
+    assert list(times) == ["a"]
+
+
+def test_a_row_of_our_own_may_not_fail() -> None:
+    with pytest.raises(ZeroDivisionError):
+        interleave([Contender("ours", lambda: 1 / 0)], clock=Clock())
+
+
 def test_ratios_are_taken_within_a_round() -> None:
     # The machine slows down threefold in the middle: every round still says that b takes twice as long.
     times = {COPY: [1.0, 3.0, 3.0, 1.0], "b": [2.0, 6.0, 6.0, 2.0]}

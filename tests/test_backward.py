@@ -71,13 +71,14 @@ FORMS = {
 }
 
 
+@pytest.mark.parametrize("schedule", ["sequential", "together"])
 @pytest.mark.parametrize("kind", ["l1", "mse"])
 @pytest.mark.parametrize("name", FORMS)
-def test_equals_the_version_by_hand_with_dropout(name, kind):
+def test_equals_the_version_by_hand_with_dropout(name, kind, schedule):
     model, phi, optimizer = drifted(**FORMS[name])
     batch = double_batch()
     roles = by_hand(model, phi, batch, kind)
-    loss = mdgd_backward(model, optimizer, batch, alignment=kind)
+    loss = mdgd_backward(model, optimizer, batch, alignment=kind, schedule=schedule)
     assert_close(grads(optimizer), expected(roles, optimizer.parameters, **FORMS[name]), roles)
     assert max(float(x.abs().max()) for x in roles[1] if x is not None) > 1e-4
     assert not loss.requires_grad
@@ -125,14 +126,22 @@ def test_fact_1_the_first_step_has_no_drift_at_all_with_dropout_on(update, padde
     assert torch.equal(torch.get_rng_state(), after)
 
 
-@pytest.mark.parametrize(("settings", "forwards", "backwards"), [({}, 3, 4), ({"update": "project"}, 2, 2)])
-def test_number_of_passes(settings, forwards, backwards):
+@pytest.mark.parametrize(
+    ("settings", "schedule", "forwards", "backwards"),
+    [
+        ({}, "sequential", 3, 4),
+        ({}, "together", 2, 4),
+        ({"update": "project"}, "sequential", 2, 2),
+        ({"update": "project"}, "together", 2, 2),
+    ],
+)
+def test_number_of_passes(settings, schedule, forwards, backwards):
     model, _, optimizer = drifted(**settings)
     seen = []
     model.lm_head.register_forward_hook(lambda *args: seen.append("forward"))
     optimizer.parameters[-1].register_post_accumulate_grad_hook(lambda p: seen.append("head"))
     optimizer.parameters[0].register_post_accumulate_grad_hook(lambda p: seen.append("backward"))
-    mdgd_backward(model, optimizer, double_batch())
+    mdgd_backward(model, optimizer, double_batch(), schedule=schedule)
     assert seen.count("forward") == forwards
     assert seen.count("backward") == backwards
     # The head is not on the way to z.
@@ -152,15 +161,45 @@ def test_every_module_stays_in_its_mode(training):
     assert [module.training for module in model.modules()] == modes
 
 
-@pytest.mark.parametrize("name", FORMS)
-def test_a_batch_without_pictures_has_a_task_gradient_alone(name):
-    model, phi, optimizer = drifted(**FORMS[name])
-    g, g0 = (by_hand_task(m, text_batch()) for m in (model, phi))
-    mdgd_backward(model, optimizer, text_batch())
-    nothing = [None] * len(g)
-    roles = [g, nothing, g0, nothing]
-    assert_close(grads(optimizer), expected(roles, optimizer.parameters, **FORMS[name]), roles)
+@pytest.mark.parametrize("batches", [1, 2])
+@pytest.mark.parametrize("name", [*FORMS, "step"])
+def test_a_step_without_pictures_is_the_plain_one(name, batches):
+    settings = {"step": {"update": "project", "space": "step", "restore": 0.1}, **FORMS}[name]
+    model, _, optimizer = drifted(**settings)
+    g = [None if x is None else x.clone() for x in by_hand_task(model, text_batch())]
+    forwards = []
+    model.register_forward_hook(lambda *args: forwards.append(None))
+    for i in range(batches):
+        state = torch.get_rng_state()
+        mdgd_backward(model, optimizer, text_batch(), combine=i == batches - 1, weight=1 / batches)
+        torch.set_rng_state(state)
+    assert_same_bits(grads(optimizer), g)
     assert optimizer.diagnostics["visual_loss"] == 0
+    if batches == 1:
+        assert len(forwards) == 1
+    before = [p.detach().clone() for p in optimizer.parameters]
+    optimizer.step()
+    twins = [torch.nn.Parameter(x) for x in before]
+    for twin, x in zip(twins, g, strict=True):
+        twin.grad = x
+    torch.optim.SGD(twins, lr=0.1).step()
+    assert_same_bits(optimizer.parameters, twins)
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_a_mask_is_chosen_without_pictures_and_then_holds(compact):
+    model, _, optimizer = drifted(mask=TopK(0.2), compact=compact)
+    g = by_hand_task(model, text_batch())
+    mdgd_backward(model, optimizer, text_batch())
+    kept = [None if x is None else x != 0 for x in grads(optimizer)]
+    assert sum(int(x.sum()) for x in kept if x is not None) == round(0.2 * sum(p.numel() for p in optimizer.parameters))
+    optimizer.step()
+    optimizer.zero_grad()
+    g = by_hand_task(model, text_batch())
+    mdgd_backward(model, optimizer, text_batch())
+    present = [(x, y * m) for x, y, m in zip(grads(optimizer), g, kept, strict=True) if y is not None]
+    assert_close(*zip(*present, strict=True))
+    assert any(x.any() for x, _ in present)
 
 
 def by_hand_task(model, batch):
@@ -196,8 +235,9 @@ def add(x, y):
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable:FutureWarning")
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
+@pytest.mark.parametrize("schedule", ["sequential", "together"])
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_changes_nothing(reentrant):
+def test_gradient_checkpointing_changes_nothing(reentrant, schedule):
     outcomes = []
     for checkpointed in (False, True):
         model, _, optimizer = drifted()
@@ -206,7 +246,7 @@ def test_gradient_checkpointing_changes_nothing(reentrant):
             # Reentrant checkpoints need an input with a gradient.
             model.enable_input_require_grads()
         torch.manual_seed(0)
-        mdgd_backward(model, optimizer, double_batch())
+        mdgd_backward(model, optimizer, double_batch(), schedule=schedule)
         outcomes.append(grads(optimizer))
     assert_close(outcomes[1], outcomes[0])
 
@@ -237,17 +277,42 @@ def test_a_scaler_scales_all_four():
     assert_close(grads(optimizer), wanted)
 
 
-def test_autocast():
-    model, batch = llava(0.2).train(), llava_batch()
-    optimizer = MDGDOptimizer(torch.optim.SGD(trainable(model), lr=0.1))
-    with torch.autocast("cpu", torch.bfloat16):
-        mdgd_backward(model, optimizer, batch)
-    assert optimizer.diagnostics["visual_to_task"] == 0
-    optimizer.step()
-    optimizer.zero_grad()
-    with torch.autocast("cpu", torch.bfloat16):
-        mdgd_backward(model, optimizer, batch)
-    assert 0 < optimizer.diagnostics["visual_to_task"] < float("inf")
+@pytest.mark.parametrize("schedule", ["sequential", "together"])
+@pytest.mark.parametrize("settings", [{}, {"update": "project"}, {"mask": TopK(0.3), "compact": True}])
+def test_autocast_around_all_passes_sees_every_exchange(settings, schedule):
+    outcomes = []
+    for around in ("step", "forward"):
+        model, batch = llava(0.2).train(), llava_batch()
+        optimizer = MDGDOptimizer(torch.optim.SGD(trainable(model), lr=1.0), **settings)
+        if around == "forward":
+            model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+        seen = []
+        for _ in range(3):
+            torch.manual_seed(0)
+            with torch.autocast("cpu", torch.bfloat16, enabled=around == "step"):
+                mdgd_backward(model, optimizer, batch, schedule=schedule)
+            seen.append(optimizer.diagnostics["visual_to_task"])
+            optimizer.step()
+            optimizer.zero_grad()
+        assert seen[0] == 0
+        assert 0 < seen[2] < float("inf")
+        outcomes.append(optimizer.parameters)
+    assert_same_bits(*outcomes)
+
+
+def test_pure_bfloat16_parameters():
+    model = llava().to(torch.bfloat16)
+    batch = {k: x.bfloat16() if x.is_floating_point() else x for k, x in llava_batch().items()}
+    phi, optimizer = copy.deepcopy(model), MDGDOptimizer(torch.optim.SGD(trainable(model), lr=0.1))
+    with torch.no_grad():
+        for p in optimizer.parameters:
+            p.add_(0.05 * torch.randn_like(p))
+    for p, q in zip(model.parameters(), phi.parameters(), strict=True):
+        q.requires_grad_(p.requires_grad)
+    roles = by_hand(model, phi, batch)
+    mdgd_backward(model, optimizer, batch)
+    assert all(x.dtype == torch.bfloat16 for x in grads(optimizer) if x is not None)
+    assert_close(grads(optimizer), [x.bfloat16() for x in expected(roles, optimizer.parameters)], roles)
 
 
 # What is refused.
@@ -264,6 +329,21 @@ def test_a_batch_without_labels_is_refused_and_leaves_nothing():
     mdgd_backward(model, optimizer, double_batch())
 
 
+@pytest.mark.parametrize("schedule", ["sequential", "together"])
+def test_a_loss_of_ones_own_and_weights_for_each(schedule):
+    model, phi, optimizer = drifted(dropout=0.0)
+    batch = double_batch()
+    g, v, g0, v0 = by_hand(model, phi, batch)
+    weighted = zip((g, v, g0, v0), (4, 0.5, 4, 0.5), strict=True)
+    roles = [[None if x is None else w * x for x in role] for role, w in weighted]
+
+    def loss(inputs):
+        return 8 * model(**inputs).loss  # a power of two, since losses are float32
+
+    mdgd_backward(model, optimizer, batch, loss=loss, weight=0.5, schedule=schedule)
+    assert_close(grads(optimizer), expected(roles, optimizer.parameters), roles)
+
+
 def test_training_only_what_comes_after_z_is_refused():
     model = llava()
     model.requires_grad_(False)
@@ -273,32 +353,61 @@ def test_training_only_what_comes_after_z_is_refused():
         mdgd_backward(model, optimizer, llava_batch())
 
 
+def test_together_refuses_a_model_that_writes_over_what_its_backward_pass_needs():
+    class Writing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(3, 3), nn.Linear(3, 1)
+
+        def forward(self, x, marks):
+            hidden = self.body(x).exp()
+            loss = self.head(hidden).square().mean()
+            with torch.no_grad():
+                hidden.add_(1)
+            return types.SimpleNamespace(loss=loss)
+
+    model = Writing()
+    optimizer = MDGDOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+    batch = {"x": torch.randn(2, 5, 3), "marks": torch.ones(2, 5, dtype=torch.bool)}
+    with pytest.raises(RuntimeError, match="wrote over a tensor that its backward pass needs"):
+        mdgd_backward(model, optimizer, batch, tap=VisualTap(model.body, lambda b: b["marks"]), schedule="together")
+
+
+def test_an_unknown_schedule_is_refused():
+    model, _, optimizer = drifted()
+    with pytest.raises(ValueError, match="schedule must be 'sequential' or 'together', got 'both'"):
+        mdgd_backward(model, optimizer, double_batch(), schedule="both")
+
+
 def test_another_optimizer_is_refused():
     model = llava()
     with pytest.raises(TypeError, match="optimizer must be an MDGDOptimizer, got SGD"):
         mdgd_backward(model, torch.optim.SGD(model.parameters(), lr=0.1), llava_batch())
 
 
-@pytest.mark.parametrize("at", [1, 2, 3])
-def test_a_step_that_failed_half_way_can_be_tried_again(at):
+@pytest.mark.parametrize("schedule", ["sequential", "together"])
+@pytest.mark.parametrize("at", [1, 2])
+def test_a_step_that_failed_half_way_can_be_tried_again(at, schedule):
     outcomes = []
     for fails in (False, True):
         model, _, optimizer = drifted(dropout=0.0)
         tap, batch = VisualTap.for_model(model), double_batch()
-        calls = []
 
-        def failing(model, batch, tap=tap, calls=calls):
-            calls.append(None)
-            if len(calls) == at:
-                raise MemoryError
-            return tap(model, batch)
+        class Failing(VisualTap):
+            calls = 0
+
+            def __call__(self, model, batch):
+                self.calls += 1
+                if self.calls == at:
+                    raise MemoryError
+                return super().__call__(model, batch)
 
         if fails:
             now = [p.detach().clone() for p in optimizer.parameters]
             with pytest.raises(MemoryError):
-                mdgd_backward(model, optimizer, batch, tap=failing)
+                mdgd_backward(model, optimizer, batch, tap=Failing(tap.text_module, tap.mask), schedule=schedule)
             assert_same_bits(optimizer.parameters, now)
-        mdgd_backward(model, optimizer, batch)
+        mdgd_backward(model, optimizer, batch, schedule=schedule)
         outcomes.append(grads(optimizer))
     assert_same_bits(*outcomes)
 

@@ -1,24 +1,35 @@
 """The passes of one training step, in place of ``loss.backward()``."""
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from torch_mdgd.optimizer import MDGDOptimizer
+from torch_mdgd.reuse import reuse_frozen_vision
+from torch_mdgd.roles import DECOUPLED_REFERENCE, ROLES
 from torch_mdgd.visual import Batch, VisualTap, visual_alignment_loss
+
+Schedule = Literal["sequential", "together"]
 
 
 def mdgd_backward(
     model: nn.Module,
-    optimizer: MDGDOptimizer,
+    optimizer: Optimizer,
     batch: Batch,
     *,
     tap: VisualTap | None = None,
+    loss: Callable[[Batch], Tensor] | None = None,
     alignment: Literal["l1", "mse"] = "l1",
     weight: float = 1.0,
+    visual_weight: float | None = None,
     scaler: torch.amp.GradScaler | None = None,
     combine: bool = True,
+    schedule: Schedule = "sequential",
+    reuse_vision: bool = True,
 ) -> Tensor:
     """Capture every gradient that the optimizer's update needs from one batch, and leave d in ``.grad``.
 
@@ -26,79 +37,193 @@ def mdgd_backward(
     φ, then θ); without: 2 and 2. All forward passes see the same random numbers, so that dropout makes no drift; the
     model stays in the mode, train or eval, that it is in.
 
+    A step without image tokens has no L_v, and nothing to be kept from: it is the wrapped optimizer's own, d = g
+    (under a mask M ⊙ g), in one forward and one backward pass. A micro-batch without image tokens, in a step that
+    may have some, adds to g and g0; a step that chooses its mask takes all gradients in any case.
+
     Args:
         model: called as ``model(**batch)``; its output has a ``loss``.
-        optimizer: wraps the optimizer of the model's trainable parameters.
+        optimizer: an :class:`MDGDOptimizer` over the model's trainable parameters, also inside accelerate's wrapper.
         batch: inputs and labels, on the model's device.
         tap: where z comes from; ``VisualTap.for_model(model)`` if None.
+        loss: runs the model on the batch and returns the task loss; ``model(**batch).loss`` if None.
         alignment: the form of L_v (5).
         weight: multiplies both losses; 1/k for the mean over k micro-batches.
+        visual_weight: multiplies L_v in its place, for a task loss that is normalised over all micro-batches already.
         scaler: scales the losses of float16 training; unscale and clip ``.grad`` afterwards as usual.
         combine: False for all but the last micro-batch of a step, so that gradients add up before the update is
             formed, which is not linear in them.
+        schedule: "together" keeps the graph at φ while that at θ is built and used: 2 forward and 4 backward passes,
+            for the activations of two graphs and two more exchanges of values. Without gradients at the reference
+            there is one graph in any case. Not for models whose parameters are sharded.
+        reuse_vision: run the frozen parts of the vision tower once, not in each pass; exact, see
+            :func:`~torch_mdgd.reuse.reuse_frozen_vision`.
 
     Returns:
-        the task loss, detached, without weight or scale. L_v is in ``optimizer.diagnostics["visual_loss"]``.
+        the task loss, detached, without weight or scale. L_v is in ``optimizer.diagnostics["visual_loss"]``, of this
+        micro-batch.
 
     An exception discards all that was captured for this step.
 
     Raises:
         TypeError: ``optimizer`` is not an :class:`MDGDOptimizer`.
+        ValueError: an unknown schedule.
         RuntimeError: the model returns no loss, or no trainable parameter influences z.
     """
-    if not isinstance(optimizer, MDGDOptimizer):
-        raise TypeError(f"mdgd_backward: optimizer must be an MDGDOptimizer, got {type(optimizer).__name__}")
+    wrapped = find_optimizer(optimizer)
+    if schedule not in ("sequential", "together"):
+        raise ValueError(f"mdgd_backward: schedule must be 'sequential' or 'together', got {schedule!r}")
     tap = tap or VisualTap.for_model(model)
-    random = _Randomness(next(model.parameters()).device)
-
-    def backward(z_fixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """One forward pass and two backward passes; returns task loss, L_v and z, without graphs."""
-        random.rewind()
-        output, z = tap(model, batch)
-        loss = getattr(output, "loss", None)
-        if loss is None:
-            raise RuntimeError("mdgd_backward: the model returned no loss; does the batch have labels?")
-        visual_loss = visual_alignment_loss(z, z_fixed, alignment)
-        if z.numel() == 0:
-            optimizer.set_gradients(**{optimizer.role("visual"): [None] * len(optimizer.parameters)})
-        elif not z.requires_grad:
-            raise RuntimeError("mdgd_backward: no trainable parameter influences the hidden states at image tokens")
-        else:
-            with optimizer.capture("visual", scale=scale):
-                scaled(visual_loss).backward(retain_graph=True)
-        with optimizer.capture("task", scale=scale):
-            scaled(loss).backward()
-        return loss.detach(), visual_loss.detach(), z.detach()
-
-    def features() -> Tensor:
-        random.rewind()
-        with torch.no_grad():
-            return tap(model, batch)[1]
-
-    scale = 1.0 if scaler is None else scaler.get_scale()
-
-    def scaled(loss: Tensor) -> Any:
-        return loss * weight if scaler is None else scaler.scale(loss * weight)
-
+    passes = _Passes(model, wrapped, batch, tap, loss, alignment, scaler)
+    passes.weights = {"task": weight, "visual": weight if visual_weight is None else visual_weight}
+    pictures = bool(tap.mask(batch).any())
+    # Known of the last micro-batch alone: one without pictures before it may be followed by one that has some.
+    seen = pictures or any(x is not None for x in wrapped.captured.get("visual", ()))
+    plain = combine and not seen and not wrapped.chooses_mask
+    reference = len(wrapped.required_roles) == 4 and not plain
     try:
-        if len(optimizer.required_roles) == 4:
-            z = features()
-            with optimizer.reference():
-                z_reference = backward(z)[2]
-            if combine:
-                optimizer.reduce_reference()
-        else:
-            with optimizer.reference():
-                z_reference = features()
-        loss, visual_loss, _ = backward(z_reference)
+        with reuse_frozen_vision(model) if reuse_vision else nullcontext():
+            if reference and pictures and schedule == "together":
+                task_loss, visual_loss = passes.together()
+            else:
+                task_loss, visual_loss = passes.one_at_a_time(reference, pictures, reduce=combine)
     except BaseException:
         # Half of a batch's gradients would count twice when the batch is tried again.
-        optimizer.discard()
+        wrapped.discard()
         raise
-    optimizer.record(visual_loss=visual_loss)
+    wrapped.record(visual_loss=visual_loss)
+    if plain:
+        for role in (*ROLES[2:], DECOUPLED_REFERENCE):
+            wrapped.captured.pop(role, None)
     if combine:
-        optimizer.combine()
-    return loss
+        wrapped.combine()
+    return task_loss
+
+
+def find_optimizer(optimizer: Optimizer) -> MDGDOptimizer:
+    """The MDGDOptimizer inside whatever accelerate has put around it.
+
+    Raises:
+        TypeError: there is none.
+    """
+    inner: Any = optimizer
+    while not isinstance(inner, MDGDOptimizer) and isinstance(getattr(inner, "optimizer", None), Optimizer):
+        inner = inner.optimizer
+    if not isinstance(inner, MDGDOptimizer):
+        raise TypeError(f"mdgd_backward: optimizer must be an MDGDOptimizer, got {type(inner).__name__}")
+    return inner
+
+
+class _Passes:
+    """The forward and backward passes over one batch."""
+
+    weights: dict[str, float]
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: MDGDOptimizer,
+        batch: Batch,
+        tap: VisualTap,
+        loss: Callable[[Batch], Tensor] | None,
+        alignment: Literal["l1", "mse"],
+        scaler: torch.amp.GradScaler | None,
+    ) -> None:
+        self.model, self.optimizer, self.batch = model, optimizer, batch
+        self.tap, self.loss, self.alignment, self.scaler = tap, loss, alignment, scaler
+        self.random = _Randomness(next(model.parameters()).device)
+
+    def one_at_a_time(self, reference: bool, pictures: bool, reduce: bool) -> tuple[Tensor, Tensor]:
+        """Task loss and L_v; every graph is used up before values are exchanged."""
+        z_reference = None
+        if reference:
+            z = self.features() if pictures else None
+            with self.optimizer.reference():
+                z_reference = self.both_gradients(z)[2]
+            if reduce:
+                self.optimizer.reduce_reference()
+        elif pictures:
+            with self.optimizer.reference():
+                z_reference = self.features()
+        return self.both_gradients(z_reference if pictures else None)[:2]
+
+    def together(self) -> tuple[Tensor, Tensor]:
+        """The same with two graphs: that at φ waits for z(θ), and is gone through with φ in the parameters again."""
+        with self.optimizer.reference():
+            with _surviving_exchanges(self.optimizer.parameters):
+                task_loss, z_reference = self.forward()
+            self.backward("task", task_loss, retain_graph=True)
+            # With the loss goes the part of the graph between z and the loss.
+            del task_loss
+        task_loss, visual_loss, z = self.both_gradients(z_reference.detach())
+        with self.optimizer.reference():
+            self.backward("visual", visual_alignment_loss(z_reference, z, self.alignment))
+        return task_loss, visual_loss
+
+    def features(self) -> Tensor:
+        """Z, without a graph."""
+        with torch.no_grad():
+            return self.run()[1]
+
+    def both_gradients(self, z_fixed: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """One forward pass and a backward pass for each loss; returns task loss, L_v and z, without graphs."""
+        task_loss, z = self.forward()
+        visual_loss = visual_alignment_loss(z, z if z_fixed is None else z_fixed, self.alignment)
+        if z_fixed is None:
+            nothing = [None] * len(self.optimizer.parameters)
+            self.optimizer.set_gradients(**{self.optimizer.role("visual"): nothing})
+        else:
+            self.backward("visual", visual_loss, retain_graph=True)
+        self.backward("task", task_loss)
+        return task_loss.detach(), visual_loss.detach(), z.detach()
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """Task loss and z, with their graph."""
+        output, z = self.run()
+        loss = output if isinstance(output, Tensor) else getattr(output, "loss", None)
+        if loss is None:
+            raise RuntimeError("mdgd_backward: the model returned no loss; does the batch have labels?")
+        if z.numel() and not z.requires_grad:
+            raise RuntimeError("mdgd_backward: no trainable parameter influences the hidden states at image tokens")
+        return loss, z
+
+    def run(self) -> tuple[Any, Tensor]:
+        self.random.rewind()
+        loss: Any = self.loss
+        run: Any = self.model if loss is None else lambda **inputs: loss(inputs)
+        return self.tap(run, self.batch)
+
+    def backward(self, role: Literal["task", "visual"], loss: Tensor, retain_graph: bool = False) -> None:
+        scale = 1.0 if self.scaler is None else self.scaler.get_scale()
+        weighted: Any = loss * self.weights[role]
+        # Autocast is for forward passes; around this one it would round what the forward pass did not.
+        with torch.autocast(loss.device.type, enabled=False), self.optimizer.capture(role, scale=scale):
+            (weighted if self.scaler is None else self.scaler.scale(weighted)).backward(retain_graph=retain_graph)
+
+
+@contextmanager
+def _surviving_exchanges(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """A graph built inside may be gone through after the parameters were exchanged, if they were exchanged back.
+
+    Autograd counts writes and refuses a saved tensor that was written to; an exchange there and back leaves the same
+    bits, which it cannot know. For all other tensors the count is still checked.
+    """
+    storages = {p.untyped_storage().data_ptr() for p in parameters}
+
+    def pack(x: Tensor) -> tuple[Tensor, int | None]:
+        return x, None if x.untyped_storage().data_ptr() in storages else x._version
+
+    def unpack(packed: tuple[Tensor, int | None]) -> Tensor:
+        x, version = packed
+        if version is not None and x._version != version:
+            raise RuntimeError(
+                "mdgd_backward: the model wrote over a tensor that its backward pass needs, in place: use "
+                "schedule='sequential'"
+            )
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
 
 
 class _Randomness:

@@ -15,7 +15,7 @@ from torch.optim import ASGD, Adafactor, Muon, Optimizer, Rprop, SparseAdam
 from torch_mdgd import checkpoint, kernels
 from torch_mdgd.decoupling import decouple_moves_
 from torch_mdgd.kernels import Role
-from torch_mdgd.reference import snapshot
+from torch_mdgd.reference import forget_casts, snapshot
 from torch_mdgd.settings import restores
 
 # They look at a parameter's shape, expect sparse gradients, or keep state that cannot begin at zero.
@@ -71,6 +71,7 @@ class CompactStorage:
             held = _take(p, positions)
             _put_(p, positions, values)
             values.copy_(held)
+        forget_casts()
 
     @torch.no_grad()
     def choose(self, masks: Sequence[Tensor], base: Optimizer, parameters: Sequence[Tensor]) -> None:

@@ -118,7 +118,8 @@ def coefficients(products: Tensor, update: Update, align: float, regularize: flo
     """What (9), its two other readings, or under a mask (11) multiply g, v and g~0 with.
 
     Args:
-        products: inner products of (g, v) or of (g, v, g~0), shape (T, 2, 2) or (T, 3, 3).
+        products: inner products of (g, v) or of (g, v, g~0), shape (T, 2, 2) or (T, 3, 3). Without g~0 there is no
+            r, and g takes its place.
         update: see :func:`mdgd`.
         align: α.
         regularize: β; unused under a mask, where the mask takes the place of the regulariser.
@@ -131,7 +132,7 @@ def coefficients(products: Tensor, update: Update, align: float, regularize: flo
     roles = products.shape[-1]
     out = torch.zeros(products.shape[:2], dtype=products.dtype, device=products.device)
     out[:, 1] = align
-    if update == "reference":
+    if update == "reference" and roles == 3:
         out[:, 2] = agreement(products)
     else:
         out[:, 0] = 1

@@ -101,9 +101,19 @@ class MDGDOptimizer(OptimizerWrapper):
         return found
 
     @property
+    def captured(self) -> dict[str, list[Tensor | None]]:
+        """What was captured for this step so far, by role: the buffers themselves."""
+        return self._captures.gradients
+
+    @property
+    def chooses_mask(self) -> bool:
+        """Whether the next combine chooses a mask."""
+        return self._schedule.due(self._storage.masked, self.param_groups)
+
+    @property
     def required_roles(self) -> tuple[str, ...]:
         """The gradients that the next combine needs: task and visual, or with the reference's two all four."""
-        if self._schedule.due(self._storage.masked, self.param_groups):
+        if self.chooses_mask:
             return ROLES
         for _, group in zip(self.parameters, settings.per_parameter(self.param_groups), strict=True):
             regularized = group["update"] == "regularize" and group["regularize"] != 0 and self.mask is None
@@ -196,6 +206,9 @@ class MDGDOptimizer(OptimizerWrapper):
         """
         parameters = self._outside("combine")
         needed = self.required_roles
+        if not self.chooses_mask and self._captures.absent("visual"):
+            # No pictures in this step: without gradients at φ it is the wrapped optimizer's own.
+            needed = ROLES[:2]
         self._captures.require(
             [role for role in needed if DECOUPLED_REFERENCE not in self._captures or role in ROLES[:2]]
         )
@@ -209,7 +222,7 @@ class MDGDOptimizer(OptimizerWrapper):
         raw = kernels.inner_products(roles)
         self._products = raw, together
         products = equations.pool(raw, together)
-        if self._schedule.due(self._storage.masked, self.param_groups):
+        if self.chooses_mask:
             # With NaN or Inf none is chosen: d is NaN, a gradient scaler skips this step, and the next one chooses.
             if bool(products.isfinite().all()):
                 masks = self._schedule.masks(roles, products, together, parameters, self.param_groups)

@@ -36,3 +36,9 @@ def exchange_(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         held = p.clone()
         p.copy_(x)
         x.copy_(held)
+    forget_casts()
+
+
+def forget_casts() -> None:
+    """Drop the low-precision copies that autocast keeps: it does not see that a parameter was written to."""
+    torch.clear_autocast_cache()

@@ -30,6 +30,10 @@ class Captures:
     def __getitem__(self, role: str) -> list[Tensor | None]:
         return self.gradients[role]
 
+    def absent(self, role: str) -> bool:
+        """Whether the role was captured, and no parameter has a gradient in it."""
+        return role in self.gradients and all(x is None for x in self.gradients[role])
+
     def clear(self) -> None:
         """Forget everything."""
         self.__init__()  # type: ignore[misc]

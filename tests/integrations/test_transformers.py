@@ -1,0 +1,288 @@
+"""MDGDTrainer against the plain Trainer, a loop written by hand, and itself uninterrupted."""
+
+from collections import defaultdict
+
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments, get_scheduler
+
+from tests.properties import assert_same_bits
+from tests.test_backward import trainable
+from tests.tiny_models import llava, llava_batch, text_batch
+from torch_mdgd import MDGDOptimizer, TopK, mdgd_backward
+from torch_mdgd.backward import find_optimizer
+from torch_mdgd.integrations.transformers import MDGDTrainer, MDGDTrainerMixin, load_weights
+
+# d = g: what is left is the Trainer.
+OFF = {"align": 0.0, "regularize": 0.0}
+
+
+def dataset(count=8):
+    out = []
+    for seed in range(count):
+        batch = llava_batch(seed, images=1)
+        # Answers of different lengths, so that the mean over tokens is not that over micro-batches.
+        batch["labels"][:, -1 - seed % 3 :] = batch["input_ids"][:, -1 - seed % 3 :]
+        out.append({name: x[0] for name, x in batch.items()})
+    return out
+
+
+def arguments(folder, **more):
+    defaults = {
+        "output_dir": str(folder), "max_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 0.02,
+        "report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1, "seed": 3,
+        "train_sampling_strategy": "sequential",
+    }  # fmt: skip
+    return TrainingArguments(**{**defaults, **more})
+
+
+def train(cls, folder, model=None, data=None, resume=None, settings=None, **more):
+    model = model or llava(dropout=0.2)
+    trainable(model)
+    keywords = {} if cls is Trainer else {"mdgd": settings or {}}
+    trainer = cls(model=model, args=arguments(folder, **more), train_dataset=data or dataset(), **keywords)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def weights(trainer):
+    return [p.detach().clone() for p in trainer.model.parameters()]
+
+
+PLAIN_ARGUMENTS = {
+    "defaults": {},
+    "accumulation": {"gradient_accumulation_steps": 2, "warmup_steps": 2, "weight_decay": 0.1, "max_grad_norm": 0.01},
+    "bf16": {"bf16": True, "activation_checkpointing": True},
+    "smoothing": {"label_smoothing_factor": 0.1, "gradient_accumulation_steps": 3},
+}
+
+
+@pytest.mark.parametrize("name", PLAIN_ARGUMENTS)
+def test_without_its_terms_it_is_the_plain_trainer_bit_for_bit(name, tmp_path):
+    plain = train(Trainer, tmp_path, **PLAIN_ARGUMENTS[name])
+    ours = train(MDGDTrainer, tmp_path, settings=OFF, **PLAIN_ARGUMENTS[name])
+    assert_same_bits(weights(ours), weights(plain))
+    logs = [[entry.get("loss") for entry in trainer.state.log_history] for trainer in (ours, plain)]
+    assert logs[0] == logs[1]
+    norms = [[entry.get("grad_norm") for entry in trainer.state.log_history] for trainer in (ours, plain)]
+    assert norms[0] == norms[1]
+
+
+@pytest.mark.parametrize("schedule", ["sequential", "together"])
+def test_equals_a_loop_by_hand_with_accumulation(schedule, tmp_path):
+    model = llava()
+    trainable(model)
+    args = arguments(
+        tmp_path, gradient_accumulation_steps=2, warmup_steps=2, max_grad_norm=0.5, lr_scheduler_type="linear"
+    )
+    trainer = MDGDTrainer(
+        model=model, args=args, train_dataset=dataset(), mdgd={"align": 0.5}, alignment="mse", schedule=schedule
+    )
+    trainer.train()
+
+    model = llava().train()
+    parameters = trainable(model)
+    optimizer = MDGDOptimizer(torch.optim.AdamW(parameters, lr=0.02, weight_decay=0.0, fused=True), align=0.5)
+    scheduler = get_scheduler("linear", optimizer, num_warmup_steps=2, num_training_steps=3)
+    data = dataset()
+    batches = [{name: torch.stack([data[i][name], data[i + 1][name]]) for name in data[0]} for i in (0, 2, 4, 6, 0, 2)]
+    for pair in (batches[:2], batches[2:4], batches[4:]):
+        tokens = sum((batch["labels"][:, 1:] != -100).sum() for batch in pair)
+        for i, batch in enumerate(pair):
+
+            def loss(inputs, tokens=tokens):
+                return model(**inputs, num_items_in_batch=tokens).loss
+
+            mdgd_backward(
+                model, optimizer, batch, loss=loss, visual_weight=0.5, combine=i == 1, alignment="mse",
+                schedule=schedule,
+            )  # fmt: skip
+        torch.nn.utils.clip_grad_norm_(parameters, 0.5)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    assert_same_bits(weights(trainer), [p.detach() for p in model.parameters()])
+
+
+RESUMED = {
+    "published": {},
+    "masked": {"mask": TopK(0.2, refresh=3), "compact": True},
+    "step space": {"update": "project", "space": "step", "restore": 0.05},
+}
+
+
+@pytest.mark.filterwarnings("error:the state dict holds no reference")
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(name, tmp_path):
+    settings = RESUMED[name]
+    more = {"max_steps": 5, "save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": 2}
+    more |= {"train_sampling_strategy": "random", "warmup_steps": 2}
+    whole = train(MDGDTrainer, tmp_path, settings=settings, **more)
+    # Other weights than the checkpoint's and the beginning's: nothing may depend on them.
+    other = llava(dropout=0.2)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(1.5)
+    resumed = train(MDGDTrainer, tmp_path, other, resume=str(tmp_path / "checkpoint-2"), settings=settings, **more)
+    assert_same_bits(weights(resumed), weights(whole))
+    states = [find_optimizer(trainer.optimizer).state_dict() for trainer in (resumed, whole)]
+    assert states[0]["param_groups"] == states[1]["param_groups"]
+    for key, entry in states[1]["state"].items():
+        names = sorted(entry)
+        assert sorted(states[0]["state"][key]) == names
+        assert_same_bits(*[[torch.as_tensor(state["state"][key][name]) for name in names] for state in states])
+    tails = [[x["loss"] for x in trainer.state.log_history if "loss" in x][2:] for trainer in (resumed, whole)]
+    assert tails[0] == tails[1]
+
+
+def test_the_best_model_is_loaded_in_the_end(tmp_path):
+    more = {
+        "max_steps": 3, "save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1,
+        "load_best_model_at_end": True, "learning_rate": 1.0,
+    }  # fmt: skip
+    model = llava()
+    trainable(model)
+    data = dataset(2)
+    trainer = MDGDTrainer(model=model, args=arguments(tmp_path, **more), train_dataset=data, eval_dataset=data)
+    trainer.train()
+    saved = llava()
+    best = trainer.state.best_model_checkpoint
+    load_weights(saved, best)
+    assert_same_bits(weights(trainer), [p.detach() for p in saved.parameters()])
+    assert any(
+        entry["eval_loss"] > trainer.state.best_metric for entry in trainer.state.log_history if "eval_loss" in entry
+    )
+
+
+def test_weights_that_are_not_there_are_refused(tmp_path):
+    text = llava().model.language_model
+    text.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="does not hold the weights of this LlavaForConditionalGeneration: it lacks"):
+        load_weights(llava(), str(tmp_path))
+
+
+def test_weights_of_two_dtypes_are_loaded_bit_for_bit(tmp_path):
+    model = llava().to(torch.bfloat16)
+    model.lm_head.float()
+    with torch.no_grad():
+        model.lm_head.weight.add_(1e-6)
+    model.save_pretrained(tmp_path)
+    other = llava().to(torch.bfloat16)
+    other.lm_head.float()
+    with torch.no_grad():
+        for p in other.parameters():
+            p.zero_()
+    load_weights(other, str(tmp_path))
+    assert_same_bits(list(other.parameters()), list(model.parameters()))
+
+
+def test_the_log_holds_the_diagnostics(tmp_path):
+    model = llava()
+    trainable(model)
+    args = arguments(tmp_path, max_steps=4)
+    trainer = MDGDTrainer(
+        model=model, args=args, train_dataset=dataset(), eval_dataset=dataset(2), mdgd={"mask": TopK(0.25)},
+        effective_rank_steps=2,
+    )  # fmt: skip
+    trainer.train()
+    trainer.evaluate()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    for entry in logs:
+        assert {"visual_loss", "cos_task_visual", "kept_fraction", "grad_norm", "learning_rate"} <= set(entry)
+    assert logs[0]["visual_loss"] == 0 < logs[3]["visual_loss"]
+    assert "cos_task_reference" in logs[0]
+    assert "effective_rank" not in logs[0]
+    assert 1 < logs[1]["effective_rank"] <= 8
+    assert logs[1]["effective_rank"] == logs[2]["effective_rank"] != logs[3]["effective_rank"]
+    assert "visual_loss" not in next(entry for entry in trainer.state.log_history if "eval_loss" in entry)
+
+
+def test_batches_with_and_without_pictures(tmp_path):
+    texts = [{name: x[0] for name, x in text_batch().items()} for _ in range(2)]
+    data = [*dataset(2), *texts, *dataset(1)]
+    more = {"per_device_train_batch_size": 1, "max_steps": 5}
+    trainer = train(MDGDTrainer, tmp_path, data=data, **more)
+    visual = [entry["visual_loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert [x > 0 for x in visual] == [False, True, False, False, True]
+
+
+class CountingTrainer(Trainer):
+    """Counts as TRL's trainers do, and changes the inputs as they do."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._metrics = {"train": defaultdict(list)}
+        self._total_train_tokens = 0
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs["use_cache"] = False
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        self._metrics["train"]["loss"].append(loss.item())
+        self._total_train_tokens += inputs["attention_mask"].sum().item()
+        return (loss, outputs) if return_outputs else loss
+
+
+class MDGDCountingTrainer(MDGDTrainerMixin, CountingTrainer):
+    pass
+
+
+@pytest.mark.parametrize("settings", [OFF, {"align": 0.0, "regularize": 1e-12}], ids=["2 passes", "3 passes"])
+def test_a_mixin_for_trainers_that_count_in_compute_loss(settings, tmp_path):
+    model = llava()
+    trainable(model)
+    plain = CountingTrainer(model=model, args=arguments(tmp_path), train_dataset=dataset())
+    plain.train()
+    ours = train(MDGDCountingTrainer, tmp_path, llava(), settings=settings)
+    assert ours._total_train_tokens == plain._total_train_tokens
+    assert ours._metrics["train"]["loss"] == pytest.approx(plain._metrics["train"]["loss"])
+
+
+def test_a_second_train_call_does_not_wrap_again(tmp_path):
+    trainer = train(MDGDTrainer, tmp_path, max_steps=1, settings={"align": 0.5})
+    first = find_optimizer(trainer.optimizer)
+    trainer.train()
+    assert find_optimizer(trainer.optimizer) is first
+
+
+def test_an_optimizer_of_ones_own_is_wrapped_and_a_wrapped_one_kept(tmp_path):
+    for wrapped in (False, True):
+        model = llava()
+        optimizer = base = torch.optim.SGD(trainable(model), lr=0.1)
+        if wrapped:
+            optimizer = MDGDOptimizer(base, align=0.25)
+        trainer = MDGDTrainer(
+            model=model, args=arguments(tmp_path, max_steps=1), train_dataset=dataset(), optimizers=(optimizer, None),
+            mdgd={} if wrapped else {"align": 0.25},
+        )  # fmt: skip
+        trainer.train()
+        found = find_optimizer(trainer.optimizer)
+        assert found.base is base
+        assert found.param_groups[0]["align"] == 0.25
+
+
+# What is refused.
+
+
+def test_an_optimizer_wrapped_twice_is_refused(tmp_path):
+    model = llava()
+    optimizer = MDGDOptimizer(torch.optim.SGD(trainable(model), lr=0.1))
+    trainer = MDGDTrainer(
+        model=model,
+        args=arguments(tmp_path),
+        train_dataset=dataset(),
+        optimizers=(optimizer, None),
+        mdgd={"align": 2.0},
+    )
+    with pytest.raises(ValueError, match="an MDGDOptimizer already: leave out mdgd, or pass its base"):
+        trainer.train()
+
+
+def test_reentrant_checkpointing_is_refused(tmp_path):
+    args = arguments(tmp_path, activation_checkpointing=True, activation_checkpointing_kwargs={"use_reentrant": True})
+    with pytest.raises(ValueError, match=r"does not support .*use_reentrant.*use False"):
+        MDGDTrainer(model=llava(), args=args, train_dataset=dataset())
+
+
+def test_a_model_of_another_kind_needs_a_tap(tmp_path):
+    with pytest.raises(TypeError, match="not a model of transformers"):
+        MDGDTrainer(model=torch.nn.Linear(2, 2), args=arguments(tmp_path), train_dataset=dataset())

@@ -63,7 +63,7 @@ MASKED = (
     Method(
         "MDGD-GM, compact",
         mdgd={"mask": TopK(FRACTION), "compact": True},
-        plan=Plan(2, 1, (2, torch.int32), sparse=True),
+        plan=Plan(2, 1, (1, torch.int32), sparse=True),
     ),
 )
 METHODS = (PLAIN, Method("LoRA", "LoRA"), SHIRA, MDGD, *CHEAPER, *MASKED)

@@ -129,7 +129,7 @@ def live_bytes(optimizer: MDGDOptimizer) -> int:
     return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept if x.numel()}.values())
 
 
-def test_a_tenth_takes_a_quarter_of_dense_adamw() -> None:
+def test_a_tenth_takes_a_fifth_of_dense_adamw() -> None:
     parameters = [nn.Parameter(torch.randn(200, 300)), nn.Parameter(torch.randn(5000))]
     optimizer = MDGDOptimizer(torch.optim.AdamW(parameters), mask=Random(0.1), compact=True)
     roles = [[torch.randn_like(p) for p in parameters] for _ in range(2)]
@@ -138,7 +138,8 @@ def test_a_tenth_takes_a_quarter_of_dense_adamw() -> None:
         optimizer.step()
         optimizer.zero_grad()
     dense_adamw = sum(2 * p.numel() * p.element_size() for p in parameters)
-    assert live_bytes(optimizer) <= 0.25 * dense_adamw
+    # Two moments, reference and int32 positions of a tenth: 1.6 of 8 bytes a number.
+    assert live_bytes(optimizer) <= 0.201 * dense_adamw
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])

@@ -139,3 +139,12 @@ def test_frozen_parameters_in_a_group_stay_as_they_are():
     optimizer.step()
     assert model[2].weight.grad is None
     assert_same_bits([model[2].weight], [start])
+
+
+def test_maximize_is_refused_in_gradient_space_alone():
+    def base():
+        return torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1, maximize=True)
+
+    with pytest.raises(ValueError, match="maximize=True"):
+        MDGDOptimizer(base())
+    MDGDOptimizer(base(), update="project", space="step")

@@ -83,14 +83,18 @@ class CompactStorage:
         for holder, leaf, before, after in zip(holders, leaves, old, positions, strict=True):
             if holder in base.state:
                 base.state[leaf] = _carried(base.state.pop(holder), before, after)
-        moved = self.moved or [x[:0] for x in positions]
-        reference = self.reference or [p.detach().new_empty(0) for p in parameters]
+        if not self.moved:
+            # One tensor for both, until a second mask lets other numbers move.
+            self.moved, self.reference = (
+                list(positions),
+                [_take(p, x) for p, x in zip(parameters, positions, strict=True)],
+            )
         for i, p in enumerate(parameters):
-            fresh = positions[i][~torch.isin(positions[i], moved[i])]
-            union, order = torch.cat([moved[i], fresh]).sort()
-            reference[i] = torch.cat([reference[i], _take(p, fresh)])[order]
-            moved[i] = union
-        self.positions, self.leaves, self.moved, self.reference = positions, leaves, moved, reference
+            fresh = positions[i][~torch.isin(positions[i], self.moved[i])]
+            if fresh.numel():
+                self.moved[i], order = torch.cat([self.moved[i], fresh]).sort()
+                self.reference[i] = torch.cat([self.reference[i], _take(p, fresh)])[order]
+        self.positions, self.leaves = positions, leaves
 
     def restrict_(self, v: Sequence[Tensor | None]) -> list[Tensor | None]:
         """The directions v inside the mask, at its size."""
@@ -165,7 +169,8 @@ class CompactStorage:
                 raise ValueError("the state dict was saved with compact=False: build the MDGDOptimizer so, too")
             base.load_state_dict(inner)
             self.__init__(parameters, base)  # type: ignore[misc]
-            return False
+            # Before the first step nothing has moved, and no φ is missed.
+            return not inner["state"]
         checkpoint.require_shapes("reference", found["reference"], [x.shape for x in found["moved"]])
         for i, (p, *indices) in enumerate(zip(parameters, found["positions"], found["moved"], strict=True)):
             for x in indices:
@@ -176,6 +181,8 @@ class CompactStorage:
             base.load_state_dict(inner)
         for name in ("positions", "moved"):
             setattr(self, name, [x.to(p.device, copy=True) for p, x in zip(parameters, found[name], strict=True)])
+        pairs = zip(self.moved, self.positions or (), strict=True)
+        self.moved = [positions if torch.equal(moved, positions) else moved for moved, positions in pairs]
         self.reference = [x.to(p, copy=True) for p, x in zip(parameters, found["reference"], strict=True)]
         return True
 

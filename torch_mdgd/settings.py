@@ -36,6 +36,8 @@ def complete(group: Group, defaults: Group) -> None:
         raise ValueError(f"space='step' works with update='project' alone, got update={merged['update']!r}")
     if merged["space"] == "gradient" and merged["restore"]:
         raise ValueError("restore is a move in step space: pass space='step', or use align in gradient space")
+    if group.get("maximize") and merged["space"] == "gradient":
+        raise ValueError("maximize=True would raise the visual loss as well: minimise the negative of your objective")
     group.update(merged)
 
 

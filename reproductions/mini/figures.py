@@ -2,14 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.figure import SubFigure
 
 from reproductions.mini.data import Example, pretrained_task_data
 from reproductions.mini.parallel import Result
@@ -35,28 +34,33 @@ def draw_demo(results: Sequence[Result], target: str, path: Path) -> None:
         target: the task that they were fine-tuned on.
         path: PNG to write.
     """
-    figure = plt.figure(figsize=(12, 7.4), layout="constrained")
-    top, bottom = cast("Sequence[SubFigure]", figure.subfigures(2, 1, height_ratios=(1.1, 1.5)))
-    _pictures(top.subplots(1, SHOWN), results)
-    scores, ranks = bottom.subplots(1, 2, width_ratios=(3.4, 1))
-    _scores(scores, results, target)
-    _ranks(ranks, results)
+    figure = plt.figure(figsize=(12, 7))
+    widths = (1.5, 1) * SHOWN
+    pictures = figure.add_gridspec(
+        1, 2 * SHOWN, left=0.05, right=0.99, top=0.88, bottom=0.61, wspace=0.05, width_ratios=widths
+    )
+    below = figure.add_gridspec(1, 2, width_ratios=(4.2, 1), left=0.05, right=0.97, top=0.49, bottom=0.07, wspace=0.28)
+    for place, (example, answers) in enumerate(telling_examples(results, SHOWN)):
+        picture, text = (figure.add_subplot(pictures[0, 2 * place + side]) for side in range(2))
+        _answers(picture, text, example, answers, results)
+    _scores(figure.add_subplot(below[0, 0]), results, target)
+    _ranks(figure.add_subplot(below[0, 1]), results)
     figure.suptitle(f"What is forgotten by fine-tuning on {target}, and what MDGD saves", fontsize=13)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
-def _pictures(axes: Sequence[Axes], results: Sequence[Result]) -> None:
-    for axis, (example, answers) in zip(axes, telling_examples(results, SHOWN), strict=True):
-        axis.imshow(example.picture.transpose(1, 2, 0))
+def _answers(picture: Axes, text: Axes, example: Example, answers: Sequence[str], results: Sequence[Result]) -> None:
+    picture.imshow(example.picture.transpose(1, 2, 0))
+    picture.set_title(example.question, fontsize=9.5, loc="left")
+    for axis in (picture, text):
         axis.set_axis_off()
-        axis.set_title(example.question, fontsize=10)
-        for line, (result, answer) in enumerate(zip(results, answers, strict=True)):
-            right = answer == example.answer
-            axis.text(
-                1.06, 0.9 - 0.17 * line, f"{result['label']}: {answer or '(nothing)'}", transform=axis.transAxes,
-                color=COLOURS[result["method"]], fontsize=8.5, fontweight="bold" if right else "normal",
-            )  # fmt: skip
+    for line, (result, answer) in enumerate(zip(results, answers, strict=True)):
+        right = answer == example.answer
+        text.text(
+            0.02, 0.92 - 0.17 * line, f"{'✓' if right else '✗'} {answer or '(nothing)'}",
+            color=COLOURS[result["method"]], fontsize=10, fontweight="bold" if right else "normal", va="center",
+        )  # fmt: skip
 
 
 def telling_examples(results: Sequence[Result], count: int) -> list[tuple[Example, list[str]]]:
@@ -82,7 +86,7 @@ def telling_examples(results: Sequence[Result], count: int) -> list[tuple[Exampl
 
 def _scores(axis: Axes, results: Sequence[Result], target: str) -> None:
     columns: list[tuple[str, Any]] = [(task, task) for task in PRETRAINED_TASKS]
-    columns += [("mean of\nthese seven", None), (f"target:\n{target}", target)]
+    columns += [("mean of\nthe seven", None), (f"target:\n{target}", target)]
     width = 0.8 / len(results)
     for i, result in enumerate(results):
         heights = [result["P"] if task is None else result["exact"][task] for _, task in columns]
@@ -92,7 +96,10 @@ def _scores(axis: Axes, results: Sequence[Result], target: str) -> None:
     axis.axvline(len(PRETRAINED_TASKS) - 0.5, color="0.7", linewidth=0.8)
     axis.set_ylabel("right answers, %")
     axis.set_ylim(0, 100)
-    axis.legend(ncols=len(results), loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+    axis.legend(
+        ncols=len(results), loc="lower left", bbox_to_anchor=(-0.04, 1.02), frameon=False, columnspacing=1.2,
+        handlelength=1.2, fontsize=9.5,
+    )  # fmt: skip
     axis.spines[["top", "right"]].set_visible(False)
 
 

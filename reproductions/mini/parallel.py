@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
@@ -86,6 +87,7 @@ def _show(progress: Progress, bars: dict[str, TaskID], name: str, step: int, los
 def _attach(reports: Any) -> None:
     global _reports
     _reports = reports
+    transformers.utils.logging.disable_progress_bar()
 
 
 def _work(run: Run) -> Result:

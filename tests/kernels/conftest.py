@@ -8,11 +8,18 @@ import os
 
 import pytest
 import torch
+from hypothesis import Phase, settings
 
 from torch_mdgd import kernels
 from torch_mdgd.kernels import eager, selection
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+if INTERPRETED:
+    # A program of a kernel takes the interpreter milliseconds: fewer examples, and a failing one as it was found.
+    phases = [phase for phase in Phase if phase != Phase.shrink]
+    settings.register_profile("interpreted", settings.get_profile("torch_mdgd"), max_examples=8, phases=phases)
+    settings.load_profile("interpreted")
 
 
 def backends():
@@ -32,8 +39,7 @@ def backend(request):
         if request.param == "triton":
             from torch_mdgd.kernels.triton import chunks
 
-            patch.setattr(chunks, "TILE", 16)
-            patch.setattr(chunks, "TILES", 3)
+            patch.setattr(chunks, "TILE", 64)
         with kernels.use_backend(request.param):
             yield request.param
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.kernels.cases import LAYOUTS, LENGTHS, lists, spoil, tensor
+from tests.kernels.cases import LAYOUTS, LENGTHS, lists, spoil, tensor, tiniest
 from torch_mdgd import kernels
 from torch_mdgd.kernels import oracle
 
@@ -29,7 +29,7 @@ def scores(lengths, kind, dtype, layout, seed):
     elif kind == "zeros":
         x = torch.where(x > 0.7, x, torch.where(x > 0, 0.0, -0.0))
     elif kind == "tiny":
-        x = torch.randint(-50, 50, (n,), generator=generator) * torch.finfo(dtype).smallest_normal / 64
+        x = torch.randint(-50, 50, (n,), generator=generator) * tiniest(dtype)
     elif kind == "one of a kind":
         x = torch.zeros_like(x)
         x[:1] = 1

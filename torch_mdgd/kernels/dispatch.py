@@ -1,21 +1,22 @@
 """Which backend runs: the tensors' device decides, unless ``TORCH_MDGD_BACKEND`` or :func:`use_backend` does."""
 
-import importlib
 import importlib.util
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import cache
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from torch_mdgd.kernels import eager, oracle
+
 VARIABLE = "TORCH_MDGD_BACKEND"
 BACKENDS = ("oracle", "eager", "triton")
 
-_forced: ContextVar[str | None] = ContextVar("backend", default=None)
+# A plain global, which torch.compile can guard on.
+_forced: str | None = None
 
 
 def backend_for(tensor: Tensor | None) -> str:
@@ -27,7 +28,7 @@ def backend_for(tensor: Tensor | None) -> str:
     Raises:
         ValueError: the environment variable names no backend.
     """
-    name = _forced.get() or os.environ.get(VARIABLE)
+    name = _forced or os.environ.get(VARIABLE)
     if name:
         return _known(name, f"the environment variable {VARIABLE}")
     on_cuda = tensor is not None and tensor.device.type == "cuda" and torch.version.hip is None
@@ -41,17 +42,24 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: there is no such backend.
     """
-    token = _forced.set(_known(name, "use_backend"))
+    global _forced
+    before, _forced = _forced, _known(name, "use_backend")
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced = before
 
 
 def backend_module(*lists: Sequence[Tensor | None]) -> ModuleType:
     """The module that implements the operations for these lists of tensors."""
     first = next((x for tensors in lists for x in tensors if x is not None), None)
-    return importlib.import_module(f"torch_mdgd.kernels.{backend_for(first)}")
+    name = backend_for(first)
+    if name == "triton":
+        # Here, because Triton need not be installed.
+        from torch_mdgd.kernels import triton
+
+        return triton
+    return oracle if name == "oracle" else eager
 
 
 def _known(name: str, origin: str) -> str:

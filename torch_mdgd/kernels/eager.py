@@ -86,10 +86,11 @@ def _exact_products(left: Sequence[Tensor], right: Sequence[Tensor], parameters:
 
 def _fast_products(left: list[Tensor], right: list[Tensor]) -> Tensor:
     """The inner products of every block, summed in float32, shape (blocks, R, C), float64."""
-    vectors = {x.data_ptr(): x for x in (*left, *right)}
-    place = {pointer: i for i, pointer in enumerate(vectors)}
+    where = [(x.data_ptr(), x.stride()) for x in (*left, *right)]
+    vectors = dict(zip(where, (*left, *right), strict=True))
+    place = [list(vectors).index(w) for w in where]
     # ⟨x, y⟩ = ⟨y, x⟩: each unordered pair of vectors is multiplied once.
-    cells = [tuple(sorted((place[x.data_ptr()], place[y.data_ptr()]))) for x in left for y in right]
+    cells = [(min(i, j), max(i, j)) for i in place[: len(left)] for j in place[len(left) :]]
     pairs = list(dict.fromkeys(cells))
     scratch = torch.empty(len(vectors) + 1, BLOCK)
     sums = []

@@ -1,0 +1,90 @@
+"""The Triton backend without a GPU: run by the interpreter, and compiled for three generations of them."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+SUITE = ["test_inner_products.py", "test_combine.py", "test_top_k.py"]
+
+
+def run(*arguments, **environment):
+    inherited = {
+        name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PYTEST_ADDOPTS")
+    }
+    # Neither a pytest-xdist worker nor a coverage run of its own.
+    inherited = {name: value for name, value in inherited.items() if not name.startswith(("PYTEST_XDIST", "COV_"))}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=inherited | environment, capture_output=True, text=True)
+
+
+def test_the_kernel_tests_pass_in_the_interpreter():
+    files = [str(HERE / name) for name in SUITE]
+    done = run("-m", "pytest", "-q", "-p", "no:cacheprovider", *files, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stdout[-6000:]
+    assert "[triton" in run("-m", "pytest", "--collect-only", "-q", files[0], TRITON_INTERPRET="1").stdout
+    # Rounding to bfloat16, which the interpreter does not do.
+    assert re.search(r"5\d passed, 1 skipped", done.stdout), done.stdout[-500:]
+
+
+def test_a_compiled_step_is_one_graph():
+    program = """
+import torch
+from torch_mdgd import kernels
+
+def step(g, v):
+    products = kernels.inner_products([g, v])
+    removed = -products[:, 0, 1] / products[:, 1, 1]
+    kernels.combine_(g, [g, v], torch.stack([torch.ones_like(removed), removed], dim=1))
+    return products
+
+def gradients():
+    torch.manual_seed(0)
+    return [[torch.randn(100), torch.randn(3, 5)] for _ in range(2)]
+
+plain, compiled = gradients(), gradients()
+wanted = step(*plain)
+got = torch.compile(step, backend="aot_eager", fullgraph=True)(*compiled)
+assert torch.equal(got, wanted)
+assert all(torch.equal(x, y) for x, y in zip(compiled[0], plain[0]))
+assert not torch.equal(plain[0][0], gradients()[0][0])
+"""
+    done = run("-c", program, TRITON_INTERPRET="1", TORCH_MDGD_BACKEND="triton")
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    cache = tmp_path_factory.mktemp("triton")
+    done = run("-m", "tests.kernels.compile_kernels", TRITON_CACHE_DIR=str(cache))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def failing(compiled, holds):
+    return [f"{row['kernel']} for {row['architecture']}" for row in compiled if not holds(row)]
+
+
+def test_every_kernel_compiles_for_every_generation(compiled):
+    names = {row["kernel"] for row in compiled}
+    assert len(names) > 20
+    assert {(row["kernel"], row["architecture"]) for row in compiled} == {
+        (name, architecture) for name in names for architecture in ("sm_80", "sm_90", "sm_100")
+    }
+
+
+def test_nothing_is_spilled_or_kept_in_local_memory(compiled):
+    assert not failing(compiled, lambda row: row["spills"] == row["stack"] == row["local"] == 0)
+
+
+def test_aligned_tensors_are_read_and_written_128_bits_at_a_time_and_once(compiled):
+    assert not failing(compiled, lambda row: row["wide_loads"] == row["wanted_loads"])
+    assert not failing(compiled, lambda row: row["wide_stores"] == row["wanted_stores"])

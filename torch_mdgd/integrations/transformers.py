@@ -206,6 +206,7 @@ def _refuse_unsupported(trainer: Any) -> None:
     found = {
         "deepspeed": trainer.is_deepspeed_enabled,
         "DataParallel (several GPUs in one process; use one, or torchrun)": args.n_gpu > 1,
+        "several processes": args.world_size > 1,
         "context or sequence parallelism": getattr(trainer.accelerator, "parallelism_config", None) is not None,
         "checkpointing with use_reentrant=True, which drops gradients silently (use False)": (
             (checkpointing or {}).get("use_reentrant", False)

@@ -1,0 +1,36 @@
+"""Every example runs as it stands, and its visual loss begins at zero and then does not."""
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+from accelerate.state import AcceleratorState, GradientState
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem != "tiny")
+
+
+@pytest.fixture(autouse=True)
+def fresh_state():
+    """accelerate keeps its settings for the whole process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def test_there_are_examples():
+    assert {"accelerate_loop", "hook_api", "lora", "trainer"} <= set(SCRIPTS)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_example(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    visual = [float(x) for x in re.findall(r"visual loss (\d+\.\d+)", printed)]
+    assert visual[-1] > 0
+    assert len(re.findall(r"loss \d+\.\d+", printed)) >= 3

@@ -74,8 +74,7 @@ def wide_bytes(ptx, operation):
 def compile_one(kernel, constants, architecture):
     signature = {p.name: "constexpr" if p.name in constants else POINTERS.get(p.name, "*i64") for p in kernel.params}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs={})
-    options = {"num_warps": chunks.WARPS if "TILE" in constants else 4, "enable_fp_fusion": False}
-    ptx = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options).asm["ptx"]
+    ptx = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=chunks.OPTIONS).asm["ptx"]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"
         path.write_text(ptx)

@@ -20,6 +20,8 @@ from torch import Tensor
 # Numbers per program: eight a thread, which for half precision is one load of 128 bits.
 TILE = 2048
 WARPS = 8
+# Without fused multiply-add a number is rounded as the other backends round it.
+OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": False}
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.bool)
 

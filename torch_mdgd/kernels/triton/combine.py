@@ -54,7 +54,7 @@ def _combine(
             _combine_kernel[(len(group.tiles),)](
                 group.addresses, group.numels, group.places, group.tiles, rows,
                 group.pattern[0], group.pattern[1], group.pattern[2:], group.codes, group.aligned, chunks.TILE,
-                num_warps=chunks.WARPS,
+                **chunks.OPTIONS,
             )  # fmt: skip
     for x, written in zip(out, flat, strict=True):
         if not x.is_contiguous():

@@ -62,9 +62,9 @@ def _products(
             _products_kernel[(len(group.tiles),)](
                 group.addresses, group.numels, group.tiles, partial,
                 group.pattern[:R], group.pattern[:C] if symmetric else group.pattern[R:],
-                group.codes, symmetric, group.aligned, chunks.TILE, num_warps=chunks.WARPS,
+                group.codes, symmetric, group.aligned, chunks.TILE, **chunks.OPTIONS,
             )  # fmt: skip
-        _sum_kernel[(parameters, R * C)](partial, bounds, out, R * C, SUM_BLOCK)
+        _sum_kernel[(parameters, R * C)](partial, bounds, out, R * C, SUM_BLOCK, **chunks.OPTIONS)
     return out
 
 

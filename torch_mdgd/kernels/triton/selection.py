@@ -73,11 +73,10 @@ def _select(
 
     def launch(kernel: "triton.JITFunction[..., None]", *buffers: Tensor, **constants: int) -> None:
         for group in lists:
-            # Without fused multiply-add: the scores are then those of other backends, to the last bit.
             kernel[(len(group.tiles),)](
                 group.addresses, group.numels, group.places, group.tiles, scale, state, *buffers,
                 PATTERN=group.pattern, CODES=group.codes, ALIGNED=group.aligned, TILE=chunks.TILE, BITS=bits,
-                num_warps=chunks.WARPS, enable_fp_fusion=False, **constants,
+                **chunks.OPTIONS, **constants,
             )  # fmt: skip
 
     with chunks.on_device(device):
@@ -85,7 +84,7 @@ def _select(
         while known < bits:
             width = min(DIGIT, bits - known)
             launch(_count_kernel, bins, nan, KNOWN=known, WIDTH=width)
-            _digit_kernel[(1,)](bins, state, width, 1 << DIGIT)
+            _digit_kernel[(1,)](bins, state, width, 1 << DIGIT, **chunks.OPTIONS)
             known += width
         launch(_ties_kernel, ties)
         launch(_mask_kernel, ties.cumsum(0) - ties)

@@ -1,15 +1,19 @@
 """The demo: fine-tune the small LLaVA with and without MDGD, and see what each still sees."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import reduce
+from operator import getitem
 from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any, cast
 
 from rich.console import Console
 from rich.table import Table
 
 from reproductions.mini.figures import draw_demo
 from reproductions.mini.finetune import Run
-from reproductions.mini.methods import METHODS
+from reproductions.mini.methods import METHODS, PRETRAINED
 from reproductions.mini.parallel import Result, execute_all
 from reproductions.mini.questions import PRETRAINED_TASKS
 
@@ -17,58 +21,71 @@ from reproductions.mini.questions import PRETRAINED_TASKS
 TEST_SEEDS = range(100)
 
 
-def runs(target: str, seed: int, steps: int, examples: int) -> list[Run]:
-    """One run a method, on test examples; the longest first, so that the cores finish together."""
-    order = ("mdgd", "step", "mdgd-gm", "fine-tune", "fine-tune-low", "zero-shot")
-    return [Run(METHODS[name], target, "test", seed, steps if name != "zero-shot" else 0, examples) for name in order]
+def runs(target: str, seeds: Sequence[int], steps: int, examples: int) -> list[Run]:
+    """One run a method and seed, on test examples; the longest first, so that the cores finish together."""
+    order = ("mdgd", "step", "mdgd-gm", "fine-tune", "fine-tune-low")
+    trained = [Run(METHODS[name], target, "test", seed, steps, examples) for seed in seeds for name in order]
+    return [*trained, Run(PRETRAINED, target, "test", 0, 0, examples)]
 
 
-def demo(folder: Path, target: str, seed: int, steps: int, examples: int, console: Console) -> list[Result]:
+def demo(
+    folder: Path, target: str, seeds: Sequence[int], steps: int, examples: int, console: Console
+) -> dict[str, list[Result]]:
     """Run the demo; writes `results.jsonl`, `demo.json` and `demo.png` to the folder.
 
     Returns:
-        the results in the order of `METHODS`.
+        for each method its results, one a seed, in the order of `METHODS`.
 
     Raises:
-        ValueError: the seed is one of those that settings are chosen with.
+        ValueError: a seed is one of those that settings are chosen with.
     """
-
-    if seed not in TEST_SEEDS:
-        raise ValueError(f"seed {seed} is kept for choosing settings; take one below {TEST_SEEDS.stop}")
-    found = {
-        r["method"]: r for r in execute_all(runs(target, seed, steps, examples), folder / "results.jsonl", console)
-    }
-    results = [found[name] for name in METHODS]
-    console.print(table(results, target))
-    (folder / "demo.json").write_text(json.dumps(results, indent=1))
-    draw_demo(results, target, folder / "demo.png")
+    kept = [seed for seed in seeds if seed not in TEST_SEEDS]
+    if kept:
+        raise ValueError(f"seed {kept[0]} is kept for choosing settings; take one below {TEST_SEEDS.stop}")
+    found: dict[str, list[Result]] = {name: [] for name in METHODS}
+    for result in execute_all(runs(target, seeds, steps, examples), folder / "results.jsonl", console):
+        found[result["method"]].append(result)
+    console.print(table(found, target))
+    if len(seeds) > 1:
+        console.print(f"mean ± standard deviation over seeds {', '.join(map(str, seeds))}")
+    (folder / "demo.json").write_text(json.dumps(found, indent=1))
+    draw_demo(found, target, folder / "demo.png")
     console.print(f"wrote {folder / 'demo.png'} and {folder / 'demo.json'}", soft_wrap=True)
-    return results
+    return found
 
 
-def table(results: Sequence[Result], target: str) -> Table:
-    """Exact-match percentages, with the restricted score behind a slash where it differs."""
+def table(found: Mapping[str, Sequence[Result]], target: str) -> Table:
+    """Percentages of exact matches, with the restricted score behind a slash where it differs."""
     out = Table(title=f"fine-tuned on {target}: exact match of generated answers, % / restricted to the task's answers")
     out.add_column("")
-    for result in results:
-        out.add_column(result["label"], justify="right")
+    for results in found.values():
+        out.add_column(results[0]["label"], justify="right")
 
-    def row(name: str, *cells: str, section: bool = False) -> None:
+    def row(name: str, cells: Iterable[str], section: bool = False) -> None:
         out.add_row(name, *cells, end_section=section)
 
+    methods = list(found.values())
     for task in PRETRAINED_TASKS:
-        row(task, *(_score(r, task) for r in results), section=task == list(PRETRAINED_TASKS)[-1])
-    row(f"target: {target}", *(_score(r, target) for r in results))
-    row("P, mean of the pre-trained", *(f"{r['P']:.1f} / {r['P_restricted']:.1f}" for r in results))
-    row("Avg, target included", *(f"{r['Avg']:.1f}" for r in results))
-    row("H(P, T)", *(f"{r['H']:.1f}" for r in results), section=True)
-    for name in results[0]["effective_rank"]:
-        row(f"effective rank, {name}", *(f"{r['effective_rank'][name]:.1f}" for r in results))
-    row("numbers trained", *(f"{r['trained']:,}" for r in results))
-    row("seconds of training", *(f"{r['seconds']:.0f}" for r in results))
+        row(task, (_score(results, task) for results in methods), section=task == list(PRETRAINED_TASKS)[-1])
+    row(f"target: {target}", (_score(results, target) for results in methods))
+    row("P, mean of the pre-trained", (f"{spread(r, 'P')} / {spread(r, 'P_restricted')}" for r in methods))
+    row("Avg, target included", (spread(results, "Avg") for results in methods))
+    row("H(P, T)", (spread(results, "H") for results in methods), section=True)
+    for name in methods[0][0]["effective_rank"]:
+        row(f"effective rank, {name}", (spread(results, "effective_rank", name) for results in methods))
+    row("numbers trained", (f"{results[0]['trained']:,}" for results in methods))
+    row("seconds of training", (f"{fmean(r['seconds'] for r in results):.0f}" for results in methods))
     return out
 
 
-def _score(result: Result, task: str) -> str:
-    exact, restricted = result["exact"][task], result["restricted"].get(task)
-    return f"{exact:.1f}" if restricted is None or restricted == exact else f"{exact:.1f} / {restricted:.1f}"
+def spread(results: Sequence[Result], *path: str) -> str:
+    """Mean of a number over seeds and, where there are several, its standard deviation."""
+    values = [cast(float, reduce(getitem, path, cast(Any, result))) for result in results]
+    return f"{fmean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def _score(results: Sequence[Result], task: str) -> str:
+    exact = spread(results, "exact", task)
+    if all(result["restricted"].get(task, result["exact"][task]) == result["exact"][task] for result in results):
+        return exact
+    return f"{exact} / {spread(results, 'restricted', task)}"

@@ -1,8 +1,8 @@
 """The demo's figure: what each model still answers, task by task, and the rank of its visual features."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from statistics import fmean
 
 import matplotlib
 
@@ -26,15 +26,17 @@ COLOURS = {
 SHOWN = 4
 
 
-def draw_demo(results: Sequence[Result], target: str, path: Path) -> None:
+def draw_demo(found: Mapping[str, Sequence[Result]], target: str, path: Path) -> None:
     """Draw pictures with answers above, scores and effective ranks below.
 
     Args:
-        results: of the pre-trained model first, then of every method.
+        found: results of the pre-trained model first, then of every method, one a seed. Bars are means over seeds;
+            answers are the first seed's.
         target: the task that they were fine-tuned on.
         path: PNG to write.
     """
     figure = plt.figure(figsize=(12, 7))
+    results = [seeds[0] for seeds in found.values()]
     widths = (1.5, 1) * SHOWN
     pictures = figure.add_gridspec(
         1, 2 * SHOWN, left=0.05, right=0.99, top=0.88, bottom=0.61, wspace=0.05, width_ratios=widths
@@ -43,8 +45,8 @@ def draw_demo(results: Sequence[Result], target: str, path: Path) -> None:
     for place, (example, answers) in enumerate(telling_examples(results, SHOWN)):
         picture, text = (figure.add_subplot(pictures[0, 2 * place + side]) for side in range(2))
         _answers(picture, text, example, answers, results)
-    _scores(figure.add_subplot(below[0, 0]), results, target)
-    _ranks(figure.add_subplot(below[0, 1]), results)
+    _scores(figure.add_subplot(below[0, 0]), found, target)
+    _ranks(figure.add_subplot(below[0, 1]), found)
     figure.suptitle(f"What is forgotten by fine-tuning on {target}, and what MDGD saves", fontsize=13)
     figure.savefig(path, dpi=130)
     plt.close(figure)
@@ -84,29 +86,32 @@ def telling_examples(results: Sequence[Result], count: int) -> list[tuple[Exampl
     return found[:count]
 
 
-def _scores(axis: Axes, results: Sequence[Result], target: str) -> None:
-    columns: list[tuple[str, Any]] = [(task, task) for task in PRETRAINED_TASKS]
+def _scores(axis: Axes, found: Mapping[str, Sequence[Result]], target: str) -> None:
+    columns: list[tuple[str, str | None]] = [(task, task) for task in PRETRAINED_TASKS]
     columns += [("mean of\nthe seven", None), (f"target:\n{target}", target)]
-    width = 0.8 / len(results)
-    for i, result in enumerate(results):
-        heights = [result["P"] if task is None else result["exact"][task] for _, task in columns]
-        places = [column + (i - (len(results) - 1) / 2) * width for column in range(len(columns))]
-        axis.bar(places, heights, width, label=result["label"], color=COLOURS[result["method"]])
+    width = 0.8 / len(found)
+    for i, (method, results) in enumerate(found.items()):
+        places = [column + (i - (len(found) - 1) / 2) * width for column in range(len(columns))]
+        scores = [[r["P"] if task is None else r["exact"][task] for r in results] for _, task in columns]
+        axis.bar(places, [fmean(s) for s in scores], width, label=results[0]["label"], color=COLOURS[method])
+        if len(results) > 1:
+            points = [(place, score) for place, seeds in zip(places, scores, strict=True) for score in seeds]
+            axis.plot(*zip(*points, strict=True), ".", color="0.2", markersize=2.5)
     axis.set_xticks(range(len(columns)), [name for name, _ in columns])
     axis.axvline(len(PRETRAINED_TASKS) - 0.5, color="0.7", linewidth=0.8)
     axis.set_ylabel("right answers, %")
-    axis.set_ylim(0, 100)
+    axis.set_ylim(0, 101)
     axis.legend(
-        ncols=len(results), loc="lower left", bbox_to_anchor=(-0.04, 1.02), frameon=False, columnspacing=1.2,
+        ncols=len(found), loc="lower left", bbox_to_anchor=(-0.04, 1.02), frameon=False, columnspacing=1.2,
         handlelength=1.2, fontsize=9.5,
     )  # fmt: skip
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _ranks(axis: Axes, results: Sequence[Result]) -> None:
-    ranks = [result["effective_rank"]["scenes"] for result in results]
-    axis.barh(range(len(results)), ranks, color=[COLOURS[result["method"]] for result in results])
-    axis.set_yticks(range(len(results)), [result["label"] for result in results])
+def _ranks(axis: Axes, found: Mapping[str, Sequence[Result]]) -> None:
+    ranks = [fmean(r["effective_rank"]["scenes"] for r in results) for results in found.values()]
+    axis.barh(range(len(found)), ranks, color=[COLOURS[method] for method in found])
+    axis.set_yticks(range(len(found)), [results[0]["label"] for results in found.values()])
     axis.invert_yaxis()
     axis.bar_label(axis.containers[0], fmt="%.1f", padding=3)  # type: ignore[arg-type]
     axis.set_title("effective rank of the\nvisual features, scenes", fontsize=10)

@@ -42,16 +42,17 @@ class Method:
 
 
 PRETRAINED = Method("zero-shot", "Pre-trained", None)
-# Learning rates and weights: the best H(P, T) of `python -m reproductions mini tune`, which sees validation examples
-# and its own seeds alone.
+# Chosen by `python -m reproductions mini tune`, which sees validation examples and its own seeds alone: the best
+# H(P, T) of each method's candidates. The first AdamW has the rate with the best target score, which is what one
+# tunes for who does not measure forgetting; the second is the fair rival.
 METHODS = {
     method.name: method
     for method in (
         PRETRAINED,
-        Method("fine-tune", "AdamW", 1e-3),
-        Method("fine-tune-low", "AdamW, lower rate", 3e-4),
-        Method("mdgd", "MDGD", 1e-3, {"align": 10.0, "regularize": 1.0}),
+        Method("fine-tune", "AdamW", 2e-3),
+        Method("fine-tune-low", "AdamW, lower rate", 5e-4),
+        Method("mdgd", "MDGD", 2e-3, {"align": 10.0, "regularize": 1.0}),
         Method("mdgd-gm", "MDGD-GM, 10 %", 1e-2, {"align": 10.0}, fraction=0.1),
-        Method("step", "decoupled step", 1e-3, {"update": "project", "space": "step", "restore": 0.03}),
+        Method("step", "decoupled step", 1e-3, {"update": "project", "space": "step", "restore": 0.05}),
     )
 }

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from reproductions.mini import demo, tune
 from reproductions.mini.data import target_data
-from reproductions.mini.figures import telling_examples
+from reproductions.mini.figures import draw_demo, telling_examples
 from reproductions.mini.finetune import Run, execute, finetune, trainable_parameters
 from reproductions.mini.methods import METHODS
 from reproductions.mini.model import load_checkpoint
@@ -22,8 +22,8 @@ def finished(tmp_path_factory):
     """A demo of 20 steps: its folder, its results and what it printed."""
     folder = tmp_path_factory.mktemp("demo")
     console = Console(record=True, width=140)
-    results = demo.demo(folder, "digits", seed=0, steps=20, examples=12, console=console)
-    return folder, results, console.export_text()
+    found = demo.demo(folder, "digits", [0], steps=20, examples=12, console=console)
+    return folder, [results[0] for results in found.values()], console.export_text()
 
 
 def test_every_method_has_every_number(finished):
@@ -66,16 +66,16 @@ def test_table_and_files_hold_the_results(finished):
     for word in (*PRETRAINED_TASKS, "Avg", "H(P, T)", "effective rank", "numbers trained"):
         assert word in printed
     saved = json.loads((folder / "demo.json").read_text())
-    assert [r["key"] for r in saved] == [r["key"] for r in results]
+    assert [seeds[0]["key"] for seeds in saved.values()] == [r["key"] for r in results]
     assert (folder / "demo.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_second_call_runs_nothing_again(finished):
     folder, results, _ = finished
     lines = (folder / "results.jsonl").read_text()
-    again = demo.demo(folder, "digits", seed=0, steps=20, examples=12, console=Console(quiet=True))
+    again = demo.demo(folder, "digits", [0], steps=20, examples=12, console=Console(quiet=True))
     assert (folder / "results.jsonl").read_text() == lines
-    assert [r["key"] for r in again] == [r["key"] for r in results]
+    assert [seeds[0]["key"] for seeds in again.values()] == [r["key"] for r in results]
 
 
 def test_a_result_cut_short_by_a_kill_is_run_again(finished, tmp_path):
@@ -110,11 +110,24 @@ def test_pictures_shown_are_right_before_and_wrong_after_where_there_are_any(fin
     assert bool(telling) == bool(wrong)
 
 
+def test_several_seeds_give_mean_and_deviation(finished, tmp_path):
+    _, results, _ = finished
+    other = {**results[1], "P": results[1]["P"] - 2.0}
+    assert demo.spread([results[1]], "P") == f"{results[1]['P']:.1f}"
+    assert demo.spread([results[1], other], "P") == f"{results[1]['P'] - 1:.1f} ± 1.4"
+    found = {r["method"]: [r] for r in results} | {"fine-tune": [results[1], other]}
+    console = Console(record=True, width=200)
+    console.print(demo.table(found, "digits"))
+    assert "± 1.4" in console.export_text()
+    draw_demo(found, "digits", tmp_path / "demo.png")
+    assert (tmp_path / "demo.png").stat().st_size > 10_000
+
+
 def test_seeds_and_splits_of_tuning_are_not_those_of_the_table():
     assert not set(tune.SEEDS) & set(demo.TEST_SEEDS)
     with pytest.raises(ValueError, match="kept for choosing settings"):
-        demo.demo(None, "digits", tune.SEEDS[0], 1, 1, Console())  # type: ignore[arg-type]
-    assert all(run.split == "test" for run in demo.runs("digits", 0, 1, 1))
+        demo.demo(None, "digits", [0, tune.SEEDS[0]], 1, 1, Console())  # type: ignore[arg-type]
+    assert all(run.split == "test" for run in demo.runs("digits", [0], 1, 1))
 
 
 def test_an_unknown_target_is_named():

@@ -95,6 +95,15 @@ def test_nan_in_a_coefficient(backend, device):
     assert bool(out[0].isnan().all())
 
 
+@pytest.mark.parametrize(("x", "c"), [(1e-30, 1e42), (1e30, 1e-42), (1e-30, 3e30), (1e-36, 1e38), (1e30, 1.1e-39)])
+def test_coefficients_that_float32_cannot_hold(backend, device, x, c):
+    # A whole tile, and a part of one.
+    out = [torch.zeros(129, device=device)]
+    role = [torch.full((129,), x, device=device)]
+    kernels.combine_(out, [role], torch.tensor([[c]], dtype=torch.float64, device=device))
+    assert out[0].tolist() == pytest.approx([x * c] * 129, rel=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rounds_once(backend, device, dtype):
     if dtype == torch.bfloat16 and backend == "triton" and device == "cpu":

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from tests.kernels.cases import LAYOUTS, LENGTHS, lists, spoil, tensor, tiniest
 from torch_mdgd import kernels
-from torch_mdgd.kernels import oracle
+from torch_mdgd.kernels import oracle, selection
 
 KINDS = ["normal", "equal", "few", "sorted", "reversed", "infinite", "zeros", "tiny", "one of a kind"]
 
@@ -72,6 +72,15 @@ def test_a_long_list(backend, device, fraction):
     ]
     k = round(fraction * 3908)
     assert_same(kernels.top_k_masks([x.to(device) for x in parts], k), oracle.top_k_masks(parts, k), k)
+
+
+@pytest.mark.parametrize("k", [1, 2, 300, 1000, 1999, 2000])
+def test_a_sample_that_misleads_costs_time_and_nothing_else(backend, device, k, monkeypatch):
+    # A bracket far narrower than the sample can promise, so that the k-th largest is mostly outside.
+    monkeypatch.setattr(selection, "SAMPLE", 16)
+    monkeypatch.setattr(selection, "SPREAD", 0.02)
+    x = torch.randn(2000, generator=torch.Generator().manual_seed(3)).exp()
+    assert_same(kernels.top_k_masks([x.to(device)], k), oracle.top_k_masks([x], k), k)
 
 
 def test_mixed_dtypes_compare_as_numbers(backend, device):

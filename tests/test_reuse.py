@@ -1,5 +1,7 @@
 """The frozen vision tower is run once a batch, and nothing else changes."""
 
+import types
+
 import pytest
 import torch
 from torch import nn
@@ -61,7 +63,14 @@ def test_another_batch_is_computed_anew():
             assert_same_bits([model(**llava_batch(seed)).logits], [wanted[seed - 1]])
 
 
-@pytest.mark.parametrize("change", ["dropout", "trained", "batch norm", "graph"])
+class Boxed(nn.Module):
+    """Returns something that torch cannot look into."""
+
+    def forward(self, x):
+        return types.SimpleNamespace(features=x)
+
+
+@pytest.mark.parametrize("change", ["dropout", "trained", "batch norm", "graph", "unknown output"])
 def test_a_tower_that_is_more_than_a_function_of_its_inputs_is_run_every_time(change):
     tower = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).train()
     tower.requires_grad_(False)
@@ -72,6 +81,8 @@ def test_a_tower_that_is_more_than_a_function_of_its_inputs_is_run_every_time(ch
     if change == "trained":
         tower.requires_grad_(True)
     model = nn.ModuleDict({"vision_tower": tower})
+    if change == "unknown output":
+        tower.append(Boxed())
     x = torch.randn(3, 4, requires_grad=change == "graph")
     runs = []
     original = tower[0].forward

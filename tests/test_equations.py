@@ -292,6 +292,12 @@ def test_fact_4_inner_products_of_millions_of_numbers_keep_their_digits(dtype, t
     assert abs(float(kernels.inner_products([[g]], [[v]])[0, 0, 0]) - wanted) <= tolerance * size
 
 
+def test_fact_4_equal_numbers_do_not_pile_up_their_rounding():
+    x = torch.full((1_000_000,), 0.1)
+    wanted = 1_000_000 * float(x[0].double()) ** 2
+    assert float(kernels.inner_products([[x]])) == pytest.approx(wanted, rel=2e-7)
+
+
 def test_fact_4_decoupled_gradient_of_millions_of_numbers_is_orthogonal():
     n = 3_000_000
     generator = torch.Generator().manual_seed(0)

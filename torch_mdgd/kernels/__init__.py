@@ -33,7 +33,7 @@ def inner_products(rows: Sequence[Role], columns: Sequence[Role] | None = None) 
         columns: C roles; the rows themselves if None.
 
     Returns:
-        float64 tensor of shape (T, R, C) on the device of the first tensor, summed so that its error is a few
+        float64 tensor of shape (T, R, C) on the device of the first tensor, summed so that its error is about
         1e-7 of ‖x‖‖y‖ at any length and scale (a plain float32 sum is off in the fourth digit at a few million
         numbers), and 1e-16 for float64 tensors. NaN and Inf come through. The same data on the same device and
         with as many threads give the same bits. No host sync.

@@ -101,7 +101,7 @@ def test_coefficients_that_float32_cannot_hold(backend, device, x, c):
     out = [torch.zeros(129, device=device)]
     role = [torch.full((129,), x, device=device)]
     kernels.combine_(out, [role], torch.tensor([[c]], dtype=torch.float64, device=device))
-    assert out[0].tolist() == pytest.approx([x * c] * 129, rel=1e-6)
+    assert out[0].tolist() == pytest.approx([x * c] * 129, rel=1e-6, abs=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -67,7 +67,7 @@ def test_nan_and_inf_come_through(backend, device, case, value, at):
 def test_products_that_float32_cannot_hold(backend, device, dtype, scale, length):
     x = torch.full((length,), scale, dtype=dtype, device=device)
     got = kernels.inner_products([[x]])
-    assert float(got) == pytest.approx(length * float(x[0]) ** 2, rel=1e-6)
+    assert float(got) == pytest.approx(length * float(x[0]) ** 2, rel=1e-6, abs=0)
 
 
 def test_tiny_products_beside_large_ones(backend, device):
@@ -75,9 +75,9 @@ def test_tiny_products_beside_large_ones(backend, device):
     y = x.clone()
     y[0] = 1e25
     got = kernels.inner_products([[x], [y]])[0].cpu()
-    assert float(got[0, 0]) == pytest.approx(400e-50, rel=1e-6)
-    assert float(got[0, 1]) == pytest.approx(1 + 399e-50, rel=1e-6)
-    assert float(got[1, 1]) == pytest.approx(1e50, rel=1e-6)
+    assert float(got[0, 0]) == pytest.approx(400e-50, rel=1e-6, abs=0)
+    assert float(got[0, 1]) == pytest.approx(1 + 399e-50, rel=1e-6, abs=0)
+    assert float(got[1, 1]) == pytest.approx(1e50, rel=1e-6, abs=0)
 
 
 @pytest.mark.parametrize("value", [0.1, 0.3, 2.0**-12.5])
@@ -85,7 +85,7 @@ def test_equal_numbers_do_not_pile_up_their_rounding(backend, device, value):
     # A running float32 sum of equal numbers is off in the fifth digit here; at the true block sizes it would be worse.
     x = torch.full((20_000,), value, device=device)
     wanted = 20_000 * float(x[0].double()) ** 2
-    assert float(kernels.inner_products([[x]])) == pytest.approx(wanted, rel=3e-7)
+    assert float(kernels.inner_products([[x]])) == pytest.approx(wanted, rel=3e-7, abs=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -93,6 +93,17 @@ def test_the_same_bits_every_time(backend, device, dtype):
     roles = [[torch.randn(n, device=device).to(dtype) for n in (1000, 3, 0, 517)] for _ in range(3)]
     first = kernels.inner_products(roles)
     assert all(torch.equal(first, kernels.inner_products(roles)) for _ in range(3))
+
+
+@pytest.mark.parametrize("rows", [1, 11])
+def test_more_roles_than_one_launch_takes(backend, device, rows):
+    generator = torch.Generator().manual_seed(0)
+    roles = [[torch.randn(n, generator=generator) for n in (70, 3)] for _ in range(11)]
+    moved = [on(role, device) for role in roles]
+    got = kernels.inner_products(moved[:rows], moved)
+    assert_close(got, oracle.inner_products(roles[:rows], roles), roles[:rows], roles)
+    if rows == 11:
+        assert_close(kernels.inner_products(moved), oracle.inner_products(roles, roles), roles, roles)
 
 
 def test_symmetric(backend, device):
@@ -106,7 +117,7 @@ def test_shapes_of_any_dimension_and_parameters_that_require_grad(backend, devic
     y = torch.randn(5, 4, 3, device=device).permute(2, 1, 0)
     got = kernels.inner_products([[x]], [[y]])
     assert not got.requires_grad
-    assert float(got) == pytest.approx(float((x.detach().double() * y.double()).sum()), rel=1e-5)
+    assert float(got) == pytest.approx(float((x.detach().double() * y.double()).sum()), rel=1e-5, abs=0)
 
 
 def test_no_parameters_and_no_tensors(backend):

@@ -74,6 +74,16 @@ def test_a_long_list(backend, device, fraction):
     assert_same(kernels.top_k_masks([x.to(device) for x in parts], k), oracle.top_k_masks(parts, k), k)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.float32, torch.int32), (torch.float64, torch.int64)])
+def test_numbers_that_differ_in_their_last_bit(backend, device, dtype, bits, sign):
+    one = torch.tensor(1.0, dtype=dtype).view(bits)
+    steps = torch.randperm(200, generator=torch.Generator().manual_seed(0))
+    x = sign * (one + steps.to(bits)).view(dtype)
+    for k in (1, 2, 3, 50):
+        assert_same(kernels.top_k_masks([x.to(device)], k), oracle.top_k_masks([x], k), k)
+
+
 @pytest.mark.parametrize("k", [1, 2, 300, 1000, 1999, 2000])
 def test_a_sample_that_misleads_costs_time_and_nothing_else(backend, device, k, monkeypatch):
     # A bracket far narrower than the sample can promise, so that the k-th largest is mostly outside.

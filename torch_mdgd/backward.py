@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from torch_mdgd.distributed import Ranks
 from torch_mdgd.optimizer import MDGDOptimizer
 from torch_mdgd.reuse import reuse_frozen_vision
 from torch_mdgd.roles import DECOUPLED_REFERENCE, ROLES
@@ -65,24 +66,34 @@ def mdgd_backward(
 
     An exception discards all that was captured for this step.
 
+    In DistributedDataParallel or sharded by ``fully_shard``, each rank passes its part of the batch. d is the same on
+    all, as of one process with the whole batch: L_v is the mean over all ranks' image tokens, the task loss that over
+    ranks of their losses, and what is returned is this rank's own.
+
     Raises:
-        TypeError: ``optimizer`` is not an :class:`MDGDOptimizer`.
-        ValueError: an unknown schedule.
-        RuntimeError: the model returns no loss, or no trainable parameter influences z.
+        TypeError: ``optimizer`` is not an :class:`MDGDOptimizer`; a kind of parallelism that is not supported.
+        ValueError: an unknown schedule, or one that the model's kind of parallelism does not support.
+        RuntimeError: the model returns no loss, or no trainable parameter influences z; sharded parameters, and only
+            some ranks have image tokens.
     """
     wrapped = find_optimizer(optimizer)
     if schedule not in ("sequential", "together"):
         raise ValueError(f"mdgd_backward: schedule must be 'sequential' or 'together', got {schedule!r}")
+    ranks = Ranks(model)
+    if ranks.sharded and schedule == "together":
+        raise ValueError("mdgd_backward: schedule='together' is not for sharded parameters: use 'sequential'")
+    if ranks.group is not None:
+        wrapped.average_over(ranks.group)
     tap = tap or VisualTap.for_model(model)
     passes = _Passes(model, wrapped, batch, tap, loss, alignment, scaler)
-    passes.weights = {"task": weight, "visual": weight if visual_weight is None else visual_weight}
-    pictures = bool(tap.mask(batch).any())
+    pictures, share = ranks.share(tap.mask(batch).sum())
+    passes.weights = {"task": weight, "visual": share * (weight if visual_weight is None else visual_weight)}
     # Known of the last micro-batch alone: one without pictures before it may be followed by one that has some.
     seen = pictures or any(x is not None for x in wrapped.captured.get("visual", ()))
     plain = combine and not seen and not wrapped.chooses_mask
     reference = len(wrapped.required_roles) == 4 and not plain
     try:
-        with reuse_frozen_vision(model) if reuse_vision else nullcontext():
+        with reuse_frozen_vision(model) if reuse_vision else nullcontext(), ranks.no_sync():
             if reference and pictures and schedule == "together":
                 task_loss, visual_loss = passes.together()
             else:
@@ -91,7 +102,7 @@ def mdgd_backward(
         # Half of a batch's gradients would count twice when the batch is tried again.
         wrapped.discard()
         raise
-    wrapped.record(visual_loss=visual_loss)
+    wrapped.record(visual_loss=ranks.mean(visual_loss * share))
     if plain:
         for role in (*ROLES[2:], DECOUPLED_REFERENCE):
             wrapped.captured.pop(role, None)
@@ -138,12 +149,12 @@ class _Passes:
         z_reference = None
         if reference:
             z = self.features() if pictures else None
-            with self.optimizer.reference():
+            with self.optimizer.reference(self.model):
                 z_reference = self.both_gradients(z)[2]
             if reduce:
                 self.optimizer.reduce_reference()
         elif pictures:
-            with self.optimizer.reference():
+            with self.optimizer.reference(self.model):
                 z_reference = self.features()
         return self.both_gradients(z_reference if pictures else None)[:2]
 

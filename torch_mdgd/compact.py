@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import ASGD, Adafactor, Muon, Optimizer, Rprop, SparseAdam
 
-from torch_mdgd import checkpoint, kernels
+from torch_mdgd import checkpoint, kernels, sharded
 from torch_mdgd.decoupling import decouple_moves_
 from torch_mdgd.kernels import Role
 from torch_mdgd.reference import forget_casts, snapshot
@@ -20,6 +20,7 @@ from torch_mdgd.settings import restores
 
 # They look at a parameter's shape, expect sparse gradients, or keep state that cannot begin at zero.
 UNSUPPORTED = (Adafactor, ASGD, Muon, Rprop, SparseAdam)
+INSTEAD = "use compact=False, whose state is sharded as the parameters are"
 
 
 class CompactStorage:
@@ -33,6 +34,7 @@ class CompactStorage:
 
     Raises:
         TypeError: ``base`` is known to be of another kind.
+        ValueError: sharded parameters: positions inside a shard mean nothing once it is divided otherwise.
     """
 
     def __init__(self, parameters: Sequence[Tensor], base: Optimizer) -> None:
@@ -41,6 +43,7 @@ class CompactStorage:
                 f"compact=True needs an optimizer that treats every number of a parameter alike and apart, which "
                 f"{type(base).__name__} does not: use compact=False, the dense mode"
             )
+        sharded.refuse_sharded("compact=True", parameters, INSTEAD)
         self.count = len(parameters)
         self.positions: list[Tensor] | None = None
         self.leaves: list[nn.Parameter] = []
@@ -76,6 +79,7 @@ class CompactStorage:
     @torch.no_grad()
     def choose(self, masks: Sequence[Tensor], base: Optimizer, parameters: Sequence[Tensor]) -> None:
         """Let only the numbers inside these masks move from now on; state of those that could before is kept."""
+        sharded.refuse_sharded("compact=True", parameters, INSTEAD)
         positions = [_positions(mask) for mask in masks]
         old = self.positions or [torch.arange(p.numel(), device=p.device) for p in parameters]
         holders = self.leaves or parameters
@@ -155,7 +159,9 @@ class CompactStorage:
     def save(self, base: Optimizer) -> dict[str, Any]:
         """The wrapped optimizer's state dict with φ and the positions in it."""
         if self.positions is None:
-            return base.state_dict()
+            # So that torch.distributed.checkpoint, which loads what a fresh optimizer has, fails and skips nothing.
+            nowhere = [torch.zeros(0, dtype=torch.int32)] * self.count
+            return checkpoint.pack(base.state_dict(), {"positions": nowhere})
         with self._in_place_of_parameters(base):
             inner = base.state_dict()
         own = {"positions": self.positions, "moved": self.moved, "reference": self.reference}
@@ -164,8 +170,8 @@ class CompactStorage:
     def load(self, state_dict: dict[str, Any], base: Optimizer, parameters: Sequence[Tensor]) -> bool:
         """The opposite of :meth:`save`; returns whether φ was there. See ``MDGDOptimizer.load_state_dict``."""
         inner, found = checkpoint.unpack(state_dict, parameters)
-        if "positions" not in found:
-            if found:
+        if not any(x.numel() for x in found.get("positions", ())):
+            if "reference" in found:
                 raise ValueError("the state dict was saved with compact=False: build the MDGDOptimizer so, too")
             base.load_state_dict(inner)
             self.__init__(parameters, base)  # type: ignore[misc]

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torch_mdgd import kernels
+from torch_mdgd import sharded
 from torch_mdgd.equations import pool, ratio
 from torch_mdgd.kernels import Role
 
@@ -50,8 +50,8 @@ def decouple_moves_(
     moves = list(before)
     for p, x in zip(parameters, moves, strict=True):
         torch.sub(p, x, out=x)
-    products = pool(kernels.inner_products([moves, v], [moves, v]), together)
+    products = pool(sharded.inner_products([moves, v], [moves, v]), together)
     dd, dv, vv = products[:, 0, 0], products[:, 0, 1], products[:, 1, 1]
     correction = ratio(dv.clamp(min=0), vv) + restore.to(dd.device) * ratio(dd.sqrt(), vv.sqrt())
     touched = [p if x is not None else None for p, x in zip(parameters, v, strict=True)]
-    kernels.combine_(touched, [parameters, v], torch.stack([torch.ones_like(correction), -correction], dim=1))
+    sharded.combine_(touched, [parameters, v], torch.stack([torch.ones_like(correction), -correction], dim=1))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torch_mdgd import sharded
 from torch_mdgd.optimizer import MDGDOptimizer
 
 FORMAT = "torch_mdgd delta 1"
@@ -55,7 +56,7 @@ def save_delta(model: nn.Module, path: str | os.PathLike[str], optimizer: MDGDOp
 
     Raises:
         ImportError: safetensors is not installed.
-        ValueError: a parameter of the optimizer is not the model's.
+        ValueError: a parameter of the optimizer is not the model's, or is sharded.
     """
     save_file = _safetensors().torch.save_file
     names = {id(p): name for name, p in model.named_parameters()}
@@ -63,6 +64,7 @@ def save_delta(model: nn.Module, path: str | os.PathLike[str], optimizer: MDGDOp
     for i, p in enumerate(parameters):
         if id(p) not in names:
             raise ValueError(f"save_delta: parameter {i} of the optimizer is not one of this model's")
+    sharded.refuse_sharded("save_delta", parameters, "gather the model on one process first")
     tuned = [p.detach().cpu().reshape(-1) for p in parameters]
     tuned = [x.clone() if x.data_ptr() == p.data_ptr() else x for x, p in zip(tuned, parameters, strict=True)]
     tensors: dict[str, Tensor] = {}

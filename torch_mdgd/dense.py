@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from torch_mdgd import checkpoint, kernels
+from torch_mdgd import checkpoint, sharded
 from torch_mdgd.decoupling import decouple_moves_
 from torch_mdgd.kernels import Role
 from torch_mdgd.masking import restore_outside_
@@ -20,11 +20,18 @@ class DenseStorage:
 
     Args:
         parameters: in parameter order.
+        chooses: whether a mask is chosen at some time.
     """
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
+    def __init__(self, parameters: Sequence[Tensor], chooses: bool = False) -> None:
         self.reference = snapshot(parameters)
-        self.masks: list[Tensor] | None = None
+        self.chooses = chooses
+        self._hold(None)
+
+    def _hold(self, masks: Sequence[Tensor] | None) -> None:
+        self.masks = None if masks is None else list(masks)
+        # Now, when all ranks are here: diagnostics may be asked for on one.
+        self._kept = sharded.count(self.masks or [])
 
     def __len__(self) -> int:
         return len(self.reference)
@@ -36,8 +43,7 @@ class DenseStorage:
 
     def kept(self, parameters: Sequence[Tensor]) -> tuple[int, int]:
         """How many numbers may move, of how many."""
-        masks = self.masks or []
-        return sum(int(m.sum()) for m in masks), sum(m.numel() for m in masks)
+        return self._kept, sum(p.numel() for p in parameters)
 
     def extend(self, parameters: Sequence[Tensor]) -> None:
         """Take in new parameters, at their values now."""
@@ -45,6 +51,9 @@ class DenseStorage:
 
     def exchange_(self, parameters: Sequence[Tensor]) -> None:
         """Swap θ and φ."""
+        if not all(map(sharded.same_shards, self.reference, parameters)):
+            # Sharded after they were wrapped, as accelerate does.
+            self.reference = list(map(sharded.shard_like, self.reference, parameters))
         exchange_(parameters, self.reference)
 
     def choose(self, masks: Sequence[Tensor], base: Optimizer, parameters: Sequence[Tensor]) -> None:
@@ -53,7 +62,7 @@ class DenseStorage:
             for value in base.state.get(p, {}).values():
                 if isinstance(value, Tensor) and value.shape == p.shape and value.dim():
                     value.mul_(old & new)
-        self.masks = list(masks)
+        self._hold(masks)
 
     def restrict_(self, v: Sequence[Tensor | None]) -> list[Tensor | None]:
         """The directions v inside the mask, in place."""
@@ -64,7 +73,7 @@ class DenseStorage:
 
     def combine_(self, d: Role, roles: Sequence[Role], coefficients: Tensor) -> None:
         """Write the linear combination of the roles, under the mask, over d."""
-        kernels.combine_(d, roles, coefficients, self.masks)
+        sharded.combine_(d, roles, coefficients, self.masks)
 
     def step(
         self,
@@ -86,7 +95,11 @@ class DenseStorage:
 
     def save(self, base: Optimizer) -> dict[str, Any]:
         """The wrapped optimizer's state dict with φ and the mask in it."""
-        return checkpoint.pack(base.state_dict(), {"reference": self.reference, "mask": self.masks})
+        masks = self.masks
+        if masks is None and self.chooses:
+            # A place for it: torch.distributed.checkpoint loads what a fresh optimizer has, and nothing else.
+            masks = [torch.zeros_like(x, dtype=torch.bool) for x in self.reference]
+        return checkpoint.pack(base.state_dict(), {"reference": self.reference, "mask": masks})
 
     def load(self, state_dict: dict[str, Any], base: Optimizer, parameters: Sequence[Tensor]) -> bool:
         """The opposite of :meth:`save`; returns whether φ was there. See ``MDGDOptimizer.load_state_dict``."""
@@ -97,8 +110,10 @@ class DenseStorage:
             checkpoint.require_shapes(name, tensors, [p.shape for p in parameters])
         base.load_state_dict(inner)
         if "reference" in found:
-            self.reference = [x.to(p, copy=True) for p, x in zip(parameters, found["reference"], strict=True)]
-        self.masks = None
-        if "mask" in found:
-            self.masks = [x.to(p.device, torch.bool, copy=True) for p, x in zip(parameters, found["mask"], strict=True)]
+            pairs = zip(found["reference"], parameters, strict=True)
+            self.reference = [sharded.shard_like(x, p, p.dtype) for x, p in pairs]
+        pairs = zip(found.get("mask", ()), parameters, strict=False)
+        self._hold([sharded.shard_like(x, p, torch.bool) for x, p in pairs])
+        if not self._kept:
+            self._hold(None)
         return "reference" in found

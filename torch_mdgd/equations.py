@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from torch_mdgd import kernels
+from torch_mdgd import sharded
 from torch_mdgd.kernels import Role
 from torch_mdgd.settings import Group, Update
 
@@ -94,9 +94,9 @@ def decouple_reference_(g0: Role, v0: Role, together: Tensor) -> list[Tensor | N
     when g0 is nearly parallel to v0.
     """
     out = [x if x is not None else y for x, y in zip(g0, v0, strict=True)]
-    products = pool(kernels.inner_products([g0, v0], [v0]), together)
+    products = pool(sharded.inner_products([g0, v0], [v0]), together)
     b = ratio(products[:, 0, 0], products[:, 1, 0])
-    kernels.combine_(out, [g0, v0], torch.stack([torch.ones_like(b), -b], dim=1))
+    sharded.combine_(out, [g0, v0], torch.stack([torch.ones_like(b), -b], dim=1))
     return out
 
 

@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from torch_mdgd import kernels
+from torch_mdgd import kernels, sharded
 from torch_mdgd.equations import Similarity, product
 
 
@@ -87,8 +87,8 @@ class TopK:
         g, v, g0 = ([_filled(x, p) for x, p in zip(role, parameters, strict=True)] for role in roles)
 
         def masks(rows: slice, k: int) -> list[Tensor]:
-            found = kernels.top_k_similarity_masks(g[rows], v[rows], g0[rows], gradients.a[rows], k, self.similarity)
-            return [x for x in found if x is not None]
+            scored = g[rows], v[rows], g0[rows], gradients.a[rows]
+            return sharded.top_k_similarity_masks(*scored, k, self.similarity)
 
         return _over(self.scope, parameters, self.fraction, masks)
 
@@ -114,7 +114,7 @@ class Magnitude:
     def choose(self, parameters: Sequence[Tensor], gradients: ScoreInputs | None) -> list[Tensor]:
         """The mask of these parameters."""
         scores = [p.detach().abs() for p in parameters]
-        return _over(self.scope, parameters, self.fraction, lambda rows, k: kernels.top_k_masks(scores[rows], k))
+        return _over(self.scope, parameters, self.fraction, lambda rows, k: sharded.top_k_masks(scores[rows], k))
 
 
 @dataclass(frozen=True)
@@ -138,8 +138,9 @@ class Random:
     def choose(self, parameters: Sequence[Tensor], gradients: ScoreInputs | None) -> list[Tensor]:
         """A mask for these parameters."""
         generator = torch.Generator().manual_seed(self.seed)
-        scores = [torch.rand(p.shape, generator=generator, dtype=torch.float64).to(p.device) for p in parameters]
-        return _over("global", parameters, self.fraction, lambda rows, k: kernels.top_k_masks(scores[rows], k))
+        draws = (torch.rand(p.shape, generator=generator, dtype=torch.float64) for p in parameters)
+        scores = [sharded.shard_like(x, p) for x, p in zip(draws, parameters, strict=True)]
+        return _over("global", parameters, self.fraction, lambda rows, k: sharded.top_k_masks(scores[rows], k))
 
 
 @dataclass(frozen=True)
@@ -169,9 +170,10 @@ class Given:
                     f"Given: mask {i} is {mask.dtype} of shape {tuple(mask.shape)}, its parameter needs bool of "
                     f"{tuple(p.shape)}"
                 )
-        if not any(bool(mask.any()) for mask in self.masks):
+        masks = [sharded.shard_like(mask, p) for mask, p in zip(self.masks, parameters, strict=True)]
+        if not sharded.count(masks):
             raise ValueError("Given: no number is true in any mask, so nothing could be trained")
-        return [mask.to(p.device, copy=True) for mask, p in zip(self.masks, parameters, strict=True)]
+        return masks
 
 
 @torch.no_grad()

@@ -6,10 +6,10 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torch_mdgd import equations, kernels, settings
+from torch_mdgd import distributed, equations, settings, sharded
 from torch_mdgd.compact import CompactStorage
 from torch_mdgd.dense import DenseStorage
 from torch_mdgd.diagnostics import gradient_diagnostics
@@ -44,7 +44,7 @@ class MDGDOptimizer(OptimizerWrapper):
             treat every number of a parameter alike and apart; see :mod:`torch_mdgd.compact`.
 
     Raises:
-        TypeError: ``base`` is not an optimizer, is wrapped already, or evaluates its closure several times (LBFGS).
+        TypeError: ``base`` is no optimizer, wrapped already, re-evaluates closures (LBFGS), or DeepSpeed's or FSDP1's.
         ValueError: a hyper-parameter is out of range, naming it.
     """
 
@@ -72,11 +72,11 @@ class MDGDOptimizer(OptimizerWrapper):
         if compact and mask is None:
             raise ValueError("compact=True keeps the numbers inside a mask: pass one, such as mask=TopK(0.1)")
         self._storage: DenseStorage | CompactStorage = (
-            CompactStorage(parameters, base) if compact else DenseStorage(parameters)
+            CompactStorage(parameters, base) if compact else DenseStorage(parameters, chooses=mask is not None)
         )
         if mask is not None and not mask.scored:
             self._storage.choose(mask.choose(parameters, None), base, parameters)
-        self._schedule = MaskSchedule(mask)
+        self._schedule = MaskSchedule(mask, base.param_groups)
         self._captures = Captures()
         self._directions: list[Tensor | None] | None = None
         self._refused = False
@@ -113,13 +113,9 @@ class MDGDOptimizer(OptimizerWrapper):
     @property
     def required_roles(self) -> tuple[str, ...]:
         """The gradients that the next combine needs: task and visual, or with the reference's two all four."""
-        if self.chooses_mask:
-            return ROLES
-        for _, group in zip(self.parameters, settings.per_parameter(self.param_groups), strict=True):
-            regularized = group["update"] == "regularize" and group["regularize"] != 0 and self.mask is None
-            if regularized or group["update"] == "reference":
-                return ROLES
-        return ROLES[:2]
+        groups = zip(self.parameters, settings.per_parameter(self.param_groups), strict=True)
+        needed = self.chooses_mask or any(settings.needs_reference(x, self.mask is not None) for _, x in groups)
+        return ROLES if needed else ROLES[:2]
 
     def capture(self, role: Literal["task", "visual"], *, scale: float = 1.0) -> AbstractContextManager[None]:
         """Whatever backward passes inside leave in ``.grad`` is kept as this role, and ``.grad`` cleared.
@@ -145,21 +141,23 @@ class MDGDOptimizer(OptimizerWrapper):
         return f"reference_{role}" if self._at_reference else role
 
     @contextmanager
-    def reference(self) -> Iterator[None]:
+    def reference(self, model: nn.Module | None = None) -> Iterator[None]:
         """The reference φ is in the parameters here; θ comes back bit for bit, also after an exception.
 
-        Run forward and backward inside: autograd refuses a backward pass across the exchange.
+        Run forward and backward inside: autograd refuses a backward pass across the exchange. If ``fully_shard`` has
+        sharded the parameters, pass the model: it drops what it gathered of them.
         """
         if self._at_reference or self._captures.recording:
             raise RuntimeError("reference: already inside reference() or capture()")
         parameters = self.parameters
-        self._storage.exchange_(parameters)
-        self._at_reference = True
-        try:
-            yield
-        finally:
+        with distributed.resharded(parameters, model):
             self._storage.exchange_(parameters)
-            self._at_reference = False
+            self._at_reference = True
+            try:
+                yield
+            finally:
+                self._storage.exchange_(parameters)
+                self._at_reference = False
 
     @torch.no_grad()
     def set_gradients(
@@ -181,12 +179,16 @@ class MDGDOptimizer(OptimizerWrapper):
         given = zip(ROLES, (task, visual, reference_task, reference_visual), strict=True)
         self._captures.add({role: x for role, x in given if x is not None}, self.parameters)
 
+    def average_over(self, group: distributed.Group | None) -> None:
+        """From now on, combine the means of all captures over these processes; not those of FSDP2, which has summed."""
+        self._captures.group = group
+
     @torch.no_grad()
     def reduce_reference(self) -> None:
         """Form g~0 (7) now, which frees one gradient-sized buffer; no captures at φ may follow in this step."""
         if DECOUPLED_REFERENCE not in self._captures:
             self._captures.require(ROLES[2:])
-            g0, v0 = (self._captures.gradients.pop(role) for role in ROLES[2:])
+            g0, v0 = self._captures.take(ROLES[2:], self.parameters)
             together = self._together("gradient")
             self._captures.gradients[DECOUPLED_REFERENCE] = equations.decouple_reference_(g0, v0, together)
 
@@ -215,13 +217,12 @@ class MDGDOptimizer(OptimizerWrapper):
         refuse_stray(parameters)
         if len(needed) == 4 or all(role in self._captures for role in ROLES[2:]):
             self.reduce_reference()
-        roles = [self._captures[role] for role in ("task", "visual", DECOUPLED_REFERENCE) if role in self._captures]
+        roles = self._captures.take(("task", "visual", DECOUPLED_REFERENCE), parameters)
         self.discard()
 
         together = self._together("gradient")
-        raw = kernels.inner_products(roles)
-        self._products = raw, together
-        products = equations.pool(raw, together)
+        self._products = sharded.inner_products(roles), together
+        products = equations.pool(*self._products)
         if self.chooses_mask:
             # With NaN or Inf none is chosen: d is NaN, a gradient scaler skips this step, and the next one chooses.
             if bool(products.isfinite().all()):
@@ -312,8 +313,7 @@ class MDGDOptimizer(OptimizerWrapper):
             settings.complete(saved, group)
         if not self._storage.load(state_dict, self.base, parameters):
             warnings.warn(
-                "the state dict holds no reference: it stays at the weights that were wrapped. If training had begun "
-                "before, those are not the weights that it began with",
+                "the state dict holds no reference: it stays at the wrapped weights: right if training began there",
                 stacklevel=2,
             )
         self.discard()

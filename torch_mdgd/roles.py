@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from torch_mdgd import distributed, sharded
 from torch_mdgd.kernels import Role
 
 ROLES = ("task", "visual", "reference_task", "reference_visual")
@@ -20,9 +22,14 @@ class Captures:
         self.gradients: dict[str, list[Tensor | None]] = {}
         self.scale: float | None = None
         self.recording = False
+        self.group: distributed.Group | None = None
 
     def __bool__(self) -> bool:
         return bool(self.gradients)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A process group belongs to its process.
+        return {**vars(self), "group": None}
 
     def __contains__(self, role: str) -> bool:
         return role in self.gradients
@@ -35,8 +42,17 @@ class Captures:
         return role in self.gradients and all(x is None for x in self.gradients[role])
 
     def clear(self) -> None:
-        """Forget everything."""
-        self.__init__()  # type: ignore[misc]
+        """Forget what was captured."""
+        self.gradients, self.scale, self.recording = {}, None, False
+
+    def take(self, roles: Sequence[str], parameters: Sequence[Tensor]) -> list[list[Tensor | None]]:
+        """Those of these roles that are there, held no longer; averaged if each rank captured its part of the batch."""
+        taken = {role: self.gradients.pop(role) for role in roles if role in self.gradients}
+        if self.group is not None:
+            # g~0 is of averages already.
+            own = [gradients for role, gradients in taken.items() if role != DECOUPLED_REFERENCE]
+            distributed.average_(own, parameters, self.group)
+        return list(taken.values())
 
     def require(self, roles: Sequence[str]) -> None:
         """Raise a RuntimeError that names the roles which are not there."""
@@ -108,7 +124,7 @@ def destination(gradients: Role, parameter: Tensor) -> Tensor | None:
 def refuse_stray(parameters: Sequence[Tensor]) -> None:
     """Raise a RuntimeError if a ``.grad`` holds what no capture took; zeros left by ``zero_grad`` may stay."""
     for i, p in enumerate(parameters):
-        if p.grad is not None and bool(p.grad.count_nonzero()):
+        if p.grad is not None and bool(sharded.local([p.grad])[0].count_nonzero()):
             raise RuntimeError(
                 f"parameter {i} already has a gradient, which no capture took and combine() would overwrite: run "
                 "that backward pass inside capture('task'), or call zero_grad() after the last step"
@@ -141,3 +157,5 @@ def _check(role: str, gradients: Role, parameters: Sequence[Tensor]) -> None:
             raise ValueError(
                 f"{role} gradient of parameter {i} has shape {tuple(x.shape)}, the parameter {tuple(p.shape)}"
             )
+        if not sharded.same_shards(x, p):
+            raise ValueError(f"{role} gradient of parameter {i} is not sharded as the parameter is")

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from torch_mdgd import equations, kernels
+from torch_mdgd import equations, kernels, sharded
 from torch_mdgd.masking import Mask, ScoreInputs
 from torch_mdgd.settings import Group
 
@@ -19,10 +19,14 @@ class MaskSchedule:
 
     Args:
         mask: what chooses; None for no mask.
+        groups: the parameter groups.
     """
 
-    def __init__(self, mask: Mask | None) -> None:
+    def __init__(self, mask: Mask | None, groups: Sequence[Group]) -> None:
         self.mask = mask
+        if mask is not None and mask.scored:
+            # From the start: torch.distributed.checkpoint loads what a fresh optimizer has, and nothing else.
+            groups[0].setdefault(AGE, 0)
         self.waits = False
         self.steps = 0
         self.sums: list[list[Tensor | None]] = []
@@ -36,6 +40,9 @@ class MaskSchedule:
         """
         if self.mask is None or not self.mask.scored:
             return False
+        if masked:
+            # There is one warm-up, before the first choice, also of a run that was resumed after it.
+            self.steps = self.mask.warmup
         refresh = self.mask.refresh
         return not masked or (refresh is not None and int(groups[0].get(AGE, 0)) >= refresh)
 
@@ -69,7 +76,7 @@ class MaskSchedule:
             if self.waits:
                 return None
             roles, self.sums = self.sums, []
-            products = equations.pool(kernels.inner_products(roles), together)
+            products = equations.pool(sharded.inner_products(roles), together)
         groups[0][AGE] = 0
         g, v, g0_tilde = roles
         return self.mask.choose(parameters, ScoreInputs(g, v, g0_tilde, equations.drift(products)))

@@ -41,6 +41,12 @@ def complete(group: Group, defaults: Group) -> None:
     group.update(merged)
 
 
+def needs_reference(group: Group, masked: bool) -> bool:
+    """Whether the update of this group takes gradients at φ; under a mask it is (11), which does not."""
+    regularized = group["update"] == "regularize" and group["regularize"] != 0 and not masked
+    return regularized or group["update"] == "reference"
+
+
 def per_parameter(groups: Sequence[Group]) -> list[Group]:
     """The group of each parameter, in parameter order."""
     return [group for group in groups for _ in group["params"]]

@@ -4,6 +4,8 @@ from typing import Any
 
 from torch.optim import LBFGS, Optimizer
 
+from torch_mdgd import distributed
+
 
 class OptimizerWrapper(Optimizer):
     """An optimizer in every respect, whose groups, state and defaults are those of ``base``.
@@ -18,7 +20,8 @@ class OptimizerWrapper(Optimizer):
         base: the optimizer to wrap.
 
     Raises:
-        TypeError: ``base`` is not an optimizer, is wrapped already, or evaluates its closure several times (LBFGS).
+        TypeError: ``base`` is not an optimizer, is wrapped already, or evaluates its closure several times (LBFGS);
+            DeepSpeed or FSDP1 hold its parameters.
         ValueError: ``base`` holds a parameter twice.
     """
 
@@ -34,6 +37,7 @@ class OptimizerWrapper(Optimizer):
         parameters = [p for group in base.param_groups for p in group["params"]]
         if len(set(parameters)) < len(parameters):
             raise ValueError("base holds a parameter more than once, so its values could not be exchanged in place")
+        distributed.refuse_parameters(parameters)
         # Not Optimizer.__init__, which would make a second set of groups; this installs the hooks and patches step.
         Optimizer.__setstate__(self, {"base": base})
 

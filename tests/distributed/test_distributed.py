@@ -1,0 +1,183 @@
+"""Two processes compute what one computes from the whole batch: DDP and FSDP2, by hand and through mdgd_backward."""
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+import torch.multiprocessing
+
+from tests.distributed import setups, workers
+from torch_mdgd import Given, Magnitude, MDGDOptimizer, Random, kernels
+
+ALONE = [f"{kind}, {form}" for kind in ("ddp", "fsdp") for form in setups.FORMS]
+ALONE = [name for name in ALONE if not (name.startswith("fsdp") and name.endswith("compact"))]
+LLAVA = [f"{kind}, {form}" for kind in ("ddp", "fsdp") for form in setups.LLAVA_FORMS]
+LLAVA.remove("fsdp, together")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("distributed")
+
+
+@pytest.fixture(scope="module")
+def ranks(folder):
+    """What each of two processes found, by case."""
+    for form in workers.CHECKPOINTED:
+        net, optimizer = workers.build(form, "alone")
+        list(setups.train(net, optimizer, 0, 1, range(2)))
+        dcp.save(workers.state(net, optimizer), checkpoint_id=folder / f"one {form}")
+    torch.multiprocessing.spawn(workers.run, (Path(folder),), nprocs=workers.WORLD)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(workers.WORLD)]
+
+
+def found(ranks, name):
+    """What the ranks found: the same."""
+    first, second = (rank[name] for rank in ranks)
+    for outcome in (first, second):
+        assert not isinstance(outcome, str) or "Traceback" not in outcome, outcome
+    return first, second
+
+
+def assert_agree(actual, wanted, tolerance):
+    """Every step of two runs: numbers to rounding beside the largest of their tensor, masks exactly."""
+    assert len(actual) == len(wanted)
+    for step, (one, other) in enumerate(zip(actual, wanted, strict=True)):
+        assert len(one["mask"]) == len(other["mask"])
+        for i, (x, y) in enumerate(zip(one["mask"], other["mask"], strict=True)):
+            assert torch.equal(x, y), f"step {step}, mask {i}: {x} and {y}"
+        for name in ("d", "weights"):
+            for i, (x, y) in enumerate(zip(one[name], other[name], strict=True)):
+                assert (x is None) == (y is None), f"step {step}, {name} {i}"
+                if x is not None:
+                    assert (x - y).abs().max() <= tolerance * (1 + y.abs().max()), f"step {step}, {name} {i}: {x - y}"
+        assert one["diagnostics"].keys() == other["diagnostics"].keys()
+        for name, value in one["diagnostics"].items():
+            assert math.isclose(value, other["diagnostics"][name], rel_tol=tolerance, abs_tol=tolerance), (step, name)
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_two_processes_agree_with_one(ranks, name):
+    form = name.split(", ", 1)[1]
+    wanted = setups.by_hand("alone", form)
+    assert any(m.any() for m in wanted[-1]["mask"]) == ("mask" in setups.FORMS[form] and form not in setups.COMPACT)
+    for actual in found(ranks, name):
+        assert_agree(actual, wanted, 1e-11)
+
+
+@pytest.mark.parametrize("name", LLAVA)
+def test_mdgd_backward_in_two_processes_agrees_with_one(ranks, name):
+    kind, form = name.split(", ", 1)
+    pictures = setups.ALL_WITH if kind == "fsdp" else setups.SOME_WITHOUT
+    plain = "sequential" if form == "together" else form
+    wanted = setups.with_backward("alone", "regularize" if plain == "sequential" else form, pictures)
+    assert wanted[1]["diagnostics"]["visual_loss"] > 0
+    for actual in found(ranks, f"{kind}, llava, {form}"):
+        assert_agree(actual, wanted, 1e-6)
+
+
+def test_averaging_captures_makes_two_backward_passes_after_one_forward_exact(ranks):
+    wanted = setups.twice_after_one_forward(0, 1, False)
+    for actual in found(ranks, "twice after one forward"):
+        for x, y in zip(actual, wanted, strict=True):
+            assert torch.allclose(x, y, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns", "some whole", "copies of parts"])
+def test_kernels_on_shards_agree_with_those_on_whole_tensors(ranks, layout):
+    g, v, g0 = (workers.tensors(i) for i in range(3))
+    for outcome in found(ranks, "kernels on shards"):
+        actual = outcome[layout]
+        assert torch.equal(actual["products"], kernels.inner_products([g, v], [v, g0]))
+        for k, masks in actual["masks"].items():
+            wanted = kernels.top_k_similarity_masks(g, v, g0, torch.full((3,), 0.5), k)
+            assert all(map(torch.equal, masks, wanted)), k
+        assert all(map(torch.equal, actual["top"], kernels.top_k_masks([x.abs() for x in g], 11)))
+        assert actual["kept"] == 11
+        assert all(torch.equal(x, y + 2 * z) for x, y, z in zip(actual["combined"], g, v, strict=True))
+
+
+def test_a_nan_on_one_rank_is_an_error_on_all(ranks):
+    for outcome in found(ranks, "kernels on shards"):
+        assert "has a NaN" in outcome["nan"]
+
+
+def test_masks_chosen_when_sharded_parameters_are_wrapped(ranks):
+    parameters = list(setups.network().parameters())
+    wanted = {
+        "Magnitude global": Magnitude(0.3),
+        "Magnitude tensor": Magnitude(0.3, scope="tensor"),
+        "Random ": Random(0.3),
+        "Given ": Given([p > 0 for p in parameters]),
+    }
+    for outcome in found(ranks, "masks on shards"):
+        for name, mask in wanted.items():
+            assert all(map(torch.equal, outcome[name], mask.choose(parameters, None))), name
+
+
+def test_parameters_that_are_sharded_after_they_were_wrapped(ranks):
+    for outcome in found(ranks, "sharded after it was wrapped"):
+        assert_agree(outcome, setups.by_hand("alone", "regularize"), 1e-11)
+
+
+REFUSALS = {
+    "compact": "ValueError: compact=True: parameters are sharded",
+    "compact, sharded later": "ValueError: compact=True: parameters are sharded",
+    "reference without model": "ValueError: reference: parameters are sharded, so pass the model",
+    "whole gradients": "ValueError: task gradient of parameter 0 is not sharded as the parameter is",
+    "static graph": "ValueError: static_graph=True",
+    "together": "ValueError: mdgd_backward: schedule='together' is not for sharded",
+    "pictures on one rank": "RuntimeError: mdgd_backward: some ranks have image tokens and others have none",
+    "fsdp1 parameters": "TypeError: the parameters cannot be wrapped: FullyShardedDataParallel",
+    "fsdp1 model": "TypeError: FullyShardedDataParallel is not supported",
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_refused(ranks, name):
+    for outcome in found(ranks, "refusals"):
+        assert outcome[name].startswith(REFUSALS[name])
+
+
+@pytest.mark.parametrize("form", workers.CHECKPOINTED)
+def test_one_process_resumes_what_two_saved(ranks, folder, form):
+    found(ranks, f"save, {form}")
+    net, optimizer = workers.build(form, "alone")
+    workers.restore(net, optimizer, folder / f"two {form}")
+    resumed = list(setups.train(net, optimizer, 0, 1, range(2, setups.STEPS)))
+    assert_agree(resumed, setups.by_hand("alone", form)[2:], 1e-11)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("form", workers.CHECKPOINTED)
+def test_two_processes_resume_what_one_saved(ranks, kind, form):
+    for outcome in found(ranks, f"resume, {form}"):
+        assert_agree(outcome[kind], setups.by_hand("alone", form)[2:], 1e-11)
+
+
+def test_a_compact_checkpoint_is_not_skipped_in_silence(ranks):
+    for outcome in found(ranks, "compact loads nothing"):
+        assert "mdgd_positions" in outcome
+
+
+def test_example(ranks):
+    for rank, printed in enumerate(found(ranks, "example")):
+        losses = re.findall(rf"rank {rank}: loss (\d+\.\d+)", printed)
+        assert len(losses) == 4
+        assert ("visual loss" in printed) == (rank == 0)
+
+
+@pytest.mark.parametrize("where", ["engine", "optimizer"])
+def test_deepspeed_is_refused(where):
+    net = setups.network()
+    if where == "optimizer":
+        net.head.weight.ds_id = 0
+        with pytest.raises(TypeError, match="cannot be wrapped: DeepSpeed's engine keeps gradients"):
+            MDGDOptimizer(setups.adamw(net))
+        return
+    engine = type("DeepSpeedEngine", (torch.nn.Module,), {"__module__": "deepspeed.runtime.engine"})()
+    with pytest.raises(TypeError, match="DeepSpeedEngine is not supported: DeepSpeed's engine"):
+        workers.mdgd_backward(engine, MDGDOptimizer(setups.adamw(net)), {})

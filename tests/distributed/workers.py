@@ -1,0 +1,248 @@
+"""Two processes that go through all cases, one after the other, and write what each found to a file."""
+
+import copy
+import runpy
+import sys
+import traceback
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from datetime import timedelta
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
+
+from tests.distributed import setups
+from torch_mdgd import Given, Magnitude, MDGDOptimizer, Random, TopK, mdgd_backward, sharded
+from torch_mdgd.equations import product
+
+WORLD = 2
+EXAMPLE = Path(__file__).parents[2] / "examples" / "ddp.py"
+CHECKPOINTED = {"masked": setups.FORMS["masked"], "regularize": {}}
+
+
+def run(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(folder / "store"), WORLD)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=60))
+    found: dict[str, Any] = {}
+
+    def case(name: str, function: Callable[..., Any], *args: Any) -> None:
+        try:
+            found[name] = function(*args)
+        except Exception:
+            found[name] = traceback.format_exc()
+
+    for kind in ("ddp", "fsdp"):
+        for form in setups.FORMS:
+            if not (kind == "fsdp" and form in setups.COMPACT):
+                case(f"{kind}, {form}", setups.by_hand, kind, form, rank, WORLD)
+        for form in setups.LLAVA_FORMS:
+            if not (kind == "fsdp" and form == "together"):
+                pictures = setups.ALL_WITH if kind == "fsdp" else setups.SOME_WITHOUT
+                case(f"{kind}, llava, {form}", setups.with_backward, kind, form, pictures, rank, WORLD)
+    case("twice after one forward", setups.twice_after_one_forward, rank, WORLD, True)
+    case("kernels on shards", kernels_on_shards)
+    case("masks on shards", masks_on_shards)
+    case("sharded after it was wrapped", sharded_after_it_was_wrapped, rank)
+    case("refusals", refusals, rank)
+    for form in CHECKPOINTED:
+        case(f"save, {form}", save, form, folder, rank)
+        case(f"resume, {form}", resume, form, folder, rank)
+    case("compact loads nothing", compact_loads_nothing, folder)
+    case("example", example)
+    torch.save(found, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+# Single operations, on tensors sharded in every way.
+
+
+def layouts() -> dict[str, list[tuple[Any, list[Any]]]]:
+    """For three tensors of sizes (5, 3), (4, 6) and (1,), meshes and placements."""
+    line, plane = init_device_mesh("cpu", (2,)), init_device_mesh("cpu", (2, 1), mesh_dim_names=("copies", "parts"))
+    return {
+        "rows": [(line, [Shard(0)])] * 3,
+        "columns": [(line, [Shard(1)]), (line, [Shard(1)]), (line, [Shard(0)])],
+        "some whole": [(line, [Shard(0)]), (line, [Replicate()]), (line, [Replicate()])],
+        "copies of parts": [(plane, [Replicate(), Shard(0)])] * 3,
+    }
+
+
+def tensors(seed: int) -> list[torch.Tensor]:
+    """Of few different values, so that most of them tie."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(-2, 3, s, generator=generator).double() for s in ((5, 3), (4, 6), (1,))]
+
+
+def kernels_on_shards() -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for name, places in layouts().items():
+        g, v, g0 = ([distribute_tensor(x, *at) for x, at in zip(tensors(i), places, strict=True)] for i in range(3))
+        products = sharded.inner_products([g, v], [v, g0])
+        masks = {
+            k: sharded.top_k_similarity_masks(g, v, g0, torch.full((3,), 0.5), k, product) for k in (1, 7, 20, 33, 40)
+        }
+        top = sharded.top_k_masks([x.abs() for x in g], 11)
+        kept = sharded.count(top)
+        sharded.combine_(g, [g, v], torch.tensor([[1.0, 2.0]] * 3))
+        out[name] = {
+            "products": products,
+            "masks": {k: [setups.whole(m) for m in mask] for k, mask in masks.items()},
+            "top": [setups.whole(m) for m in top],
+            "kept": kept,
+            "combined": [setups.whole(x) for x in g],
+        }
+    bad = distribute_tensor(torch.tensor([1.0, 2.0, 3.0, float("nan")]), *layouts()["rows"][0])
+    out["nan"] = error(sharded.top_k_masks, [bad], 1)
+    return out
+
+
+def masks_on_shards() -> dict[str, list[Any]]:
+    """Masks that are chosen when the optimizer is wrapped."""
+    given = Given([p > 0 for p in setups.network().parameters()])
+    out = {}
+    for mask in (Magnitude(0.3), Magnitude(0.3, scope="tensor"), Random(0.3), given):
+        net = setups.network()
+        setups.parallel(net, "fsdp")
+        optimizer = MDGDOptimizer(setups.adamw(net), update="project", mask=mask)
+        out[f"{type(mask).__name__} {getattr(mask, 'scope', '')}"] = [setups.whole(x) for x in optimizer._storage.masks]
+    return out
+
+
+def sharded_after_it_was_wrapped(rank: int) -> list[dict[str, Any]]:
+    """As accelerate does: the parameters in the groups are replaced."""
+    net = setups.network()
+    optimizer = MDGDOptimizer(setups.adamw(net))
+    setups.parallel(net, "fsdp")
+    optimizer.param_groups[0]["params"] = list(net.parameters())
+    return list(setups.train(net, optimizer, rank, WORLD))
+
+
+# What is refused.
+
+
+def error(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
+    try:
+        function(*args, **kwargs)
+    except (TypeError, ValueError, RuntimeError) as raised:
+        return f"{type(raised).__name__}: {raised}"
+    return "nothing was raised"
+
+
+def refusals(rank: int) -> dict[str, str]:
+    net = setups.network()
+    setups.parallel(net, "fsdp")
+    optimizer = MDGDOptimizer(setups.adamw(net))
+
+    def reference() -> None:
+        with optimizer.reference():
+            pass
+
+    later = setups.network()
+    compact = MDGDOptimizer(setups.adamw(later), update="project", mask=TopK(0.3), compact=True)
+    setups.parallel(later, "fsdp")
+    compact.param_groups[0]["params"] = list(later.parameters())
+    ones = [torch.ones_like(p) for p in later.parameters()]
+    compact.set_gradients(task=ones, visual=ones, reference_task=ones, reference_visual=ones)
+    llava = setups.tiny_llava()
+    fixed = DistributedDataParallel(setups.tiny_llava(), static_graph=True)
+    sharded_llava = setups.tiny_llava()
+    fully_shard(sharded_llava)
+    wrapped = MDGDOptimizer(setups.adamw(sharded_llava))
+    batch = setups.llava_part(0, rank, WORLD, (True, True, False, False))
+    whole = [torch.ones(p.shape, dtype=p.dtype) for p in net.parameters()]
+    plain = MDGDOptimizer(setups.adamw(llava))
+    flat = FullyShardedDataParallel(setups.network(), device_id=torch.device("cpu"), use_orig_params=True)
+    return {
+        "compact": error(MDGDOptimizer, setups.adamw(net), mask=TopK(0.3), compact=True),
+        "compact, sharded later": error(compact.combine),
+        "reference without model": error(reference),
+        "whole gradients": error(optimizer.set_gradients, task=whole),
+        "static graph": error(mdgd_backward, fixed, plain, batch),
+        "together": error(mdgd_backward, sharded_llava, wrapped, batch, schedule="together"),
+        "pictures on one rank": error(mdgd_backward, sharded_llava, wrapped, batch),
+        "fsdp1 parameters": error(MDGDOptimizer, torch.optim.SGD(flat.parameters(), lr=0.1)),
+        "fsdp1 model": error(mdgd_backward, flat, plain, batch),
+    }
+
+
+# Checkpoints.
+
+
+def state(net: nn.Module, optimizer: MDGDOptimizer) -> dict[str, Any]:
+    return {"model": get_model_state_dict(net), "optimizer": get_optimizer_state_dict(net, optimizer)}
+
+
+def restore(net: nn.Module, optimizer: MDGDOptimizer, folder: Path) -> None:
+    saved = state(net, optimizer)
+    dcp.load(saved, checkpoint_id=folder)
+    set_model_state_dict(net, saved["model"])
+    set_optimizer_state_dict(net, optimizer, saved["optimizer"])
+
+
+def build(form: str, kind: str) -> tuple[nn.Module, MDGDOptimizer]:
+    net = setups.network()
+    model = setups.parallel(net, kind)
+    return model, MDGDOptimizer(setups.adamw(net), **CHECKPOINTED[form])
+
+
+def save(form: str, folder: Path, rank: int) -> None:
+    """Two steps under FSDP2, saved."""
+    net, optimizer = build(form, "fsdp")
+    list(setups.train(net, optimizer, rank, WORLD, range(2)))
+    dcp.save(state(net, optimizer), checkpoint_id=folder / f"two {form}")
+    full = get_optimizer_state_dict(net, optimizer, options=StateDictOptions(full_state_dict=True))
+    twin, other = build(form, "fsdp")
+    set_optimizer_state_dict(twin, other, full, options=StateDictOptions(full_state_dict=True))
+    for x, y in zip(optimizer.state_dict()["state"].values(), other.state_dict()["state"].values(), strict=True):
+        assert x.keys() == y.keys()
+        assert all(torch.equal(setups.whole(x[k]), setups.whole(y[k])) for k in x)
+
+
+def resume(form: str, folder: Path, rank: int) -> dict[str, Any]:
+    """What one process saved after two steps, two go on with, in both kinds."""
+    out = {}
+    for kind in ("ddp", "fsdp"):
+        model, optimizer = build(form, kind)
+        restore(model, optimizer, folder / f"one {form}")
+        out[kind] = list(setups.train(model, optimizer, rank, WORLD, range(2, setups.STEPS)))
+    return out
+
+
+def compact_loads_nothing(folder: Path) -> str:
+    """A compact state has another size than that of a fresh optimizer, which is where it would be loaded to."""
+    settings = setups.FORMS["masked per tensor, compact"]
+    net = setups.network()
+    optimizer = MDGDOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), **settings)
+    list(setups.train(net, optimizer, 0, 1, range(1)))
+    dcp.save(state(net, optimizer), checkpoint_id=folder / "compact")
+    fresh = copy.deepcopy(net)
+    other = MDGDOptimizer(torch.optim.SGD(fresh.parameters(), lr=0.1), **settings)
+    try:
+        restore(fresh, other, folder / "compact")
+    except dcp.api.CheckpointException as raised:
+        return str(raised).strip().splitlines()[-1]
+    return "loaded"
+
+
+def example() -> str:
+    printed = StringIO()
+    sys.path.insert(0, str(EXAMPLE.parent))
+    with redirect_stdout(printed):
+        runpy.run_path(str(EXAMPLE), run_name="__main__")
+    return printed.getvalue()

@@ -1,0 +1,161 @@
+"""Several processes, exact: what one process would compute from the combined batch.
+
+``fully_shard`` (FSDP2) sums gradients as they are made; what looks across a tensor is in :mod:`torch_mdgd.sharded`.
+Under ``DistributedDataParallel`` every rank holds every number, and the gradients of each rank's part of the batch are
+averaged before they are combined, which is not linear in them.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from torch_mdgd.sharded import is_sharded
+
+Group: TypeAlias = Any
+
+# How many gradients are averaged in one message.
+BUCKET = 1 << 23
+
+UNSUPPORTED = {
+    "deepspeed": "DeepSpeed's engine keeps gradients in buffers of its own and steps by itself",
+    "torch.distributed.fsdp.fully_sharded_data_parallel": "FullyShardedDataParallel (FSDP1) mixes parameters in flat "
+    "shards, whose inner products it cannot tell apart",
+    "torch.nn.parallel.data_parallel": "DataParallel runs copies of the model, where its features cannot be tapped",
+}
+INSTEAD = "use DistributedDataParallel or torch.distributed.fsdp.fully_shard (FSDP2)"
+
+
+class Ranks:
+    """The processes that train a model together, each on its own part of the batch.
+
+    Args:
+        model: in DistributedDataParallel, with ``fully_shard`` applied, or of this process alone.
+
+    Raises:
+        TypeError: a kind of parallelism that is not supported.
+        ValueError: DistributedDataParallel with ``static_graph=True``.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        refuse_model(model)
+        self.ddp = next((m for m in model.modules() if isinstance(m, DistributedDataParallel)), None)
+        mesh: Any = next((getattr(p, "device_mesh", None) for p in model.parameters() if is_sharded(p)), None)
+        self.sharded = mesh is not None
+        self.groups: list[Group] = [mesh.get_group(dim) for dim in range(mesh.ndim)] if self.sharded else []
+        if self.ddp is not None:
+            if self.ddp.static_graph:
+                raise ValueError("static_graph=True of DistributedDataParallel expects one backward pass: use False")
+            self.groups = [self.ddp.process_group]
+
+    @property
+    def group(self) -> Group | None:
+        """Over which gradients have to be averaged; None where they are summed as they are made, or alone."""
+        return self.groups[0] if self.ddp is not None else None
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Backward passes inside leave this rank's own gradients: DDP reduces only the first after its forward pass."""
+        return nullcontext() if self.ddp is None else self.ddp.no_sync()
+
+    def share(self, tokens: Tensor) -> tuple[bool, float]:
+        """Whether any rank has image tokens, and the weight of this rank's mean in the mean over ranks.
+
+        With it that mean is the mean over all ranks' tokens, however they are divided.
+
+        Raises:
+            RuntimeError: sharded parameters, and some ranks have image tokens while others have none.
+        """
+        if not self.groups:
+            return bool(tokens), 1.0
+        counts = torch.stack([tokens, (tokens == 0).long(), torch.ones_like(tokens)])
+        own, (total, without, ranks) = int(tokens), self._sum(counts).tolist()
+        if self.sharded and 0 < without < ranks:
+            raise RuntimeError(
+                "mdgd_backward: some ranks have image tokens and others have none. With fully_shard every rank has to "
+                "run the same modules, or their collectives wait for each other: draw batches so that all ranks, or "
+                "none, have pictures"
+            )
+        return total > 0, own * ranks / total if total else 1.0
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean of a scalar over ranks."""
+        if not self.groups:
+            return value
+        total, ranks = self._sum(torch.stack([value, torch.ones_like(value)])).unbind()
+        return total / ranks
+
+    def _sum(self, values: Tensor) -> Tensor:
+        for group in self.groups:
+            torch.distributed.all_reduce(values, group=group)
+        return values
+
+
+@torch.no_grad()
+def average_(roles: Sequence[list[Tensor | None]], parameters: Sequence[Tensor], group: Group) -> None:
+    """The mean over ranks of each gradient, in place. One that some rank has, all get: missing, it counts as zero.
+
+    Args:
+        roles: lists of T gradients, of the same roles on all ranks.
+        parameters: T tensors.
+        group: the ranks.
+    """
+    here = torch.tensor([[x is not None for x in role] for role in roles], dtype=torch.int32)
+    anywhere = here.to(parameters[0].device)
+    torch.distributed.all_reduce(anywhere, torch.distributed.ReduceOp.MAX, group)
+    for role, row in zip(roles, anywhere.tolist(), strict=True):
+        role[:] = [torch.zeros_like(p) if x is None and i else x for p, x, i in zip(parameters, role, row, strict=True)]
+    ranks = torch.distributed.get_world_size(group)
+    for bucket in _buckets([x for role in roles for x in role if x is not None]):
+        flat = torch.cat([x.reshape(-1) for x in bucket]).div_(ranks)
+        torch.distributed.all_reduce(flat, group=group)
+        for x, part in zip(bucket, flat.split([x.numel() for x in bucket]), strict=True):
+            x.copy_(part.view(x.shape))
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    bucket: list[Tensor] = []
+    for x in tensors:
+        if bucket and (x.dtype != bucket[0].dtype or sum(y.numel() for y in bucket) + x.numel() > BUCKET):
+            yield bucket
+            bucket = []
+        bucket.append(x)
+    if bucket:
+        yield bucket
+
+
+@contextmanager
+def resharded(parameters: Sequence[Tensor], model: nn.Module | None) -> Iterator[None]:
+    """Values of sharded parameters may be written before and inside: gathered copies are dropped at both ends.
+
+    Raises:
+        ValueError: parameters are sharded, and there is no model.
+    """
+    if model is None and any(map(is_sharded, parameters)):
+        raise ValueError("reference: parameters are sharded, so pass the model, whose gathered copies are dropped")
+    modules: list[Any] = [m for m in model.modules() if hasattr(m, "reshard")] if model is not None else []
+    for module in modules:
+        module.reshard()
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.reshard()
+
+
+def refuse_model(model: nn.Module) -> None:
+    """Raise a TypeError if the model is in a kind of parallelism that is not supported."""
+    for module in model.modules():
+        for base in type(module).__mro__:
+            for origin, why in UNSUPPORTED.items():
+                if f"{base.__module__}.".startswith(f"{origin}."):
+                    raise TypeError(f"{type(module).__name__} is not supported: {why}; {INSTEAD}")
+
+
+def refuse_parameters(parameters: Sequence[Tensor]) -> None:
+    """Raise a TypeError if parameters are partitioned by DeepSpeed or by FSDP1."""
+    for attribute, origin in zip(("ds_id", "_fsdp_flattened"), UNSUPPORTED, strict=False):
+        if any(hasattr(p, attribute) for p in parameters):
+            raise TypeError(f"the parameters cannot be wrapped: {UNSUPPORTED[origin]}; {INSTEAD}")

@@ -100,7 +100,7 @@ def _console() -> "Console":
     from rich.console import Console
 
     transformers.utils.logging.disable_progress_bar()
-    return Console(width=None if sys.stdout.isatty() else 140)
+    return Console(width=None if sys.stdout.isatty() else 200)
 
 
 def _percentages(accuracies: dict[str, float]) -> str:

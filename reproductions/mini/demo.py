@@ -31,7 +31,7 @@ def runs(target: str, seeds: Sequence[int], steps: int, examples: int) -> list[R
 def demo(
     folder: Path, target: str, seeds: Sequence[int], steps: int, examples: int, console: Console
 ) -> dict[str, list[Result]]:
-    """Run the demo; writes `results.jsonl`, `demo.json` and `demo.png` to the folder.
+    """Run the demo; writes `results.jsonl`, `demo.json`, `demo.md` and `demo.png` to the folder.
 
     Returns:
         for each method its results, one a seed, in the order of `METHODS`.
@@ -45,9 +45,11 @@ def demo(
     found: dict[str, list[Result]] = {name: [] for name in METHODS}
     for result in execute_all(runs(target, seeds, steps, examples), folder / "results.jsonl", console):
         found[result["method"]].append(result)
-    console.print(table(found, target))
+    scores = table(found, target)
+    console.print(scores)
     if len(seeds) > 1:
         console.print(f"mean ± standard deviation over seeds {', '.join(map(str, seeds))}")
+    (folder / "demo.md").write_text(markdown(scores))
     (folder / "demo.json").write_text(json.dumps(found, indent=1))
     draw_demo(found, target, folder / "demo.png")
     console.print(f"wrote {folder / 'demo.png'} and {folder / 'demo.json'}", soft_wrap=True)
@@ -76,6 +78,13 @@ def table(found: Mapping[str, Sequence[Result]], target: str) -> Table:
     row("numbers trained", (f"{results[0]['trained']:,}" for results in methods))
     row("seconds of training", (f"{fmean(r['seconds'] for r in results):.0f}" for results in methods))
     return out
+
+
+def markdown(scores: Table) -> str:
+    """The same table for a text file."""
+    columns = [[str(column.header), *map(str, column.cells)] for column in scores.columns]
+    head, *rows = ["| " + " | ".join(cells) + " |" for cells in zip(*columns, strict=True)]
+    return "\n".join([head, "|---|" + "---:|" * (len(columns) - 1), *rows]) + "\n"
 
 
 def spread(results: Sequence[Result], *path: str) -> str:

@@ -1,6 +1,7 @@
 """The kernels in plain torch, for any device: in blocks, so that temporaries stay in cache, and in place."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -127,7 +128,7 @@ def combine_(
 
 
 def _combine_flat(
-    flat: Tensor, terms: list[Tensor], scalars: list[float] | list[Tensor], mask: Tensor | None, dtype: torch.dtype
+    flat: Tensor, terms: list[Tensor], scalars: Sequence[Any], mask: Tensor | None, dtype: torch.dtype
 ) -> None:
     if not terms:
         flat.zero_()

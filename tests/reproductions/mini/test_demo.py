@@ -68,6 +68,9 @@ def test_table_and_files_hold_the_results(finished):
     saved = json.loads((folder / "demo.json").read_text())
     assert [seeds[0]["key"] for seeds in saved.values()] == [r["key"] for r in results]
     assert (folder / "demo.png").read_bytes().startswith(b"\x89PNG")
+    lines = (folder / "demo.md").read_text().splitlines()
+    assert len({line.count("|") for line in lines}) == 1
+    assert all(f"{r['H']:.1f}" in next(line for line in lines if "H(P, T)" in line) for r in results)
 
 
 def test_a_second_call_runs_nothing_again(finished):

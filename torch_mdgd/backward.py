@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torch_mdgd.distributed import Ranks
+from torch_mdgd.distributed import Ranks, gather_around
 from torch_mdgd.optimizer import MDGDOptimizer
 from torch_mdgd.reuse import reuse_frozen_vision
 from torch_mdgd.roles import DECOUPLED_REFERENCE, ROLES
@@ -207,6 +207,8 @@ class _Passes:
     def backward(self, role: Literal["task", "visual"], loss: Tensor, retain_graph: bool = False) -> None:
         scale = 1.0 if self.scaler is None else self.scaler.get_scale()
         weighted: Any = loss * self.weights[role]
+        if role == "visual":
+            gather_around(self.tap.text_module, self.model)
         # Autocast is for forward passes; around this one it would round what the forward pass did not.
         with torch.autocast(loss.device.type, enabled=False), self.optimizer.capture(role, scale=scale):
             (weighted if self.scaler is None else self.scaler.scale(weighted)).backward(retain_graph=retain_graph)

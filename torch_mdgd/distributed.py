@@ -145,6 +145,18 @@ def resharded(parameters: Sequence[Tensor], model: nn.Module | None) -> Iterator
             module.reshard()
 
 
+def gather_around(inner: nn.Module, model: nn.Module) -> None:
+    """Gather the modules sharded by ``fully_shard`` that hold an inner one, for a backward pass that begins at it.
+
+    A sharded module gathers its parameters when a backward pass goes through its output. This one does not, and would
+    read memory that was freed.
+    """
+    modules: list[Any] = [m for m in model.modules() if hasattr(m, "unshard")]
+    for module in modules:
+        if any(m is inner for m in module.modules()):
+            module.unshard()
+
+
 def refuse_model(model: nn.Module) -> None:
     """Raise a TypeError if the model is in a kind of parallelism that is not supported."""
     for module in model.modules():

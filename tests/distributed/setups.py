@@ -198,8 +198,10 @@ def with_backward(
     if kind == "ddp":
         model = DistributedDataParallel(net)
     elif kind == "fsdp":
-        for module in (*net.model.language_model.layers, net.model.multi_modal_projector, net):
+        for module in (*net.model.language_model.layers, net.model.multi_modal_projector):
             fully_shard(module)
+        # Freed after the forward pass, the outermost parameters are missed by a backward pass that begins inside.
+        fully_shard(net, reshard_after_forward=form == "step" or None)
     settings = LLAVA_FORMS[form]
     # Not Adam, which enlarges the rounding of L_v, taken in float32, where a gradient is small.
     base = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.1, momentum=0.9)

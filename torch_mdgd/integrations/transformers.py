@@ -189,7 +189,7 @@ class _Watching(VisualTap):
     """A tap that remembers the features of the last forward pass, which is the one at θ."""
 
     def __init__(self, tap: VisualTap) -> None:
-        self.tap, self.mask = tap, tap.mask
+        self.tap, self.mask, self.text_module = tap, tap.mask, tap.text_module
         self.z: Tensor | None = None
 
     def __call__(self, model: Any, batch: Batch) -> tuple[Any, Tensor]:

@@ -11,8 +11,8 @@ from torch_mdgd.kernels.types import Role
 
 __all__ = ["combine_", "inner_products", "top_k_masks", "top_k_similarity_masks"]
 
-# Half a megabyte of float32: longer to read than to call for, and still in a cache when it is read again.
-BLOCK = 1 << 17
+# A megabyte of float32: longer to read than to call for, and still in a cache when it is read again.
+BLOCK = 1 << 18
 # Up to this many numbers a float64 matrix product is faster than pairs of float32 vectors.
 SMALL = 1 << 14
 # Nearer to zero, a block's float32 sum may have lost products to underflow, and a float32 coefficient its digits.
@@ -28,10 +28,12 @@ def inner_products(rows: Sequence[Role], columns: Sequence[Role]) -> Tensor:
     """
     device = next((x.device for role in (*rows, *columns) for x in role if x is not None), torch.device("cpu"))
     table = torch.zeros(len(rows[0]), len(rows), len(columns), dtype=torch.float64, device=device)
+    # Made once, for the pages of a large buffer cost more to get than the products that go into it.
+    scratch = torch.empty(len(rows) + len(columns) + 1, BLOCK)
     for ts, rs, cs in _alike(rows, columns):
         left = [x.reshape(-1) for t in ts for r in rs if (x := rows[r][t]) is not None]
         right = [x.reshape(-1) for t in ts for c in cs if (x := columns[c][t]) is not None]
-        products = _exact_products(left, right, len(ts)) if len(ts) > 1 else _products(left, right)
+        products = _exact_products(left, right, len(ts)) if len(ts) > 1 else _products(left, right, scratch)
         where = torch.tensor(ts)[:, None, None], torch.tensor(rs)[:, None], torch.tensor(cs)
         table[where] = products.to(device)
     return table
@@ -56,13 +58,13 @@ def _alike(rows: Sequence[Role], columns: Sequence[Role]) -> list[tuple[list[int
     ]
 
 
-def _products(left: list[Tensor], right: list[Tensor]) -> Tensor:
+def _products(left: list[Tensor], right: list[Tensor], scratch: Tensor) -> Tensor:
     """The inner products of one parameter's flat vectors, shape (1, R, C), float64."""
     x = left[0]
     if x.device.type != "cpu" or x.numel() <= SMALL or any(y.dtype == torch.float64 for y in (*left, *right)):
         blocks = zip(_split(left), _split(right), strict=True)
         return sum((_exact_products(xs, ys, 1) for xs, ys in blocks), start=torch.zeros((), dtype=torch.float64))
-    sums = _fast_products(left, right)
+    sums = _fast_products(left, right, scratch)
     suspicious = ~((sums.abs() > TINY) & sums.isfinite()).flatten(1).all(1)
     if suspicious.any():
         for b, (xs, ys) in enumerate(zip(_split(left), _split(right), strict=True)):
@@ -85,7 +87,7 @@ def _exact_products(left: Sequence[Tensor], right: Sequence[Tensor], parameters:
     return X @ Y.mT
 
 
-def _fast_products(left: list[Tensor], right: list[Tensor]) -> Tensor:
+def _fast_products(left: list[Tensor], right: list[Tensor], scratch: Tensor) -> Tensor:
     """The inner products of every block, summed in float32, shape (blocks, R, C), float64."""
     where = [(x.data_ptr(), x.stride()) for x in (*left, *right)]
     vectors = dict(zip(where, (*left, *right), strict=True))
@@ -93,11 +95,10 @@ def _fast_products(left: list[Tensor], right: list[Tensor]) -> Tensor:
     # ⟨x, y⟩ = ⟨y, x⟩: each unordered pair of vectors is multiplied once.
     cells = [(min(i, j), max(i, j)) for i in place[: len(left)] for j in place[len(left) :]]
     pairs = list(dict.fromkeys(cells))
-    scratch = torch.empty(len(vectors) + 1, BLOCK)
     sums = []
     for block in _split(list(vectors.values())):
         product, *casts = scratch[:, : len(block[0])].unbind()
-        xs = [x if x.dtype == torch.float32 else c.copy_(x) for x, c in zip(block, casts, strict=True)]
+        xs = [x if x.dtype == torch.float32 else c.copy_(x) for x, c in zip(block, casts, strict=False)]
         # torch.dot would be half as fast again, but its running sums are off by 2e-5 where all numbers are alike.
         sums.append(torch.stack([torch.mul(xs[i], xs[j], out=product).sum() for i, j in pairs]))
     table = torch.stack(sums).double()[:, [pairs.index(cell) for cell in cells]]
@@ -113,6 +114,7 @@ def combine_(
     # Where looking at the coefficients would wait for them, every sum is float64.
     exact = wide.tolist() if wide.device.type == "cpu" else [True] * len(wide)
     single, double = coefficients.float(), coefficients.double()
+    buffers: dict[tuple[torch.dtype, torch.device], Tensor] = {}
     for t, target in enumerate(out):
         if target is None:
             continue
@@ -122,18 +124,20 @@ def combine_(
         terms = [(x.reshape(-1), c) for role, c in zip(roles, scalars, strict=True) if (x := role[t]) is not None]
         mask = masks[t] if masks is not None else None
         flat = target.view(-1) if target.is_contiguous() else target.new_empty(target.numel())
-        _combine_flat(flat, [x for x, _ in terms], [c for _, c in terms], mask, row.dtype)
+        if (row.dtype, flat.device) not in buffers:
+            buffers[row.dtype, flat.device] = torch.empty(2, BLOCK, dtype=row.dtype, device=flat.device)
+        _combine_flat(flat, [x for x, _ in terms], [c for _, c in terms], mask, buffers[row.dtype, flat.device])
         if not target.is_contiguous():
             target.copy_(flat.view(target.shape))
 
 
 def _combine_flat(
-    flat: Tensor, terms: list[Tensor], scalars: Sequence[Any], mask: Tensor | None, dtype: torch.dtype
+    flat: Tensor, terms: list[Tensor], scalars: Sequence[Any], mask: Tensor | None, scratch: Tensor
 ) -> None:
     if not terms:
         flat.zero_()
         return
-    if mask is None and all(x.dtype == dtype for x in (flat, *terms)) and _is_first(flat, terms):
+    if mask is None and all(x.dtype == scratch.dtype for x in (flat, *terms)) and _is_first(flat, terms):
         for target, *block in _split([flat, *terms[1:]]):
             if isinstance(scalars[0], Tensor) or scalars[0] != 1:
                 target.mul_(scalars[0])
@@ -142,7 +146,6 @@ def _combine_flat(
         return
     # Read as int8, a bool mask turns into numbers nine times faster.
     keep = [] if mask is None else [mask.reshape(-1).view(torch.int8)]
-    scratch = torch.empty(2, min(BLOCK, flat.numel()), dtype=dtype, device=flat.device)
     for target, *block in _split([flat, *keep, *terms]):
         total, cast = scratch[:, : len(target)].unbind()
         for r, (x, scalar) in enumerate(zip(block[len(keep) :], scalars, strict=True)):
@@ -159,7 +162,8 @@ def _combine_flat(
 def _is_first(flat: Tensor, terms: list[Tensor]) -> bool:
     """Whether the first term is the target itself and no other term is, so that the sum can grow in place."""
     shared = [x.untyped_storage().data_ptr() == flat.untyped_storage().data_ptr() for x in terms]
-    return terms[0].data_ptr() == flat.data_ptr() and not any(shared[1:])
+    first = (terms[0].data_ptr(), terms[0].stride()) == (flat.data_ptr(), flat.stride())
+    return first and not any(shared[1:])
 
 
 def _add_multiple(total: Tensor, x: Tensor, scalar: float | Tensor) -> None:

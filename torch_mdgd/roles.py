@@ -91,6 +91,7 @@ class Captures:
                     "does not.) For a role that is really absent, set_gradients takes a list of None."
                 )
             _check(role, gathered, parameters)
+            _refuse_overwritten(role, gathered, self.gradients)
             self.gradients[role] = [None if x is None else x.detach() for x in gathered]
         except BaseException:
             self.clear()
@@ -135,6 +136,18 @@ def assign(parameters: Sequence[Tensor], gradients: Role) -> None:
     """Put each gradient in its parameter's ``.grad``."""
     for p, x in zip(parameters, gradients, strict=True):
         p.grad = x
+
+
+def _refuse_overwritten(role: str, gathered: Role, held: Mapping[str, Role]) -> None:
+    """Raise a RuntimeError if a backward pass wrote where another role's gradients were."""
+    others = [x for other, gradients in held.items() if other != role for x in sharded.local(gradients)]
+    places = {x.data_ptr() for x in others if x is not None and x.numel()}
+    if any(x is not None and x.numel() and x.data_ptr() in places for x in sharded.local(gathered)):
+        raise RuntimeError(
+            f"capture of {role}: this backward pass wrote over gradients that are held for another role, as "
+            "DistributedDataParallel does with gradient_as_bucket_view=True: run the passes under its no_sync() and "
+            "call average_over(ddp.process_group), or use mdgd_backward, which does"
+        )
 
 
 def _sum(held: Tensor | None, more: Tensor | None) -> Tensor | None:

@@ -73,7 +73,7 @@ def parallel(net: nn.Module, kind: str) -> nn.Module:
     if kind == "ddp":
         return DistributedDataParallel(net, find_unused_parameters=True)
     if kind == "fsdp":
-        for module in (net.trunk, net):
+        for module in (net.trunk[0], net):
             # A rank without the rare part's rows has no gradient for it, and would send fewer than the other.
             fully_shard(module).set_reduce_scatter_unused_params(True)
     return net

@@ -124,6 +124,7 @@ def test_parameters_that_are_sharded_after_they_were_wrapped(ranks):
 
 
 REFUSALS = {
+    "gradients in buckets": "RuntimeError: capture of reference_task: this backward pass wrote over gradients",
     "compact": "ValueError: compact=True: parameters are sharded",
     "compact, sharded later": "ValueError: compact=True: parameters are sharded",
     "reference without model": "ValueError: reference: parameters are sharded, so pass the model",

@@ -17,10 +17,10 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
-    get_model_state_dict,
     get_optimizer_state_dict,
-    set_model_state_dict,
+    get_state_dict,
     set_optimizer_state_dict,
+    set_state_dict,
 )
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
@@ -168,7 +168,10 @@ def refusals(rank: int) -> dict[str, str]:
     whole = [torch.ones(p.shape, dtype=p.dtype) for p in net.parameters()]
     plain = MDGDOptimizer(setups.adamw(llava))
     flat = FullyShardedDataParallel(setups.network(), device_id=torch.device("cpu"), use_orig_params=True)
+    views = DistributedDataParallel(setups.network(), find_unused_parameters=True, gradient_as_bucket_view=True)
+    held = MDGDOptimizer(setups.adamw(views))
     return {
+        "gradients in buckets": error(lambda: list(setups.train(views, held, rank, WORLD))),
         "compact": error(MDGDOptimizer, setups.adamw(net), mask=TopK(0.3), compact=True),
         "compact, sharded later": error(compact.combine),
         "reference without model": error(reference),
@@ -185,14 +188,14 @@ def refusals(rank: int) -> dict[str, str]:
 
 
 def state(net: nn.Module, optimizer: MDGDOptimizer) -> dict[str, Any]:
-    return {"model": get_model_state_dict(net), "optimizer": get_optimizer_state_dict(net, optimizer)}
+    weights, optimizer_state = get_state_dict(net, optimizer)
+    return {"model": weights, "optimizer": optimizer_state}
 
 
 def restore(net: nn.Module, optimizer: MDGDOptimizer, folder: Path) -> None:
     saved = state(net, optimizer)
     dcp.load(saved, checkpoint_id=folder)
-    set_model_state_dict(net, saved["model"])
-    set_optimizer_state_dict(net, optimizer, saved["optimizer"])
+    set_state_dict(net, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"])
 
 
 def build(form: str, kind: str) -> tuple[nn.Module, MDGDOptimizer]:

@@ -65,12 +65,20 @@ def _products(left: list[Tensor], right: list[Tensor], scratch: Tensor) -> Tenso
         blocks = zip(_split(left), _split(right), strict=True)
         return sum((_exact_products(xs, ys, 1) for xs, ys in blocks), start=torch.zeros((), dtype=torch.float64))
     sums = _fast_products(left, right, scratch)
-    suspicious = ~((sums.abs() > TINY) & sums.isfinite()).flatten(1).all(1)
+    suspicious = ~((sums.abs() > TINY) & sums.isfinite())
     if suspicious.any():
         for b, (xs, ys) in enumerate(zip(_split(left), _split(right), strict=True)):
-            if suspicious[b]:
+            if not suspicious[b].any():
+                continue
+            # Nothing underflows where a vector is zero, as all visual gradients are at the first step.
+            zero = torch.tensor([[_is_zero(x) or _is_zero(y) for y in ys] for x in xs]) & (sums[b] == 0)
+            if (suspicious[b] & ~zero).any():
                 sums[b] = _exact_products(xs, ys, 1)[0]
     return sums.sum(0, keepdim=True)
+
+
+def _is_zero(x: Tensor) -> bool:
+    return bool(x.amax() == 0) and bool(x.amin() == 0)
 
 
 def _split(vectors: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:

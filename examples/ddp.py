@@ -11,11 +11,11 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from torch_mdgd import MDGDOptimizer, mdgd_backward
 
-if not dist.is_initialized():
-    if "RANK" in os.environ:  # torchrun has set it
-        dist.init_process_group("gloo")
-    else:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+begun_here = not dist.is_initialized()
+if "RANK" in os.environ and begun_here:  # torchrun has set it
+    dist.init_process_group("gloo")
+elif begun_here:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 
 torch.manual_seed(0)
 model = make_model()
@@ -34,3 +34,5 @@ for batch in loader:
 # Diagnostics are of all ranks together, so one may print them.
 if dist.get_rank() == 0:
     print(f"visual loss {optimizer.diagnostics['visual_loss']:.4f}")
+if begun_here:
+    dist.destroy_process_group()

@@ -86,6 +86,7 @@ def mdgd_backward(
         wrapped.average_over(ranks.group)
     tap = tap or VisualTap.for_model(model)
     passes = _Passes(model, wrapped, batch, tap, loss, alignment, scaler)
+    passes.sharded = ranks.sharded
     pictures, share = ranks.share(tap.mask(batch).sum())
     passes.weights = {"task": weight, "visual": share * (weight if visual_weight is None else visual_weight)}
     # Known of the last micro-batch alone: one without pictures before it may be followed by one that has some.
@@ -129,6 +130,7 @@ class _Passes:
     """The forward and backward passes over one batch."""
 
     weights: dict[str, float]
+    sharded: bool
 
     def __init__(
         self,
@@ -207,7 +209,7 @@ class _Passes:
     def backward(self, role: Literal["task", "visual"], loss: Tensor, retain_graph: bool = False) -> None:
         scale = 1.0 if self.scaler is None else self.scaler.get_scale()
         weighted: Any = loss * self.weights[role]
-        if role == "visual":
+        if role == "visual" and self.sharded:
             gather_around(self.tap.text_module, self.model)
         # Autocast is for forward passes; around this one it would round what the forward pass did not.
         with torch.autocast(loss.device.type, enabled=False), self.optimizer.capture(role, scale=scale):

@@ -8,7 +8,8 @@ from torch.utils._pytree import tree_leaves
 
 from torch_mdgd import MDGDOptimizer
 
-N = 1 << 20
+# Well above the fixed scratch of the kernels.
+N = 1 << 22
 
 
 class LiveBuffers(TorchDispatchMode):

@@ -22,7 +22,7 @@ def fresh_state():
 
 
 def test_there_are_examples():
-    assert {"accelerate_loop", "hook_api", "lora", "trainer"} <= set(SCRIPTS)
+    assert {"accelerate_loop", "hook_api", "lightning_module", "lora", "trainer"} <= set(SCRIPTS)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -44,7 +44,7 @@ def mdgd_backward(
 
     Args:
         model: called as ``model(**batch)``; its output has a ``loss``.
-        optimizer: an :class:`MDGDOptimizer` over the model's trainable parameters, also inside accelerate's wrapper.
+        optimizer: an :class:`MDGDOptimizer` over the model's trainable parameters; accelerate's and Lightning's too.
         batch: inputs and labels, on the model's device.
         tap: where z comes from; ``VisualTap.for_model(model)`` if None.
         loss: runs the model on the batch and returns the task loss; ``model(**batch).loss`` if None.
@@ -113,13 +113,14 @@ def mdgd_backward(
 
 
 def find_optimizer(optimizer: Optimizer) -> MDGDOptimizer:
-    """The MDGDOptimizer inside whatever accelerate has put around it.
+    """The MDGDOptimizer inside whatever accelerate or Lightning has put around it.
 
     Raises:
         TypeError: there is none.
     """
     inner: Any = optimizer
-    while not isinstance(inner, MDGDOptimizer) and isinstance(getattr(inner, "optimizer", None), Optimizer):
+    # Lightning's stand-in is an instance too, by a class made for the purpose.
+    while isinstance(getattr(inner, "optimizer", None), Optimizer):
         inner = inner.optimizer
     if not isinstance(inner, MDGDOptimizer):
         raise TypeError(f"mdgd_backward: optimizer must be an MDGDOptimizer, got {type(inner).__name__}")

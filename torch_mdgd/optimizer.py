@@ -78,10 +78,6 @@ class MDGDOptimizer(OptimizerWrapper):
             self._storage.choose(mask.choose(parameters, None), base, parameters)
         self._schedule = MaskSchedule(mask, base.param_groups)
         self._captures = Captures()
-        self._directions: list[Tensor | None] | None = None
-        self._refused = False
-        self._at_reference = False
-        self._products: tuple[Tensor, Tensor] | None = None
         self._recorded: dict[str, Tensor] = {}
 
     @property
@@ -138,7 +134,7 @@ class MDGDOptimizer(OptimizerWrapper):
 
     def role(self, role: str) -> str:
         """The name of a role where the parameters now are: "task" is "reference_task" inside :meth:`reference`."""
-        return f"reference_{role}" if self._at_reference else role
+        return f"reference_{role}" if self._captures.at_reference else role
 
     @contextmanager
     def reference(self, model: nn.Module | None = None) -> Iterator[None]:
@@ -147,17 +143,17 @@ class MDGDOptimizer(OptimizerWrapper):
         Run forward and backward inside: autograd refuses a backward pass across the exchange. If ``fully_shard`` has
         sharded the parameters, pass the model: it drops what it gathered of them.
         """
-        if self._at_reference or self._captures.recording:
+        if self._captures.at_reference or self._captures.recording:
             raise RuntimeError("reference: already inside reference() or capture()")
         parameters = self.parameters
         with distributed.resharded(parameters, model):
             self._storage.exchange_(parameters)
-            self._at_reference = True
+            self._captures.at_reference = True
             try:
                 yield
             finally:
                 self._storage.exchange_(parameters)
-                self._at_reference = False
+                self._captures.at_reference = False
 
     @torch.no_grad()
     def set_gradients(
@@ -195,8 +191,8 @@ class MDGDOptimizer(OptimizerWrapper):
     def discard(self) -> None:
         """Forget what was captured or combined since the last step; ``.grad`` stays as it is."""
         self._captures.clear()
-        self._directions = None
-        self._refused = self._schedule.waits = False
+        self._captures.directions = None
+        self._captures.refused = self._schedule.waits = False
 
     @torch.no_grad()
     def combine(self) -> None:
@@ -221,8 +217,8 @@ class MDGDOptimizer(OptimizerWrapper):
         self.discard()
 
         together = self._together("gradient")
-        self._products = sharded.inner_products(roles), together
-        products = equations.pool(*self._products)
+        self._captures.products = sharded.inner_products(roles), together
+        products = equations.pool(*self._captures.products)
         if self.chooses_mask:
             # With NaN or Inf none is chosen: d is NaN, a gradient scaler skips this step, and the next one chooses.
             if bool(products.isfinite().all()):
@@ -230,13 +226,13 @@ class MDGDOptimizer(OptimizerWrapper):
                 if masks is not None:
                     self._storage.choose(masks, self.base, parameters)
             else:
-                self._refused = True
+                self._captures.refused = True
         self._schedule.count(self.param_groups)
         groups = settings.per_parameter(self.param_groups)
         d = [destination(gradients, p) for p, *gradients in zip(parameters, *roles, strict=True)]
         if any(group["space"] == "step" for group in groups):
             v = [x if group["space"] == "step" else None for group, x in zip(groups, roles[1], strict=True)]
-            self._directions = self._storage.restrict_(v)
+            self._captures.directions = self._storage.restrict_(v)
         coefficients = equations.coefficients_of_groups(products, self.param_groups, self._storage.masked)
         self._storage.combine_(d, roles, coefficients)
         assign(parameters, [None if x is None else x.to(p.dtype) for p, x in zip(parameters, d, strict=True)])
@@ -261,13 +257,13 @@ class MDGDOptimizer(OptimizerWrapper):
                 loss = closure()
         if self._captures:
             self.combine()
-        if self._refused:
+        if self._captures.refused:
             raise RuntimeError(
                 "a gradient holds NaN or Inf at the step that chooses the mask; nothing was changed. zero_grad() and "
                 "go on with another batch, or train under a gradient scaler, which skips such steps"
             )
         if not self._schedule.waits:
-            self._storage.step(self.base, parameters, self._directions, self._together("step"))
+            self._storage.step(self.base, parameters, self._captures.directions, self._together("step"))
         self.discard()
         return loss
 
@@ -286,7 +282,7 @@ class MDGDOptimizer(OptimizerWrapper):
             ValueError: a setting is out of range, naming it; nothing was added.
         """
         self._outside("add_param_group")
-        if self._captures or self._directions is not None or self._storage.masked:
+        if self._captures or self._captures.directions is not None or self._storage.masked:
             why = "the mask has been chosen" if self._storage.masked else "gradients are captured for this step"
             raise RuntimeError(f"add_param_group: {why}; add groups before")
         settings.complete(param_group, self._settings)
@@ -328,8 +324,8 @@ class MDGDOptimizer(OptimizerWrapper):
         :meth:`record` was given.
         """
         values = dict(self._recorded)
-        if self._products is not None:
-            values |= gradient_diagnostics(*self._products)
+        if self._captures.products is not None:
+            values |= gradient_diagnostics(*self._captures.products)
         out = {name: float(value) for name, value in values.items()}
         if self._storage.masked:
             kept, total = self._storage.kept(self.parameters)
@@ -342,7 +338,7 @@ class MDGDOptimizer(OptimizerWrapper):
 
     def _outside(self, verb: str) -> list[Tensor]:
         """The parameters, for what must not happen while ``.grad`` or the parameters hold something else."""
-        if self._captures.recording or self._at_reference:
+        if self._captures.recording or self._captures.at_reference:
             raise RuntimeError(f"{verb}: leave capture() and reference() first")
         return self.parameters
 

@@ -16,12 +16,22 @@ DECOUPLED_REFERENCE = "reference"
 
 
 class Captures:
-    """One gradient per role and parameter; a role adds up over its captures (micro-batches)."""
+    """One gradient per role and parameter; a role adds up over its captures (micro-batches).
+
+    With them whatever else an MDGDOptimizer knows of a step under way. It never assigns that to itself: Lightning
+    calls its methods on a stand-in, which reads the optimizer's attributes and keeps what is assigned.
+    """
 
     def __init__(self) -> None:
         self.gradients: dict[str, list[Tensor | None]] = {}
         self.scale: float | None = None
         self.recording = False
+        self.at_reference = False
+        # What combine leaves for the step: visual directions in step space; whether no mask could be chosen.
+        self.directions: list[Tensor | None] | None = None
+        self.refused = False
+        # And for the diagnostics, until the next: inner products, and which parameters' are summed.
+        self.products: tuple[Tensor, Tensor] | None = None
         self.group: distributed.Group | None = None
 
     def __bool__(self) -> bool:

@@ -1,0 +1,66 @@
+"""``MDGDModuleMixin``: the passes of MDGD inside the automatic optimization of Lightning."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from torch_mdgd.backward import find_optimizer, mdgd_backward
+from torch_mdgd.visual import Batch
+
+
+class MDGDModuleMixin:
+    """Put before Lightning's module: ``class Model(MDGDModuleMixin, LightningModule)``.
+
+    Wrap the optimizer in ``configure_optimizers``, and let ``training_step`` return what :meth:`mdgd_backward` does.
+    The Trainer's ``accumulate_grad_batches``, ``gradient_clip_val``, ``precision``, schedulers and checkpoints then
+    hold as for any module, and clipping sees d.
+
+    Manual optimization needs no mixin: :func:`~torch_mdgd.mdgd_backward` takes what ``self.optimizers()`` returns.
+    """
+
+    _zeroed = False
+
+    def mdgd_backward(self, model: nn.Module, batch: Batch, **options: Any) -> Tensor:
+        """All passes over one micro-batch, for ``training_step``; d is in ``.grad`` after the last of a step.
+
+        Args:
+            model: called as ``model(**batch)``; its output has a ``loss``.
+            batch: inputs and labels.
+            **options: ``tap``, ``loss``, ``alignment``, ``schedule`` and ``reuse_vision`` of
+                :func:`~torch_mdgd.mdgd_backward`; what is about accumulation and scaling follows the Trainer.
+
+        Returns:
+            the task loss, to be returned from ``training_step``: Lightning's own backward pass over it does nothing.
+
+        Raises:
+            ValueError: the Trainer runs several processes.
+            TypeError: ``configure_optimizers`` returned no MDGDOptimizer.
+        """
+        module: Any = self
+        trainer = module.trainer
+        if trainer.world_size > 1:
+            raise ValueError(
+                "MDGDModuleMixin does not support several processes: the gradients of training_step would not be "
+                "averaged. Use one, or a loop of your own with DistributedDataParallel or fully_shard"
+            )
+        optimizer = find_optimizer(module.optimizers())
+        if trainer.fit_loop.batch_idx % trainer.accumulate_grad_batches == 0:
+            optimizer.zero_grad()
+            self._zeroed = True
+        loss = mdgd_backward(
+            model,
+            optimizer,
+            batch,
+            weight=1 / trainer.accumulate_grad_batches,
+            scaler=getattr(trainer.precision_plugin, "scaler", None),
+            combine=not trainer.fit_loop._should_accumulate(),
+            **options,
+        )
+        return loss.requires_grad_()
+
+    def optimizer_zero_grad(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing after :meth:`mdgd_backward`: Lightning calls this between ``training_step`` and its backward pass."""
+        parent: Any = super()
+        if not self._zeroed:
+            parent.optimizer_zero_grad(*args, **kwargs)
+        self._zeroed = False

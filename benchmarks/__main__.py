@@ -8,12 +8,13 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import bandwidth, combine, masking, memory, scaling, shapes, step, training
+from benchmarks import bandwidth, combine, masking, memory, parts, scaling, shapes, step, training
 from benchmarks.report import machine
 from benchmarks.settings import QUICK, Settings
 
 SECTIONS = {
     "combine": combine.section,
+    "parts": parts.section,
     "masking": masking.section,
     "shapes": shapes.section,
     "step": step.section,

@@ -5,7 +5,8 @@ import runpy
 from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState, GradientState
+
+from tests import accelerate_state
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem != "tiny")
@@ -13,12 +14,8 @@ SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem != "ti
 
 @pytest.fixture(autouse=True)
 def fresh_state():
-    """accelerate keeps its settings for the whole process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    with accelerate_state.fresh():
+        yield
 
 
 def test_there_are_examples():

@@ -159,6 +159,16 @@ def test_step_with_nothing_captured_is_the_wrapped_step(settings):
     assert_same_bits(list(models[0].parameters()), list(models[1].parameters()))
 
 
+def assert_next_step_is_plain(model, optimizer, twin):
+    """An uncaptured step of the model is SGD's on its twin, bit for bit."""
+    losses(model)[1].backward()
+    optimizer.step()
+    plain = torch.optim.SGD(twin.parameters(), lr=0.1)
+    losses(twin)[1].backward()
+    plain.step()
+    assert_same_bits(list(model.parameters()), list(twin.parameters()))
+
+
 def test_nothing_of_one_step_reaches_the_next():
     model, twin = network(), network()
     optimizer = sgd(model, update="project", space="step")
@@ -167,12 +177,7 @@ def test_nothing_of_one_step_reaches_the_next():
     # Not the wrapper's zero_grad: a trainer calls the model's.
     model.zero_grad()
     twin.load_state_dict(model.state_dict())
-    losses(model)[1].backward()
-    optimizer.step()
-    plain = torch.optim.SGD(twin.parameters(), lr=0.1)
-    losses(twin)[1].backward()
-    plain.step()
-    assert_same_bits(list(model.parameters()), list(twin.parameters()))
+    assert_next_step_is_plain(model, optimizer, twin)
 
 
 def test_zero_grad_forgets_what_was_combined():
@@ -181,12 +186,7 @@ def test_zero_grad_forgets_what_was_combined():
     capture_both(model, optimizer)
     optimizer.combine()
     optimizer.zero_grad()
-    losses(model)[1].backward()
-    optimizer.step()
-    plain = torch.optim.SGD(twin.parameters(), lr=0.1)
-    losses(twin)[1].backward()
-    plain.step()
-    assert_same_bits(list(model.parameters()), list(twin.parameters()))
+    assert_next_step_is_plain(model, optimizer, twin)
 
 
 def test_zero_grad_forgets_captures():

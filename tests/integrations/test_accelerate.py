@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 
+from tests import accelerate_state
 from tests.properties import assert_same_bits
 from tests.test_backward import trainable
 from tests.tiny_models import llava, llava_batch
@@ -16,12 +16,8 @@ from torch_mdgd.backward import find_optimizer
 
 @pytest.fixture(autouse=True)
 def fresh_state():
-    """Accelerator keeps its settings for the whole process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    with accelerate_state.fresh():
+        yield
 
 
 SETTINGS = {"published": {}, "compact": {"mask": TopK(0.2, refresh=2), "compact": True}}
@@ -85,8 +81,7 @@ def test_save_state_and_load_state(name, tmp_path):
     run(accelerator, *parts, range(4, 8))
     wanted = weights(parts[0])
 
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    accelerate_state.reset()
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     parts = make(accelerator, SETTINGS[name])
     with torch.no_grad():

@@ -151,3 +151,11 @@ def test_a_parameter_that_requires_grad_is_written_in_place(backend, device):
     kernels.combine_([p], [[p]], torch.full((1, 1), 3.0, dtype=torch.float64, device=device))
     assert bool((p == 3).all())
     assert p._version > version
+
+
+@pytest.mark.parametrize("numel", [3, 5000])
+def test_the_target_may_be_several_of_the_roles(backend, device, numel):
+    x = torch.randn(numel, device=device)
+    wanted = 5 * x.double()
+    kernels.combine_([x], [[x], [x]], torch.tensor([[2.0, 3.0]], dtype=torch.float64, device=device))
+    torch.testing.assert_close(x.double(), wanted, rtol=1e-6, atol=0)

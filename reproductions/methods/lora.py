@@ -1,0 +1,51 @@
+"""The paper's LoRA: adapters on the queries and keys of the language model, and the whole connector."""
+
+import re
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from torch_mdgd import connector
+from torch_mdgd.parts import text_decoder
+
+TARGETS = ("q_proj", "k_proj")
+
+
+def lora_config(model: nn.Module, rank: int = 16, alpha: float | None = None) -> LoraConfig:
+    """Adapters of this rank on q and k of every layer of the language model; the connector is trained in full.
+
+    Rank 16 gives both of the paper's counts of trained numbers, and no other power of two does. A bare ``q_proj`` would
+    match the vision tower too, so layers are named by the language model's own path.
+
+    Args:
+        model: a vision-language model of transformers.
+        rank: r.
+        alpha: scale of the adapters, times r; 2 r by default.
+
+    Raises:
+        ValueError: ``rank`` is less than 1, or the connector cannot be told.
+    """
+    if rank < 1:
+        raise ValueError(f"lora: rank must be at least 1, got {rank}")
+    names = {id(module): name for name, module in model.named_modules()}
+    language, whole = names[id(text_decoder(model))], connector(model)
+    if id(whole) not in names:
+        raise ValueError("lora: the model has several connectors; give peft a configuration of your own")
+    return LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank if alpha is None else alpha,  # type: ignore[arg-type]
+        lora_dropout=0.0,
+        target_modules=rf"{re.escape(language)}\..*\.({'|'.join(TARGETS)})",
+        modules_to_save=[names[id(whole)]],
+    )
+
+
+def lora(model: PreTrainedModel, rank: int = 16, alpha: float | None = None) -> PeftModel:
+    """The model with these adapters, and nothing else to train; ``merge_and_unload()`` gives it back without them.
+
+    The model is changed in place. It computes the same as before until a step is taken.
+    """
+    adapted = get_peft_model(model, lora_config(model, rank, alpha))
+    assert isinstance(adapted, PeftModel)
+    return adapted

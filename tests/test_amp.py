@@ -1,6 +1,7 @@
 """Gradient scaler and clipping, on the CPU, where they have the same logic as elsewhere."""
 
 import math
+import warnings
 from functools import partial
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 
 from tests import networks
-from tests.networks import capture_both, capture_required
+from tests.networks import capture_both, capture_required, losses
 from tests.properties import assert_close, assert_same_bits
 from tests.strategies import ROLES, make_case
 from torch_mdgd import MDGDOptimizer, TopK
@@ -123,6 +124,58 @@ def test_an_inf_at_the_step_that_chooses_the_mask_is_skipped_and_the_next_step_c
         if gradients is bad:
             assert_same_bits(case.parameters, start)
     assert optimizer.diagnostics["kept_fraction"] == 0.5
+
+
+def test_a_step_that_was_skipped_says_nothing_about_the_next_one():
+    # Not the wrapper's zero_grad: a trainer calls the model's.
+    model = network()
+    optimizer = MDGDOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), update="project", space="step", restore=0.5)
+    capture_both(model, optimizer)
+    optimizer.combine()
+    model.zero_grad()
+    twin = network()
+    for m in (model, twin):
+        losses(m)[1].backward()
+    with pytest.warns(UserWarning, match=r"\.grad was replaced since combine"):
+        optimizer.step()
+    torch.optim.SGD(twin.parameters(), lr=0.1).step()
+    assert_same_bits(list(model.parameters()), list(twin.parameters()))
+
+
+def test_a_step_without_gradients_after_a_skipped_one_moves_nothing():
+    model = network()
+    optimizer = MDGDOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), update="project", space="step", restore=0.5)
+    capture_both(model, optimizer)
+    optimizer.combine()
+    model.zero_grad()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+    assert_same_bits(list(model.parameters()), list(network().parameters()))
+
+
+def test_gradients_changed_in_place_or_partly_taken_away_are_those_of_the_step():
+    outcomes = []
+    for taken in (False, True):
+        model = network()
+        optimizer = MDGDOptimizer(
+            torch.optim.SGD(model.parameters(), lr=0.1), update="project", space="step", restore=0.5
+        )
+        capture_both(model, optimizer)
+        optimizer.combine()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        if taken:
+            model[2].weight.grad = None
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            optimizer.step()
+        outcomes.append([model[0].weight])
+    assert_same_bits(*outcomes)
+    plain = network()
+    losses(plain)[1].backward()
+    torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
+    torch.optim.SGD(plain.parameters(), lr=0.1).step()
+    assert not torch.equal(plain[0].weight, outcomes[0][0])
 
 
 def test_clipping_acts_on_the_combined_gradient():

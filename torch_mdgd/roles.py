@@ -1,5 +1,6 @@
 """The gradients captured for one step, by role, and how they get there from ``.grad``."""
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -27,8 +28,10 @@ class Captures:
         self.scale: float | None = None
         self.recording = False
         self.at_reference = False
-        # What combine leaves for the step: visual directions in step space; whether no mask could be chosen.
+        # What combine leaves for the step: visual directions in step space; every ``.grad``; whether no mask could be
+        # chosen.
         self.directions: list[Tensor | None] | None = None
+        self.combined: list[Tensor | None] | None = None
         self.refused = False
         # And for the diagnostics, until the next: inner products, and which parameters' are summed.
         self.products: tuple[Tensor, Tensor] | None = None
@@ -38,8 +41,8 @@ class Captures:
         return bool(self.gradients)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A process group belongs to its process.
-        return {**vars(self), "group": None}
+        # A process group belongs to its process, and gradients stay behind when parameters are copied.
+        return {**vars(self), "group": None, "combined": None}
 
     def __contains__(self, role: str) -> bool:
         return role in self.gradients
@@ -50,6 +53,24 @@ class Captures:
     def absent(self, role: str) -> bool:
         """Whether the role was captured, and no parameter has a gradient in it."""
         return role in self.gradients and all(x is None for x in self.gradients[role])
+
+    def replaced(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether none of the gradients that combine left is in its ``.grad`` any more.
+
+        So it is after ``model.zero_grad()``, as when a gradient scaler has skipped a step: what belonged to that step
+        is of no use for the next. A warning says so if there were directions, and are other gradients.
+        """
+        if self.combined is None or any(
+            x is not None and x is p.grad for x, p in zip(self.combined, parameters, strict=True)
+        ):
+            return False
+        if self.directions is not None and any(p.grad is not None for p in parameters):
+            warnings.warn(
+                "step: .grad was replaced since combine(), so this is a step of the wrapped optimizer alone; change "
+                "gradients in place, and after a step that was skipped call zero_grad() of the MDGDOptimizer",
+                stacklevel=4,
+            )
+        return True
 
     def clear(self) -> None:
         """Forget what was captured."""

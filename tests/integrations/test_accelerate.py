@@ -7,8 +7,8 @@ import torch
 from accelerate import Accelerator
 
 from tests import accelerate_state
+from tests.passes import trainable
 from tests.properties import assert_same_bits
-from tests.test_backward import trainable
 from tests.tiny_models import llava, llava_batch
 from torch_mdgd import MDGDOptimizer, TopK, VisualTap, mdgd_backward
 from torch_mdgd.backward import find_optimizer

@@ -9,8 +9,8 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
+from tests.passes import trainable
 from tests.properties import assert_same_bits
-from tests.test_backward import trainable
 from tests.tiny_models import llava, llava_batch
 from torch_mdgd import MDGDOptimizer, TopK, VisualTap, mdgd_backward, visual_alignment_loss
 from torch_mdgd.backward import find_optimizer

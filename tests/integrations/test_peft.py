@@ -7,8 +7,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from tests.integrations.test_transformers import arguments, dataset
+from tests.passes import by_hand, double_batch, grads
 from tests.properties import assert_close, assert_same_bits, expected
-from tests.test_backward import by_hand, double_batch, grads
 from tests.tiny_models import llava, llava_batch
 from torch_mdgd import MDGDOptimizer, TopK, mdgd_backward
 from torch_mdgd.backward import find_optimizer

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments, get_scheduler
 
+from tests.passes import trainable
 from tests.properties import assert_same_bits
-from tests.test_backward import trainable
 from tests.tiny_models import llava, llava_batch, text_batch
 from torch_mdgd import MDGDOptimizer, TopK, mdgd_backward
 from torch_mdgd.backward import find_optimizer

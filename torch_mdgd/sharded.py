@@ -61,6 +61,48 @@ def same_shards(x: Tensor, y: Tensor) -> bool:
     return not is_sharded(x) and not is_sharded(y)
 
 
+def as_part(part: Tensor, like: Tensor) -> Tensor:
+    """Some of this rank's numbers of ``like``, shape (m,), m being each rank's own, as what the kernels here take."""
+    if not is_sharded(like):
+        return part
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    target: Any = like
+    placements = [Replicate() if x.is_replicate() else Shard(0) for x in target.placements]
+    out: Tensor = DTensor.from_local(
+        part, target.device_mesh, placements, run_check=False, shape=torch.Size([like.numel()]), stride=(1,)
+    )
+    return out
+
+
+def indices(like: Tensor) -> Tensor:
+    """Where the numbers of this rank's part stand in the whole tensor, flattened: int64, shape (numel of the part,)."""
+    whole = torch.arange(like.numel(), device=like.device).view(like.shape)
+    index: Tensor = local([shard_like(whole, like)])[0].reshape(-1)
+    return index
+
+
+def gather(part: Tensor, like: Tensor) -> Tensor:
+    """What the ranks hold of 1-D parts, of any sizes, one after the other; all ranks call it, and all get it."""
+    tensor: Any = like
+    for dim, placement in enumerate(tensor.placements if is_sharded(like) else ()):
+        if not placement.is_replicate():
+            part = _gather_over(part, tensor.device_mesh.get_group(dim))
+    return part
+
+
+def _gather_over(part: Tensor, group: Any) -> Tensor:
+    ranks = range(torch.distributed.get_world_size(group))
+    sizes = [torch.zeros(1, dtype=torch.int64, device=part.device) for _ in ranks]
+    torch.distributed.all_gather(sizes, torch.full_like(sizes[0], part.numel()), group)
+    lengths = [int(n) for n in sizes]
+    padded = part.new_zeros(max(lengths))
+    padded[: part.numel()] = part
+    parts = [torch.empty_like(padded) for _ in ranks]
+    torch.distributed.all_gather(parts, padded, group)
+    return torch.cat([x[:n] for x, n in zip(parts, lengths, strict=True)])
+
+
 # --------------------------------------------------------------------------------------------------------------
 # The kernels on shards.
 
@@ -83,11 +125,17 @@ def combine_(
 
 
 @torch.no_grad()
+def counts(masks: Sequence[Tensor]) -> list[int]:
+    """How many numbers are true in each whole mask. A collective operation: all ranks call it."""
+    if not masks:
+        return []
+    found: list[int] = sum_shards_(torch.stack([m.sum() for m in local(masks)]), masks).tolist()
+    return found
+
+
 def count(masks: Sequence[Tensor]) -> int:
     """How many numbers are true in whole masks. A collective operation: all ranks call it."""
-    if not masks:
-        return 0
-    return int(sum_shards_(torch.stack([m.sum() for m in local(masks)]), masks).sum())
+    return sum(counts(masks))
 
 
 @torch.no_grad()
@@ -172,9 +220,8 @@ def _select(like: Sequence[Tensor], read: Callable[[int, slice], Tensor], k: int
 
 def _first(x: Tensor, positions: Tensor, n: int) -> Tensor:
     """Which of the positions in this rank's part are among the first n of all ranks', counting in the whole x."""
-    whole = torch.arange(x.numel(), device=x.device).view(x.shape)
     # Larger is earlier.
-    keys: Tensor = ~local([shard_like(whole, x)])[0].reshape(-1)[positions]
+    keys: Tensor = ~indices(x)[positions]
     last, _ = _kth_largest(lambda: iter([(0, slice(None), keys)]), [x], n)
     return keys >= last
 

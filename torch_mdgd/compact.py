@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from torch.optim import ASGD, Adafactor, Muon, Optimizer, Rprop, SparseAdam
 
 from torch_mdgd import checkpoint, kernels, sharded
-from torch_mdgd.decoupling import decouple_moves_
+from torch_mdgd.decoupling import Decouple
 from torch_mdgd.kernels import Role
 from torch_mdgd.reference import forget_casts, snapshot
-from torch_mdgd.settings import restores
 
 # They look at a parameter's shape, expect sparse gradients, or keep state that cannot begin at zero.
 UNSUPPORTED = (Adafactor, ASGD, Muon, Rprop, SparseAdam)
@@ -116,26 +115,20 @@ class CompactStorage:
                 x.mul_(0)
                 _put_(x, positions, kept)
 
-    def step(
-        self,
-        base: Optimizer,
-        parameters: Sequence[Tensor],
-        directions: Sequence[Tensor | None] | None,
-        together: Tensor,
-    ) -> None:
-        """One step of the wrapped optimizer on the selected numbers, decoupled if there are directions."""
+    def step(self, base: Optimizer, parameters: Sequence[Tensor], decouple_: Decouple | None) -> None:
+        """One step of the wrapped optimizer on the selected numbers, and what is to be done to its moves."""
         if self.positions is None:
             base.step()
             return
         for p, leaf, positions in zip(parameters, self.leaves, self.positions, strict=True):
             leaf.data = _take(p, positions)
             leaf.grad = None if p.grad is None or not leaf.numel() else _take(p.grad, positions)
-        before = None if directions is None else snapshot(self.leaves)
+        before = None if decouple_ is None else snapshot(self.leaves)
         try:
             with self._in_place_of_parameters(base):
                 base.step()
-            if directions is not None and before is not None:
-                decouple_moves_(self.leaves, before, directions, together, restores(base))
+            if decouple_ is not None and before is not None:
+                decouple_(self.leaves, before)
             for p, leaf, positions in zip(parameters, self.leaves, self.positions, strict=True):
                 _put_(p, positions, leaf)
         finally:

@@ -10,7 +10,8 @@ This form is ours, not the paper's. One relative: Adam-NSCL (CVPR 2021) projects
 the layers' inputs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,6 +19,39 @@ from torch import Tensor
 from torch_mdgd import sharded
 from torch_mdgd.equations import pool, ratio
 from torch_mdgd.kernels import Role
+from torch_mdgd.settings import Group
+
+Decouple: TypeAlias = Callable[[Sequence[Tensor], Sequence[Tensor]], None]
+"""Is given the parameters after the wrapped optimizer's step and their values before it (its to overwrite), and
+corrects the parameters in place. Of a compact storage they are the selected numbers, 1-D."""
+
+
+class Decoupling(Protocol):
+    """What step space takes out of the wrapped optimizer's moves, with all that it remembers for that."""
+
+    def of_step(self, directions: Role | None, groups: Sequence[Group]) -> Decouple | None:
+        """What to do to the moves of the step that is about to be made; None leaves them alone, without a snapshot.
+
+        Args:
+            directions: T visual gradients inside the mask, None where there is none; None for a step that combined
+                none, or without a group in step space.
+            groups: the parameter groups.
+        """
+
+    def begin(self) -> None:
+        """A mask was chosen: what is remembered of other numbers is of no use."""
+
+    def extend(self, group: Group) -> None:
+        """A parameter group was added."""
+
+    def save(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """The state dict with what is remembered in it; see :mod:`torch_mdgd.checkpoint`."""
+
+    def check(self, state_dict: dict[str, Any], parameters: Sequence[Tensor]) -> None:
+        """Raise a ValueError if :meth:`load` could not load this; nothing has been changed yet."""
+
+    def load(self, state_dict: dict[str, Any], parameters: Sequence[Tensor]) -> None:
+        """The opposite of :meth:`save`, after all else was loaded; a state dict without it forgets."""
 
 
 def decouple_move(delta: Tensor, v: Tensor, restore: float = 0.0) -> Tensor:
@@ -33,7 +67,7 @@ def decouple_move(delta: Tensor, v: Tensor, restore: float = 0.0) -> Tensor:
 
 
 def decouple_moves_(
-    parameters: Sequence[Tensor], before: Sequence[Tensor], v: Role, together: Tensor, restore: Tensor
+    parameters: Sequence[Tensor], before: Sequence[Tensor], v: Role, together: Sequence[bool], restore: Tensor
 ) -> None:
     """Decouple the moves of a list of parameters, in place.
 
@@ -44,13 +78,13 @@ def decouple_moves_(
         parameters: T parameters after the step.
         before: their values before it; overwritten with the moves.
         v: visual gradients there, None where there is none.
-        together: bool, shape (T,): parameters of scope "global".
+        together: T times whether a parameter is of scope "global".
         restore: a, shape (T,), float64.
     """
     moves = list(before)
     for p, x in zip(parameters, moves, strict=True):
         torch.sub(p, x, out=x)
-    products = pool(sharded.inner_products([moves, v], [moves, v]), together)
+    products = pool(sharded.inner_products([moves, v], [moves, v]), torch.tensor(together))
     dd, dv, vv = products[:, 0, 0], products[:, 0, 1], products[:, 1, 1]
     correction = ratio(dv.clamp(min=0), vv) + restore.to(dd.device) * ratio(dd.sqrt(), vv.sqrt())
     touched = [p if x is not None else None for p, x in zip(parameters, v, strict=True)]

@@ -8,11 +8,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from torch_mdgd import checkpoint, sharded
-from torch_mdgd.decoupling import decouple_moves_
+from torch_mdgd.decoupling import Decouple
 from torch_mdgd.kernels import Role
 from torch_mdgd.masking import restore_outside_
 from torch_mdgd.reference import exchange_, snapshot
-from torch_mdgd.settings import restores
 
 
 class DenseStorage:
@@ -75,23 +74,17 @@ class DenseStorage:
         """Write the linear combination of the roles, under the mask, over d."""
         sharded.combine_(d, roles, coefficients, self.masks)
 
-    def step(
-        self,
-        base: Optimizer,
-        parameters: Sequence[Tensor],
-        directions: Sequence[Tensor | None] | None,
-        together: Tensor,
-    ) -> None:
-        """One step of the wrapped optimizer, its move decoupled from the directions if there are any."""
-        if self.masks is None and directions is None:
+    def step(self, base: Optimizer, parameters: Sequence[Tensor], decouple_: Decouple | None) -> None:
+        """One step of the wrapped optimizer, and what is to be done to its moves."""
+        if self.masks is None and decouple_ is None:
             base.step()
             return
         before = snapshot(parameters)
         base.step()
         if self.masks is not None:
             restore_outside_(parameters, before, self.masks)
-        if directions is not None:
-            decouple_moves_(parameters, before, directions, together, restores(base))
+        if decouple_ is not None:
+            decouple_(parameters, before)
 
     def save(self, base: Optimizer) -> dict[str, Any]:
         """The wrapped optimizer's state dict with φ and the mask in it."""
@@ -106,8 +99,9 @@ class DenseStorage:
         inner, found = checkpoint.unpack(state_dict, parameters)
         if "positions" in found:
             raise ValueError("the state dict was saved with compact=True: build the MDGDOptimizer so, too")
-        for name, tensors in found.items():
-            checkpoint.require_shapes(name, tensors, [p.shape for p in parameters])
+        for name in ("reference", "mask"):
+            if name in found:
+                checkpoint.require_shapes(name, found[name], [p.shape for p in parameters])
         base.load_state_dict(inner)
         if "reference" in found:
             pairs = zip(found["reference"], parameters, strict=True)

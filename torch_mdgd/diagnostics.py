@@ -1,5 +1,7 @@
 """What to look at while fine-tuning: the effective rank of features, and the angles between gradients."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -27,6 +29,21 @@ def effective_rank(Z: Tensor) -> float:
     if sigma[0] == 0:
         raise ValueError("effective_rank: Z is all zero, so its effective rank is undefined")
     return float(torch.special.entr(sigma / sigma.sum()).sum().exp())
+
+
+def read(
+    recorded: Mapping[str, Tensor], products: tuple[Tensor, Tensor] | None, kept: tuple[int, int] | None
+) -> dict[str, float]:
+    """What ``MDGDOptimizer.diagnostics`` shows: this waits for the device.
+
+    Args:
+        recorded: other scalars, by name.
+        products: the arguments of :func:`gradient_diagnostics`; None before the first combine.
+        kept: how many numbers may move, of how many; None without a mask.
+    """
+    values = {**recorded, **(gradient_diagnostics(*products) if products else {})}
+    out = {name: float(value) for name, value in values.items()}
+    return out if kept is None else {**out, "kept_fraction": kept[0] / kept[1]}
 
 
 def gradient_diagnostics(products: Tensor, together: Tensor) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """``MDGDOptimizer``: wrap any ``torch.optim`` optimizer; capture gradients, combine them, step."""
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torch_mdgd import distributed, equations, settings, sharded
-from torch_mdgd.compact import CompactStorage
-from torch_mdgd.dense import DenseStorage
-from torch_mdgd.diagnostics import gradient_diagnostics
+from torch_mdgd.decoupling import Decoupling
+from torch_mdgd.diagnostics import read
+from torch_mdgd.drift import VisualDrift
 from torch_mdgd.kernels import Role
 from torch_mdgd.masking import Mask
-from torch_mdgd.recall import Recall
 from torch_mdgd.roles import DECOUPLED_REFERENCE, ROLES, Captures, assign, destination, refuse_stray
-from torch_mdgd.schedule import MaskSchedule
+from torch_mdgd.schedule import NOT_CHOSEN, MaskSchedule
+from torch_mdgd.storage import NO_REFERENCE, storage_for
 from torch_mdgd.wrapper import OptimizerWrapper
 
 
@@ -43,8 +43,6 @@ class MDGDOptimizer(OptimizerWrapper):
         mask: which numbers may move, such as ``TopK(0.1)``: MDGD-GM.
         compact: keep φ and the wrapped optimizer's state for the numbers inside the mask alone. For optimizers that
             treat every number of a parameter alike and apart; see :mod:`torch_mdgd.compact`.
-        reference_every: so many steps share the gradients at φ, for one more gradient-sized buffer: r then compares
-            with another batch. A mask is chosen from its own step's; see :mod:`torch_mdgd.recall`.
 
     Raises:
         TypeError: ``base`` is no optimizer, wrapped already, re-evaluates closures (LBFGS), or DeepSpeed's or FSDP1's.
@@ -63,7 +61,6 @@ class MDGDOptimizer(OptimizerWrapper):
         scope: settings.Scope = "tensor",
         mask: Mask | None = None,
         compact: bool = False,
-        reference_every: int = 1,
     ) -> None:
         super().__init__(base)
         self._settings: dict[str, Any] = {
@@ -73,15 +70,9 @@ class MDGDOptimizer(OptimizerWrapper):
         for group in base.param_groups:
             settings.complete(group, self._settings)
         parameters = [p for group in base.param_groups for p in group["params"]]
-        if compact and mask is None:
-            raise ValueError("compact=True keeps the numbers inside a mask: pass one, such as mask=TopK(0.1)")
-        self._storage: DenseStorage | CompactStorage = (
-            CompactStorage(parameters, base) if compact else DenseStorage(parameters, chooses=mask is not None)
-        )
-        if mask is not None and not mask.scored:
-            self._storage.choose(mask.choose(parameters, None), base, parameters)
+        self._storage = storage_for(parameters, base, mask, compact)
+        self._decoupling: Decoupling = VisualDrift()
         self._schedule = MaskSchedule(mask, base.param_groups)
-        self._recall = Recall(reference_every, base.param_groups)
         self._captures = Captures()
         self._recorded: dict[str, Tensor] = {}
 
@@ -114,8 +105,9 @@ class MDGDOptimizer(OptimizerWrapper):
     @property
     def required_roles(self) -> tuple[str, ...]:
         """The gradients that the next combine needs: task and visual, or with the reference's two all four."""
-        anew = self._recall.held is None and self._regularizes(self.parameters)
-        return ROLES if anew or self.chooses_mask else ROLES[:2]
+        groups = zip(self.parameters, settings.per_parameter(self.param_groups), strict=True)
+        needed = self.chooses_mask or any(settings.needs_reference(x, self.mask is not None) for _, x in groups)
+        return ROLES if needed else ROLES[:2]
 
     def capture(self, role: Literal["task", "visual"], *, scale: float = 1.0) -> AbstractContextManager[None]:
         """Whatever backward passes inside leave in ``.grad`` is kept as this role, and ``.grad`` cleared.
@@ -189,15 +181,14 @@ class MDGDOptimizer(OptimizerWrapper):
         if DECOUPLED_REFERENCE not in self._captures:
             self._captures.require(ROLES[2:])
             g0, v0 = self._captures.take(ROLES[2:], self.parameters)
-            together = self._together("gradient")
+            together = self._together()
             self._captures.gradients[DECOUPLED_REFERENCE] = equations.decouple_reference_(g0, v0, together)
 
     def discard(self) -> None:
         """Forget what was captured or combined since the last step; ``.grad`` stays as it is."""
         self._captures.clear()
-        self._captures.directions = self._captures.combined = None
+        self._captures.directions = None
         self._captures.refused = self._schedule.waits = False
-        self._recall.use(None)
 
     @torch.no_grad()
     def combine(self) -> None:
@@ -218,33 +209,27 @@ class MDGDOptimizer(OptimizerWrapper):
         refuse_stray(parameters)
         if len(needed) == 4 or all(role in self._captures for role in ROLES[2:]):
             self.reduce_reference()
-        elif self._recall.held is not None and self._regularizes(parameters) and not self._captures.absent("visual"):
-            self._captures.gradients.setdefault(DECOUPLED_REFERENCE, self._recall.held)
         roles = self._captures.take(("task", "visual", DECOUPLED_REFERENCE), parameters)
         self.discard()
-        self._recall.use(roles[2] if len(roles) == 3 and self._regularizes(parameters) else None)
 
-        together = self._together("gradient")
+        together = self._together()
         self._captures.products = sharded.inner_products(roles), together
         products = equations.pool(*self._captures.products)
         if self.chooses_mask:
             # With NaN or Inf none is chosen: d is NaN, a gradient scaler skips this step, and the next one chooses.
-            if bool(products.isfinite().all()):
+            self._captures.refused = not bool(products.isfinite().all())
+            if not self._captures.refused:
                 masks = self._schedule.masks(roles, products, together, parameters, self.param_groups)
                 if masks is not None:
                     self._storage.choose(masks, self.base, parameters)
-            else:
-                self._captures.refused = True
+                    self._decoupling.begin()
         self._schedule.count(self.param_groups)
-        groups = settings.per_parameter(self.param_groups)
         d = [destination(gradients, p) for p, *gradients in zip(parameters, *roles, strict=True)]
-        if any(group["space"] == "step" for group in groups):
-            v = [x if group["space"] == "step" else None for group, x in zip(groups, roles[1], strict=True)]
-            self._captures.directions = self._storage.restrict_(v)
+        v = settings.in_step_space(self.param_groups, roles[1])
+        self._captures.directions = None if v is None else self._storage.restrict_(v)
         coefficients = equations.coefficients_of_groups(products, self.param_groups, self._storage.masked)
         self._storage.combine_(d, roles, coefficients)
-        self._captures.combined = [None if x is None else x.to(p.dtype) for p, x in zip(parameters, d, strict=True)]
-        assign(parameters, self._captures.combined)
+        assign(parameters, [None if x is None else x.to(p.dtype) for p, x in zip(parameters, d, strict=True)])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -267,15 +252,10 @@ class MDGDOptimizer(OptimizerWrapper):
         if self._captures:
             self.combine()
         if self._captures.refused:
-            raise RuntimeError(
-                "a gradient holds NaN or Inf at the step that chooses the mask; nothing was changed. zero_grad() and "
-                "go on with another batch, or train under a gradient scaler, which skips such steps"
-            )
-        if self._captures.replaced(parameters):
-            self._captures.directions = self._recall.used = None
+            raise RuntimeError(NOT_CHOSEN)
         if not self._schedule.waits:
-            self._storage.step(self.base, parameters, self._captures.directions, self._together("step"))
-            self._recall.keep(self.param_groups)
+            decouple_ = self._decoupling.of_step(self._captures.directions, self.param_groups)
+            self._storage.step(self.base, parameters, decouple_)
         self.discard()
         return loss
 
@@ -300,12 +280,13 @@ class MDGDOptimizer(OptimizerWrapper):
         settings.complete(param_group, self._settings)
         self.base.add_param_group(param_group)
         self._storage.extend(self.base.param_groups[-1]["params"])
+        self._decoupling.extend(self.base.param_groups[-1])
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state dict, with φ and the mask in each parameter's state."""
         self._outside("state_dict")
         self._before_save()
-        return self._after_save(self._recall.save(self._storage.save(self.base), self.parameters))
+        return self._after_save(self._decoupling.save(self._storage.save(self.base)))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` returned; the wrapped optimizer's own works too, and leaves φ as it is.
@@ -316,15 +297,11 @@ class MDGDOptimizer(OptimizerWrapper):
         """
         parameters = self._outside("load_state_dict")
         state_dict = self._before_load(state_dict)
-        state_dict["param_groups"] = [dict(group) for group in state_dict["param_groups"]]
-        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=False):
-            settings.complete(saved, group)
+        state_dict["param_groups"] = settings.complete_saved(state_dict["param_groups"], self.param_groups)
+        self._decoupling.check(state_dict, parameters)
         if not self._storage.load(state_dict, self.base, parameters):
-            warnings.warn(
-                "the state dict holds no reference: it stays at the wrapped weights: right if training began there",
-                stacklevel=2,
-            )
-        self._recall.load(state_dict, parameters, self.param_groups)
+            warnings.warn(NO_REFERENCE, stacklevel=2)
+        self._decoupling.load(state_dict, parameters)
         self.discard()
         self._after_load()
 
@@ -336,14 +313,8 @@ class MDGDOptimizer(OptimizerWrapper):
         (see :func:`torch_mdgd.diagnostics.gradient_diagnostics`), with a mask ``kept_fraction``, and whatever
         :meth:`record` was given.
         """
-        values = dict(self._recorded)
-        if self._captures.products is not None:
-            values |= gradient_diagnostics(*self._captures.products)
-        out = {name: float(value) for name, value in values.items()}
-        if self._storage.masked:
-            kept, total = self._storage.kept(self.parameters)
-            out["kept_fraction"] = kept / total
-        return out
+        kept = self._storage.kept(self.parameters) if self._storage.masked else None
+        return read(self._recorded, self._captures.products, kept)
 
     def record(self, **values: Tensor) -> None:
         """Show these scalars in :attr:`diagnostics` too, read from the device only when asked for."""
@@ -355,9 +326,5 @@ class MDGDOptimizer(OptimizerWrapper):
             raise RuntimeError(f"{verb}: leave capture() and reference() first")
         return self.parameters
 
-    def _regularizes(self, parameters: Sequence[Tensor]) -> bool:
-        groups = zip(parameters, settings.per_parameter(self.param_groups), strict=True)
-        return any(settings.needs_reference(group, self.mask is not None) for _, group in groups)
-
-    def _together(self, space: settings.Space) -> Tensor:
-        return torch.tensor(settings.together(self.param_groups, space), device=self.parameters[0].device)
+    def _together(self) -> Tensor:
+        return torch.tensor(settings.together(self.param_groups, "gradient"), device=self.parameters[0].device)

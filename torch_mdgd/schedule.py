@@ -9,6 +9,10 @@ from torch_mdgd.masking import Mask, ScoreInputs
 from torch_mdgd.settings import Group
 
 AGE = "mask_age"
+NOT_CHOSEN = (
+    "a gradient holds NaN or Inf at the step that chooses the mask; nothing was changed. zero_grad() and go on with "
+    "another batch, or train under a gradient scaler, which skips such steps"
+)
 
 
 class MaskSchedule:

@@ -6,7 +6,8 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+
+from torch_mdgd.kernels import Role
 
 Update: TypeAlias = Literal["regularize", "reference", "project"]
 Space: TypeAlias = Literal["gradient", "step"]
@@ -41,6 +42,14 @@ def complete(group: Group, defaults: Group) -> None:
     group.update(merged)
 
 
+def complete_saved(saved: Sequence[Group], groups: Sequence[Group]) -> list[Group]:
+    """Copies of the groups of a state dict, with the present settings where they have none; see :func:`complete`."""
+    copies = [dict(group) for group in saved]
+    for copy, group in zip(copies, groups, strict=False):
+        complete(copy, group)
+    return copies
+
+
 def needs_reference(group: Group, masked: bool) -> bool:
     """Whether the update of this group takes gradients at φ; under a mask it is (11), which does not."""
     regularized = group["update"] == "regularize" and group["regularize"] != 0 and not masked
@@ -63,6 +72,12 @@ def together(groups: Sequence[Group], space: Space) -> list[bool]:
     ]
 
 
-def restores(optimizer: Optimizer) -> Tensor:
+def in_step_space(groups: Sequence[Group], gradients: Role) -> list[Tensor | None] | None:
+    """The gradients of the parameters in step space, None for the others; None if there is no group of that space."""
+    wanted = [group["space"] == "step" for group in per_parameter(groups)]
+    return [x if one else None for one, x in zip(wanted, gradients, strict=True)] if any(wanted) else None
+
+
+def restores(groups: Sequence[Group]) -> Tensor:
     """The restoring move a of each parameter, relative to its step: float64, shape (T,)."""
-    return torch.tensor([group["restore"] for group in per_parameter(optimizer.param_groups)], dtype=torch.float64)
+    return torch.tensor([group["restore"] for group in per_parameter(groups)], dtype=torch.float64)

@@ -1,7 +1,7 @@
 """``MDGDOptimizer``: wrap any ``torch.optim`` optimizer; capture gradients, combine them, step."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from torch_mdgd.diagnostics import read
 from torch_mdgd.drift import VisualDrift
 from torch_mdgd.kernels import Role
 from torch_mdgd.masking import Mask
+from torch_mdgd.recall import Recall
 from torch_mdgd.roles import DECOUPLED_REFERENCE, ROLES, Captures, assign, destination, refuse_stray
 from torch_mdgd.schedule import NOT_CHOSEN, MaskSchedule
 from torch_mdgd.storage import NO_REFERENCE, storage_for
@@ -43,6 +44,8 @@ class MDGDOptimizer(OptimizerWrapper):
         mask: which numbers may move, such as ``TopK(0.1)``: MDGD-GM.
         compact: keep φ and the wrapped optimizer's state for the numbers inside the mask alone. For optimizers that
             treat every number of a parameter alike and apart; see :mod:`torch_mdgd.compact`.
+        reference_every: so many steps share the gradients at φ, for one more gradient-sized buffer: r then compares
+            with another batch. A mask is chosen from its own step's; see :mod:`torch_mdgd.recall`.
 
     Raises:
         TypeError: ``base`` is no optimizer, wrapped already, re-evaluates closures (LBFGS), or DeepSpeed's or FSDP1's.
@@ -61,6 +64,7 @@ class MDGDOptimizer(OptimizerWrapper):
         scope: settings.Scope = "tensor",
         mask: Mask | None = None,
         compact: bool = False,
+        reference_every: int = 1,
     ) -> None:
         super().__init__(base)
         self._settings: dict[str, Any] = {
@@ -73,6 +77,7 @@ class MDGDOptimizer(OptimizerWrapper):
         self._storage = storage_for(parameters, base, mask, compact)
         self._decoupling: Decoupling = VisualDrift()
         self._schedule = MaskSchedule(mask, base.param_groups)
+        self._recall = Recall(reference_every, base.param_groups)
         self._captures = Captures()
         self._recorded: dict[str, Tensor] = {}
 
@@ -105,9 +110,8 @@ class MDGDOptimizer(OptimizerWrapper):
     @property
     def required_roles(self) -> tuple[str, ...]:
         """The gradients that the next combine needs: task and visual, or with the reference's two all four."""
-        groups = zip(self.parameters, settings.per_parameter(self.param_groups), strict=True)
-        needed = self.chooses_mask or any(settings.needs_reference(x, self.mask is not None) for _, x in groups)
-        return ROLES if needed else ROLES[:2]
+        anew = self._recall.held is None and self._regularizes(self.parameters)
+        return ROLES if anew or self.chooses_mask else ROLES[:2]
 
     def capture(self, role: Literal["task", "visual"], *, scale: float = 1.0) -> AbstractContextManager[None]:
         """Whatever backward passes inside leave in ``.grad`` is kept as this role, and ``.grad`` cleared.
@@ -187,8 +191,9 @@ class MDGDOptimizer(OptimizerWrapper):
     def discard(self) -> None:
         """Forget what was captured or combined since the last step; ``.grad`` stays as it is."""
         self._captures.clear()
-        self._captures.directions = None
+        self._captures.directions = self._captures.combined = None
         self._captures.refused = self._schedule.waits = False
+        self._recall.use(None)
 
     @torch.no_grad()
     def combine(self) -> None:
@@ -209,8 +214,11 @@ class MDGDOptimizer(OptimizerWrapper):
         refuse_stray(parameters)
         if len(needed) == 4 or all(role in self._captures for role in ROLES[2:]):
             self.reduce_reference()
+        elif self._recall.held is not None and self._regularizes(parameters) and not self._captures.absent("visual"):
+            self._captures.gradients.setdefault(DECOUPLED_REFERENCE, self._recall.held)
         roles = self._captures.take(("task", "visual", DECOUPLED_REFERENCE), parameters)
         self.discard()
+        self._recall.use(roles[2] if len(roles) == 3 and self._regularizes(parameters) else None)
 
         together = self._together()
         self._captures.products = sharded.inner_products(roles), together
@@ -229,7 +237,8 @@ class MDGDOptimizer(OptimizerWrapper):
         self._captures.directions = None if v is None else self._storage.restrict_(v)
         coefficients = equations.coefficients_of_groups(products, self.param_groups, self._storage.masked)
         self._storage.combine_(d, roles, coefficients)
-        assign(parameters, [None if x is None else x.to(p.dtype) for p, x in zip(parameters, d, strict=True)])
+        self._captures.combined = [None if x is None else x.to(p.dtype) for p, x in zip(parameters, d, strict=True)]
+        assign(parameters, self._captures.combined)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -253,9 +262,12 @@ class MDGDOptimizer(OptimizerWrapper):
             self.combine()
         if self._captures.refused:
             raise RuntimeError(NOT_CHOSEN)
+        if self._captures.replaced(parameters):
+            self._captures.directions = self._recall.used = None
         if not self._schedule.waits:
             decouple_ = self._decoupling.of_step(self._captures.directions, self.param_groups)
             self._storage.step(self.base, parameters, decouple_)
+            self._recall.keep(self.param_groups)
         self.discard()
         return loss
 
@@ -286,7 +298,7 @@ class MDGDOptimizer(OptimizerWrapper):
         """The wrapped optimizer's state dict, with φ and the mask in each parameter's state."""
         self._outside("state_dict")
         self._before_save()
-        return self._after_save(self._decoupling.save(self._storage.save(self.base)))
+        return self._after_save(self._recall.save(self._decoupling.save(self._storage.save(self.base)), self.parameters))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` returned; the wrapped optimizer's own works too, and leaves φ as it is.
@@ -302,6 +314,7 @@ class MDGDOptimizer(OptimizerWrapper):
         if not self._storage.load(state_dict, self.base, parameters):
             warnings.warn(NO_REFERENCE, stacklevel=2)
         self._decoupling.load(state_dict, parameters)
+        self._recall.load(state_dict, parameters, self.param_groups)
         self.discard()
         self._after_load()
 
@@ -325,6 +338,10 @@ class MDGDOptimizer(OptimizerWrapper):
         if self._captures.recording or self._captures.at_reference:
             raise RuntimeError(f"{verb}: leave capture() and reference() first")
         return self.parameters
+
+    def _regularizes(self, parameters: Sequence[Tensor]) -> bool:
+        groups = zip(parameters, settings.per_parameter(self.param_groups), strict=True)
+        return any(settings.needs_reference(group, self.mask is not None) for _, group in groups)
 
     def _together(self) -> Tensor:
         return torch.tensor(settings.together(self.param_groups, "gradient"), device=self.parameters[0].device)

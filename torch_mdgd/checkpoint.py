@@ -6,9 +6,11 @@ again before the wrapped optimizer sees it: it would cast a bool mask to the par
 without its own keys for an initialised state.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 PREFIX = "mdgd_"
@@ -65,6 +67,45 @@ def require_shapes(name: str, tensors: Sequence[Tensor], shapes: Sequence[Sequen
                 f"the loaded state dict's {PREFIX + name!r} of parameter {i} has shape {tuple(x.shape)}, needed is "
                 f"{tuple(shape)}: it was saved from another model or in another parameter order"
             )
+
+
+def load_distributed(state_dict: dict[str, Any], checkpoint_id: str | os.PathLike[str]) -> None:
+    """``torch.distributed.checkpoint.load``, also of what a compact run saved.
+
+    That function reads into tensors of the saved sizes, which are unknown to an optimizer that has not chosen its mask:
+    here they come from the checkpoint. Every process reads all of the compact state.
+
+    Args:
+        state_dict: nested, as ``get_state_dict`` returns it, also inside other dictionaries; filled in place.
+        checkpoint_id: a folder.
+    """
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    metadata = FileSystemReader(checkpoint_id).read_metadata()
+    paths = metadata.planner_data or {}
+    # Without these no mask was chosen, and the state is of the parameters' shapes.
+    chosen = any(path[-1] == f"{PREFIX}moved" for path in paths.values())
+    saved: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
+    for key, path in paths.items():
+        entry, found = _at(state_dict, path[:-1]), metadata.state_dict_metadata[key]
+        if chosen and isinstance(entry, dict) and f"{PREFIX}positions" in entry:
+            value = entry.get(path[-1])
+            if isinstance(found, TensorStorageMetadata):
+                value = torch.empty(found.size, dtype=found.properties.dtype)
+            saved.setdefault(id(entry), (entry, {}))[1][path[-1]] = value
+    for entry, values in saved.values():
+        # What else a fresh optimizer has there is of a parameter in which nothing was selected.
+        entry.clear()
+        entry.update(values)
+    load(state_dict, checkpoint_id=checkpoint_id)
+
+
+def _at(tree: Any, path: Sequence[Any]) -> Any:
+    for key in path:
+        tree = tree.get(key) if isinstance(tree, dict) else None
+    return tree
 
 
 def _keys(state_dict: dict[str, Any]) -> list[Any]:

@@ -13,7 +13,6 @@ from tests.distributed import setups, workers
 from torch_mdgd import Given, Magnitude, MDGDOptimizer, Random, kernels
 
 ALONE = [f"{kind}, {form}" for kind in ("ddp", "fsdp") for form in setups.FORMS]
-ALONE = [name for name in ALONE if not (name.startswith("fsdp") and name.endswith("compact"))]
 LLAVA = [f"{kind}, {form}" for kind in ("ddp", "fsdp") for form in setups.LLAVA_FORMS]
 LLAVA.remove("fsdp, together")
 
@@ -125,8 +124,7 @@ def test_parameters_that_are_sharded_after_they_were_wrapped(ranks):
 
 REFUSALS = {
     "gradients in buckets": "RuntimeError: capture of reference_task: this backward pass wrote over gradients",
-    "compact": "ValueError: compact=True: parameters are sharded",
-    "compact, sharded later": "ValueError: compact=True: parameters are sharded",
+    "compact, sharded later": "ValueError: compact=True: parameters were sharded after the mask was chosen",
     "reference without model": "ValueError: reference: parameters are sharded, so pass the model",
     "whole gradients": "ValueError: task gradient of parameter 0 is not sharded as the parameter is",
     "static graph": "ValueError: static_graph=True",
@@ -157,6 +155,21 @@ def test_one_process_resumes_what_two_saved(ranks, folder, form):
 def test_two_processes_resume_what_one_saved(ranks, kind, form):
     for outcome in found(ranks, f"resume, {form}"):
         assert_agree(outcome[kind], setups.by_hand("alone", form)[2:], 1e-11)
+
+
+@pytest.mark.parametrize("form", [form for form in workers.CHECKPOINTED if "compact" in form])
+def test_a_compact_state_dict_of_two_processes_is_that_of_one(ranks, folder, form):
+    found(ranks, f"save, {form}")
+    actual = torch.load(folder / f"two {form}.pt", weights_only=True)["state"]
+    net, optimizer = workers.build(form, "alone")
+    list(setups.train(net, optimizer, 0, 1, range(2)))
+    wanted = optimizer.state_dict()["state"]
+    assert len(actual) == len(wanted)
+    for (name, _), entry in zip(net.named_parameters(), wanted.values(), strict=True):
+        assert actual[name].keys() == entry.keys()
+        for key, value in entry.items():
+            assert actual[name][key].dtype == value.dtype
+            assert torch.allclose(actual[name][key], value, rtol=1e-10, atol=1e-12), (name, key)
 
 
 def test_a_compact_checkpoint_is_not_skipped_in_silence(ranks):

@@ -1,0 +1,198 @@
+"""What every data set has: where it lies, its splits, how a row becomes an example, and how to make a sample file."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, ClassVar, overload
+
+import numpy as np
+
+from reproductions.paper.data.examples import DataError, Example
+from reproductions.paper.data.parquet import read_parquet, write_parquet
+from reproductions.paper.data.rows import Row
+
+ORGANISATION = "lmms-lab"
+"""Organisation on the hub; newer releases of lmms-eval call it `lmms-lab-encoder`."""
+
+_SAMPLES = 1_200_000
+"""More rows than a sample file has: keeps ids of splits apart."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Size of a split: examples, and gigabytes to download."""
+
+    examples: int
+    gigabytes: float
+
+
+@dataclass(frozen=True)
+class Examples(Sequence[Example]):
+    """The first `length` rows of a split, read when they are asked for; can be sent to worker processes."""
+
+    data: "DataSet" = field(repr=False)
+    split: str
+    rows: Sequence[Mapping[str, Any]] = field(repr=False)
+    length: int
+
+    def __len__(self) -> int:
+        return self.length
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(self.length))]
+        if not -self.length <= index < self.length:
+            raise IndexError(index)
+        index %= self.length
+        return self.data.example(Row(self.data.title, self.split, index, self.rows[index]))
+
+
+@dataclass(frozen=True)
+class DataSet(ABC):
+    """A data set; a subclass is one file, and its fields are the options that its prompts have.
+
+    Attributes:
+        name: what configurations call it.
+        title: what tables and errors call it.
+        repository: on the hub; "{organisation}" stands for the argument of `load`.
+        folder: of the repository that holds the files, which is the configuration's name where there are several.
+        metric: name in `METRICS`.
+        splits: sizes by name.
+        evaluation: the split that the tables' numbers are measured on.
+        training: the split to fine-tune on; None for sets that are only evaluated.
+        columns: those that `example` reads.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    repository: ClassVar[str]
+    folder: ClassVar[str] = "data"
+    metric: ClassVar[str]
+    splits: ClassVar[Mapping[str, Split]]
+    evaluation: ClassVar[str]
+    training: ClassVar[str | None] = None
+    columns: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    def example(self, row: Row) -> Example:
+        """Read one row.
+
+        Raises:
+            DataError: a value is missing or makes no sense.
+        """
+
+    @abstractmethod
+    def features(self) -> dict[str, Any]:
+        """Columns of a sample file and their `datasets` types, as the hub's copy has them."""
+
+    @abstractmethod
+    def sample(self, rng: np.random.Generator, index: int) -> dict[str, Any]:
+        """A row for a sample file, about a drawing of `shapes.draw`."""
+
+    def load(
+        self,
+        split: str,
+        *,
+        source: str | Path | None = None,
+        limit: int | None = None,
+        organisation: str = ORGANISATION,
+    ) -> Examples:
+        """Open a split; pictures are decoded when they are looked at.
+
+        Args:
+            split: one of `splits`.
+            source: folder in the layout of the hub's repository (`{folder}/{split}-*.parquet`), a clone of it for
+                instance; by default the files of this split are fetched from the hub, once.
+            limit: how many rows, from the first; all by default.
+            organisation: whose copy on the hub.
+
+        Raises:
+            DataError: an unknown split, a file or a column that is missing, no rows, or a hub out of reach. A broken
+                row raises it when it is read.
+            ValueError: `limit` is not positive.
+        """
+        if split not in self.splits:
+            raise DataError(f"{self.title}: split must be one of {', '.join(self.splits)}, got {split!r}")
+        if limit is not None and limit < 1:
+            raise ValueError(f"limit must be positive, got {limit}")
+        folder = self.fetch(split, organisation) if source is None else Path(source)
+        rows = self.rows(folder, split)
+        return Examples(self, split, rows, len(rows) if limit is None else min(limit, len(rows)))
+
+    def rows(self, folder: Path, split: str) -> Sequence[Mapping[str, Any]]:
+        """Rows of a split in a folder; at least one.
+
+        Raises:
+            DataError: they cannot be read.
+        """
+        return read_parquet(self.title, folder, self.pattern(split), self.columns)
+
+    def pattern(self, split: str) -> str:
+        """Files of a split, below the folder."""
+        return f"{self.folder}/{split}-*.parquet"
+
+    def patterns(self, split: str) -> list[str]:
+        """Everything that a split needs from the hub."""
+        return [self.pattern(split)]
+
+    def fetch(self, split: str, organisation: str) -> Path:
+        """Bring the files of a split from the hub, or find them in its cache.
+
+        Raises:
+            DataError: they are not to be had.
+        """
+        from huggingface_hub import snapshot_download
+
+        repository = self.repository.format(organisation=organisation)
+        try:
+            return Path(snapshot_download(repository, repo_type="dataset", allow_patterns=self.patterns(split)))
+        # No network, no such repository and no permission are different errors, of several libraries.
+        except Exception as error:
+            raise DataError(
+                f"{self.title}: could not fetch {repository} from the hub: {error}. Pass a folder with its files as "
+                f"source, or another organisation."
+            ) from error
+
+    def write_sample(self, folder: Path, split: str, n: int, seed: int) -> None:
+        """Write a small file in the data set's own schema, which `load(split, source=folder)` reads.
+
+        The pictures are drawn, and what they show answers the questions. Splits of one folder may be written one after
+        the other; the same arguments write the same file.
+
+        Raises:
+            DataError: an unknown split.
+        """
+        write_parquet(folder / self._file(split), list(self.sample_rows(split, n, seed)), self.features())
+
+    def sample_rows(self, split: str, n: int, seed: int) -> Iterator[dict[str, Any]]:
+        """The rows of a sample file; ids and pictures of the splits differ.
+
+        Raises:
+            DataError: an unknown split.
+        """
+        if split not in self.splits:
+            raise DataError(f"{self.title}: split must be one of {', '.join(self.splits)}, got {split!r}")
+        place = list(self.splits).index(split)
+        rng = np.random.default_rng([seed, place, *self.name.encode()])
+        for i in range(n):
+            yield self.sample(rng, _SAMPLES * place + i)
+
+    def with_options(self, **options: Any) -> "DataSet":
+        """The same data set with other options.
+
+        Raises:
+            DataError: it has no such option.
+        """
+        known = [option.name for option in fields(self)]
+        for name in options:
+            if name not in known:
+                raise DataError(f"{self.title}: no option {name!r}; it has {', '.join(known) or 'none'}")
+        return replace(self, **options)
+
+    def _file(self, split: str) -> str:
+        return self.pattern(split).replace("*", "00000-of-00001")

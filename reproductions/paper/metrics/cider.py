@@ -1,0 +1,66 @@
+"""CIDEr-D (Vedantam et al. 2015, arXiv 1411.5726) by pycocoevalcap, times 100.
+
+Published scores split captions into words with the Penn Treebank tokenizer, a Java program. Without Java, words are
+what is left of a lower-case caption without punctuation; such scores come out a little different and are named so.
+"""
+
+import re
+import shutil
+from collections.abc import Sequence
+from statistics import fmean
+
+from pycocoevalcap.cider.cider import Cider
+from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+
+from reproductions.paper.data.examples import Example
+from reproductions.paper.metrics.metric import Metric, require_pairs
+
+_WORD = re.compile(r"\w+(?:['-]\w+)*")
+Captions = dict[int, list[str]]
+
+
+class CIDEr(Metric):
+    """How well a caption agrees with the references, by rare words and phrases; up to 1,000.
+
+    Attributes:
+        ptb: split words with the Penn Treebank tokenizer; by default where there is Java.
+    """
+
+    name = "cider"
+
+    def __init__(self, ptb: bool | None = None) -> None:
+        self.ptb = shutil.which("java") is not None if ptb is None else ptb
+
+    @property
+    def key(self) -> str:
+        """Says how words were split: "cider" or "cider_no_ptb"."""
+        return "cider" if self.ptb else "cider_no_ptb"
+
+    def each(self, predictions: Sequence[str], examples: Sequence[Example]) -> list[float]:
+        """Each depends on the others: words count by how rare they are in the references of all pictures."""
+        require_pairs(predictions, examples)
+        references = {i: [_line(answer) for answer in example.answers] for i, example in enumerate(examples)}
+        candidates = {i: [_line(prediction)] for i, prediction in enumerate(predictions)}
+        split = _split_ptb if self.ptb else _split
+        return [100 * float(score) for score in Cider().compute_score(split(references), split(candidates))[1]]
+
+    def score(self, predictions: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
+        """The mean as "score" and again under `key`."""
+        mean = fmean(self.each(predictions, examples))
+        return {"score": mean, self.key: mean}
+
+
+def _line(caption: str) -> str:
+    """The tokenizer reads one caption a line, and counts other ends of lines than Python does."""
+    return " ".join(caption.split())
+
+
+def _split(captions: Captions) -> Captions:
+    return {i: [" ".join(_WORD.findall(text.lower())) for text in texts] for i, texts in captions.items()}
+
+
+def _split_ptb(captions: Captions) -> Captions:
+    words = PTBTokenizer().tokenize({i: [{"caption": text} for text in texts] for i, texts in captions.items()})
+    if {i: len(texts) for i, texts in words.items()} != {i: len(texts) for i, texts in captions.items()}:
+        raise RuntimeError("the Penn Treebank tokenizer failed: is the java on the path a working Java?")
+    return {i: list(words[i]) for i in captions}

@@ -1,0 +1,404 @@
+"""Each data set is read from files in its own schema; what is missing or broken is named."""
+
+import json
+import pickle
+from pathlib import Path
+
+import datasets
+import huggingface_hub
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from reproductions.paper.data import DATASETS, DataError
+from reproductions.paper.data.prompts import CAPTION, LETTER, SHORT, UNANSWERABLE
+from reproductions.paper.data.shapes import COLOURS, SHAPES
+from reproductions.paper.metrics import METRICS
+
+SPLITS = [(name, split) for name, data in DATASETS.items() for split in data.splits]
+# Where a sample's rows lie in one parquet file that holds their pictures too.
+PLAIN = [name for name in DATASETS if name not in ("gqa", "flickr30k")]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+def sample(name: str, folder: Path, split: str | None = None, n: int = 6, seed: int = 0) -> Path:
+    DATASETS[name].write_sample(folder, split or DATASETS[name].evaluation, n, seed)
+    return folder
+
+
+def load(name: str, folder: Path, **options):
+    return DATASETS[name].load(DATASETS[name].evaluation, source=folder, **options)
+
+
+def edit(folder: Path, change) -> Path:
+    """Rewrite the only parquet file below the folder; `change` edits a list of rows."""
+    (file,) = (path for path in folder.rglob("*.parquet") if "images" not in str(path))
+    table = pq.read_table(file)
+    rows = table.to_pylist()
+    change(rows)
+    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), file)
+    return folder
+
+
+def seen(image) -> str:
+    """Colour of the shape in a drawn picture, told from its pixels."""
+    pixels = np.asarray(image).reshape(-1, 3).astype(int)
+    shape = pixels[(pixels != 255).any(1)].mean(0)
+    return min(COLOURS, key=lambda colour: float(np.abs(shape - COLOURS[colour]).sum()))
+
+
+def test_every_set_of_the_tables_is_there():
+    assert list(DATASETS) == ["gqa", "vizwiz", "scienceqa", "textvqa", "pope", "mmbench", "flickr30k", "okvqa",
+                              "aokvqa", "iconqa", "pathvqa", "textcaps"]  # fmt: skip
+    for name, data in DATASETS.items():
+        assert data.name == name
+        assert data.metric in METRICS
+        assert data.evaluation in data.splits
+        assert data.training is None or data.training in data.splits
+        assert all(split.examples > 0 and split.gigabytes > 0 for split in data.splits.values())
+    trained = {name for name, data in DATASETS.items() if data.training}
+    assert {"flickr30k", "okvqa", "pathvqa", "textcaps"} <= trained
+
+
+@pytest.mark.parametrize(("name", "split"), SPLITS)
+def test_a_sample_file_is_read(name, split, tmp_path):
+    examples = DATASETS[name].load(split, source=sample(name, tmp_path, split))
+    assert len(examples) == 6
+    for example in examples:
+        assert example.image.mode == "RGB"
+        assert example.target in example.answers
+        if example.choices:
+            assert example.answers == (example.target,)
+            assert example.target in "ABCDE"[: len(example.choices)]
+    assert len({example.id for example in examples}) == 6
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_the_answer_is_in_the_picture(name, tmp_path):
+    found = 0
+    for example in load(name, sample(name, tmp_path, n=24)):
+        right = example.choices["ABCD".index(example.target)] if example.choices else example.target
+        named = [colour for colour in COLOURS if colour in right.split()]
+        if named:
+            assert named == [seen(example.image)]
+            found += 1
+    # Yes-or-no questions and the icons' shapes name no colour in the answer.
+    assert found >= 8 or name in ("pope", "iconqa")
+
+
+@pytest.mark.parametrize("name", ["gqa", "okvqa", "pathvqa"])
+def test_one_blind_answer_does_not_do(name, tmp_path):
+    targets = [example.target for example in load(name, sample(name, tmp_path, n=40))]
+    assert max(targets.count(target) for target in targets) <= 20
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_samples_are_a_function_of_their_seed(name, tmp_path):
+    def content(folder, seed):
+        return [(e.question, e.answers, e.image.tobytes()) for e in load(name, sample(name, folder, seed=seed))]
+
+    assert content(tmp_path / "a", 1) == content(tmp_path / "b", 1) != content(tmp_path / "c", 2)
+
+
+def test_splits_of_one_folder_do_not_disturb_each_other(tmp_path):
+    for name, data in DATASETS.items():
+        for split in data.splits:
+            sample(name, tmp_path / name, split, n=3)
+        pictures = {
+            e.image.tobytes(): split
+            for split in data.splits
+            for e in data.load(split, source=tmp_path / name)
+            if len(data.load(split, source=tmp_path / name)) == 3
+        }
+        assert set(pictures.values()) == set(data.splits)
+
+
+def test_a_limit_takes_the_first_rows(tmp_path):
+    folder = sample("pathvqa", tmp_path)
+    everything, some = load("pathvqa", folder), load("pathvqa", folder, limit=2)
+    assert [e.question for e in some] == [e.question for e in everything[:2]]
+    assert len(load("pathvqa", folder, limit=99)) == 6
+    with pytest.raises(ValueError, match="limit"):
+        load("pathvqa", folder, limit=0)
+
+
+def test_examples_are_a_sequence(tmp_path):
+    examples = load("pathvqa", sample("pathvqa", tmp_path))
+    assert examples[-1] == examples[5]
+    assert len(examples[1:3]) == 2
+    with pytest.raises(IndexError):
+        examples[6]
+
+
+@pytest.mark.parametrize("name", ["gqa", "iconqa", "okvqa"])
+def test_examples_reach_worker_processes(name, tmp_path):
+    examples = load(name, sample(name, tmp_path))
+    sent = pickle.loads(pickle.dumps(examples))
+    assert [e.image.tobytes() for e in sent] == [e.image.tobytes() for e in examples]
+
+
+# Prompts, with the words of each set's own file.
+
+
+def test_prompts(tmp_path):
+    first = {name: load(name, sample(name, tmp_path / name))[0].question for name in DATASETS}
+    assert first["gqa"] == "What color is the shape?" + SHORT
+    assert first["vizwiz"] == "What colour is this?" + UNANSWERABLE + SHORT
+    assert first["textvqa"].startswith("What is written on the sign?\nReference OCR token: ")
+    assert first["okvqa"] == "What colour has this shape?" + UNANSWERABLE + SHORT
+    assert first["flickr30k"] == first["textcaps"] == CAPTION
+    for name in ("scienceqa", "aokvqa", "mmbench"):
+        assert "\nA. " in first[name]
+        assert "\nD. " in first[name]
+        assert first[name].endswith(LETTER)
+    assert first["iconqa"].endswith("\nPlease answer with the option letter from the given choices directly.")
+
+
+def test_a_hint_is_the_context_of_scienceqa(tmp_path):
+    without, hinted = load("scienceqa", sample("scienceqa", tmp_path))[:2]
+    assert hinted.question.startswith("Context: Shapes come in four colours.\nWhich colour")
+    assert without.question.startswith("Which colour")
+
+
+def test_mmbench_leaves_out_what_is_nan(tmp_path):
+    def fewer(rows):
+        rows[0] |= {"D": "nan", "C": None, "answer": "A", "hint": "nan"}
+
+    example = load("mmbench", edit(sample("mmbench", tmp_path), fewer))[0]
+    assert len(example.choices) == 2
+    assert "C." not in example.question
+    assert "nan" not in example.question
+
+
+def test_mmbench_rotations_share_a_group(tmp_path):
+    first, second, third = load("mmbench", sample("mmbench", tmp_path))[:3]
+    assert first.extra["group"] == second.extra["group"] != third.extra["group"]
+    assert first.choices != second.choices
+    assert first.choices["ABCD".index(first.target)] == second.choices["ABCD".index(second.target)]
+
+
+def test_options_of_a_data_set(tmp_path):
+    plain = DATASETS["textvqa"].with_options(ocr=False)
+    assert "OCR" not in plain.load("validation", source=sample("textvqa", tmp_path / "a"))[0].question
+    talking = DATASETS["okvqa"].with_options(short=False)
+    folder = sample("okvqa", tmp_path / "b")
+    assert talking.load("val2014", source=folder)[0].question == "What colour has this shape?"
+    with pytest.raises(DataError, match="TextVQA: no option 'orc'; it has ocr"):
+        DATASETS["textvqa"].with_options(orc=False)
+
+
+def test_the_target_is_the_most_common_answer(tmp_path):
+    def disagree(rows):
+        rows[0]["answers"] = ["rot", "red", "red", "crimson"]
+
+    assert load("vizwiz", edit(sample("vizwiz", tmp_path), disagree))[0].target == "red"
+
+
+def test_gqa_finds_each_questions_image(tmp_path):
+    sample("gqa", tmp_path)
+
+    def lost(rows):
+        rows[1]["imageId"] = "n404"
+
+    with pytest.raises(DataError, match="GQA, split testdev, row 1: no image has the id 'n404'"):
+        load("gqa", edit(tmp_path, lost))
+
+
+def test_flickr_splits_follow_either_list(tmp_path):
+    for split in ("train", "test"):
+        sample("flickr30k", tmp_path, split, n=4)
+    listed = json.loads((tmp_path / "dataset_flickr30k.json").read_text())["images"]
+    assert [image["split"] for image in listed] == ["train"] * 4 + ["test"] * 4
+    by_json = [example.id for example in load("flickr30k", tmp_path)]
+    lines = [f'"[""a, b""]",{image["split"]},{image["filename"]},0' for image in listed]
+    (tmp_path / "dataset_flickr30k.json").unlink()
+    (tmp_path / "flickr_annotations_30k.csv").write_text("\n".join(["raw,split,filename,img_id", *lines]))
+    assert [example.id for example in load("flickr30k", tmp_path)] == by_json
+    with pytest.raises(DataError, match="Flickr30k: split val is empty"):
+        DATASETS["flickr30k"].load("val", source=tmp_path)
+
+
+def test_flickr_without_a_list_of_splits(tmp_path, monkeypatch):
+    sample("flickr30k", tmp_path)
+    (tmp_path / "dataset_flickr30k.json").write_text("[]")
+    with pytest.raises(DataError, match="not a list of file names and splits"):
+        load("flickr30k", tmp_path)
+    (tmp_path / "dataset_flickr30k.json").unlink()
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
+    with pytest.raises(DataError, match=r"no list of splits \(flickr_annotations_30k.csv or .*no network"):
+        load("flickr30k", tmp_path)
+
+
+def test_okvqa_trains_on_the_original_files(tmp_path):
+    sample("okvqa", tmp_path, "train")
+    example = DATASETS["okvqa"].load("train", source=tmp_path)[0]
+    assert example.target == seen(example.image)
+    (tmp_path / "train2014" / "COCO_train2014_000000000003.jpg").unlink()
+    with pytest.raises(DataError, match=r"OK-VQA, split train, row 3: there is no picture .*_000000000003.jpg"):
+        DATASETS["okvqa"].load("train", source=tmp_path)
+    (tmp_path / "mscoco_train2014_annotations.json").write_text('{"annotations": []}')
+    with pytest.raises(DataError, match="row 0: question 0 has no answers"):
+        DATASETS["okvqa"].load("train", source=tmp_path)
+    (tmp_path / "mscoco_train2014_annotations.json").unlink()
+    with pytest.raises(DataError, match=r"there is no .*annotations.json; training needs .*allenai"):
+        DATASETS["okvqa"].load("train", source=tmp_path)
+    with pytest.raises(DataError, match="the hub's copy has no training split; training needs"):
+        DATASETS["okvqa"].load("train")
+
+
+def test_iconqa_has_three_kinds_of_questions(tmp_path):
+    words, number, pictures = load("iconqa", sample("iconqa", tmp_path, n=3))
+    assert words.choices["ABC".index(words.target)] in SHAPES
+    assert number.target == "1"
+    assert number.choices == ()
+    assert number.question.endswith("single word or phrase.")
+    assert pictures.choices == ("The first image.", "The second image.")
+    # The sheet: the question's picture above, both others below it and beside each other.
+    assert pictures.image.size == (2 * (56 + 24), 56 + 24 + 56)
+    sheet, size = pictures.image, (56, 56)
+    left = ["AB".index(pictures.target) * 80 + 24, 80]
+    asked, right = (sheet.crop((x, y, x + 56, y + 56)) for x, y in ((0, 0), left))
+    assert asked.size == size
+    assert asked.tobytes() == right.tobytes()
+
+
+def test_iconqa_leaves_out_what_cannot_be_answered(tmp_path):
+    def lose(rows):
+        rows[2] |= {"answer": "choice_3.png"}
+        rows[5] |= {"answer": "choice_1.png", "choice_image_1": None}
+
+    examples = load("iconqa", edit(sample("iconqa", tmp_path, n=9), lose))
+    assert [example.id for example in examples] == [str(1_200_000 + i) for i in (0, 1, 3, 4, 6, 7, 8)]
+
+
+# What is missing or broken.
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_missing_column_is_named(name, tmp_path):
+    sample(name, tmp_path)
+    (file,) = tmp_path.rglob("*.parquet")
+    for column in DATASETS[name].columns:
+        table = pq.read_table(file)
+        pq.write_table(table.drop_columns(column), tmp_path / "kept")
+        broken = tmp_path / column / file.relative_to(tmp_path)
+        broken.parent.mkdir(parents=True)
+        (tmp_path / "kept").rename(broken)
+        with pytest.raises(DataError, match=rf"{DATASETS[name].title}: .* has no column {column}; it has"):
+            load(name, tmp_path / column)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_broken_picture_is_named(name, tmp_path):
+    column = "query_image" if name == "iconqa" else "image"
+    broken = edit(sample(name, tmp_path), lambda rows: rows[1].update({column: {"bytes": b"no picture", "path": None}}))
+    examples = load(name, broken)
+    place = (
+        f"{DATASETS[name].title}, split {DATASETS[name].evaluation}, row 1: column '{column}' holds a broken picture"
+    )
+    with pytest.raises(DataError, match=place):
+        _ = examples[1].image
+    assert examples[0].image.size == (56, 56)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_row_without_a_picture_is_named(name, tmp_path):
+    column = "query_image" if name == "iconqa" else "image"
+    examples = load(name, edit(sample(name, tmp_path), lambda rows: rows[1].update({column: None})))
+    with pytest.raises(DataError, match=f"row 1: column '{column}' holds no picture"):
+        _ = examples[1]
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_an_empty_split_is_named(name, tmp_path):
+    with pytest.raises(DataError, match=rf"{DATASETS[name].title}: .* has no rows"):
+        load(name, edit(sample(name, tmp_path), list.clear))
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("gqa", {"question": None}, "GQA, split testdev, row 1: column 'question' is missing or empty"),
+        ("gqa", {"answer": None}, "GQA, split testdev, row 1: column 'answer'"),
+        (
+            "vizwiz",
+            {"answers": []},
+            "VizWiz, split val, row 1: column 'answers' must be a list with at least one entry",
+        ),
+        ("vizwiz", {"answers": ["red", None]}, "row 1: column 'answers'"),
+        ("scienceqa", {"answer": 4}, "ScienceQA, split test, row 1: the answer is none of the 4 options"),
+        ("scienceqa", {"answer": -1}, "row 1: the answer is none of the 4 options"),
+        ("textvqa", {"answers": None}, "TextVQA, split validation, row 1: column 'answers'"),
+        ("pope", {"answer": "maybe"}, "POPE, split test, row 1: the answer must be yes or no, got 'maybe'"),
+        ("mmbench", {"answer": "E"}, "MMBench, split dev, row 1: the answer is none of the 4 options"),
+        ("mmbench", {"answer": ""}, "MMBench, split dev, row 1: the answer is none of the 4 options"),
+        ("mmbench", {"B": None}, "MMBench, split dev, row 1: an option is missing between others"),
+        ("aokvqa", {"correct_choice_idx": None}, "A-OKVQA, split validation, row 1: column 'correct_choice_idx'"),
+        ("iconqa", {"ques_type": "draw"}, "IconQA, split test, row 1: ques_type must be"),
+        ("iconqa", {"ques_type": "choose_txt", "choices": "a,b"}, "row 1: the answer is none of the 2 options"),
+        ("flickr30k", {"caption": []}, "Flickr30k, split test, row 1: column 'caption'"),
+        ("textcaps", {"caption_str": None}, "TextCaps, split val, row 1: column 'caption_str'"),
+        ("pathvqa", {"answer": None}, "PathVQA, split test, row 1: column 'answer'"),
+    ],
+)
+def test_a_bad_row_is_named(name, values, message, tmp_path):
+    examples = load(name, edit(sample(name, tmp_path), lambda rows: rows[1].update(values)))
+    with pytest.raises(DataError, match=message):
+        _ = examples[1]
+
+
+def test_missing_files_are_named(tmp_path):
+    with pytest.raises(DataError, match="POPE: there is no folder"):
+        load("pope", tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"POPE: no file in .* matches data/test-\*.parquet"):
+        load("pope", tmp_path)
+    with pytest.raises(DataError, match="POPE: split must be one of test, got 'train'"):
+        DATASETS["pope"].load("train", source=tmp_path)
+    with pytest.raises(DataError, match="POPE: split must be one of test, got 'train'"):
+        DATASETS["pope"].write_sample(tmp_path, "train", 1, 0)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "test-0.parquet").write_text("not parquet")
+    with pytest.raises(DataError, match=r"POPE: .*test-0.parquet is not a parquet file"):
+        load("pope", tmp_path)
+
+
+def test_a_file_that_breaks_off_is_named(tmp_path):
+    sample("pope", tmp_path, n=60)
+    (file,) = tmp_path.rglob("*.parquet")
+    content = bytearray(file.read_bytes())
+    # The footer with the schema is at the end; the pages before it are lost.
+    content[4 : len(content) // 2] = bytes(len(content) // 2 - 4)
+    file.write_bytes(content)
+    with pytest.raises(DataError, match=r"POPE: cannot read data/test-\*.parquet"):
+        load("pope", tmp_path)
+
+
+# The hub.
+
+
+def unreachable(*_, **__):
+    raise OSError("no network")
+
+
+def test_the_hub_is_asked_for_one_split_alone(tmp_path, monkeypatch):
+    asked = []
+
+    def download(repository, *, repo_type, allow_patterns):
+        asked.append((repository, repo_type, allow_patterns))
+        return str(sample("gqa", tmp_path))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert len(DATASETS["gqa"].load("testdev", organisation="someone")) == 6
+    instructions, images = (f"testdev_balanced_{part}/testdev-*.parquet" for part in ("instructions", "images"))
+    assert asked == [("someone/GQA", "dataset", [instructions, images])]
+
+
+def test_a_hub_out_of_reach_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    with pytest.raises(DataError, match=r"MMBench: could not fetch lmms-lab/MMBench .*no network.* as source"):
+        DATASETS["mmbench"].load("dev")

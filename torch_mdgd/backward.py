@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from torch_mdgd.budget import drift_sums
 from torch_mdgd.distributed import Ranks, gather_around
 from torch_mdgd.optimizer import MDGDOptimizer
 from torch_mdgd.reuse import reuse_frozen_vision
@@ -104,6 +105,8 @@ def mdgd_backward(
         wrapped.discard()
         raise
     wrapped.record(visual_loss=ranks.mean(visual_loss * share))
+    if passes.drift is not None:
+        wrapped.observe_drift(ranks.mean(passes.drift))
     if plain:
         for role in (*ROLES[2:], DECOUPLED_REFERENCE):
             wrapped.captured.pop(role, None)
@@ -131,6 +134,8 @@ class _Passes:
     """The forward and backward passes over one batch."""
 
     weights: dict[str, float]
+    # With a drift budget: how far z is from the reference, and how large that is.
+    drift: Tensor | None = None
     sharded: bool
 
     def __init__(
@@ -183,6 +188,8 @@ class _Passes:
         """One forward pass and a backward pass for each loss; returns task loss, L_v and z, without graphs."""
         task_loss, z = self.forward()
         visual_loss = visual_alignment_loss(z, z if z_fixed is None else z_fixed, self.alignment)
+        if z_fixed is not None and self.optimizer.drift_budget is not None:
+            self.drift = drift_sums(z, z_fixed)
         if z_fixed is None:
             nothing = [None] * len(self.optimizer.parameters)
             self.optimizer.set_gradients(**{self.optimizer.role("visual"): nothing})

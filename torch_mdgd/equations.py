@@ -114,14 +114,14 @@ def agreement(products: Tensor) -> Tensor:
     return ratio(products[:, 0, 2] - drift(products) * products[:, 1, 2], products[:, 2, 2])
 
 
-def coefficients(products: Tensor, update: Update, align: float, regularize: float, masked: bool) -> Tensor:
+def coefficients(products: Tensor, update: Update, align: float | Tensor, regularize: float, masked: bool) -> Tensor:
     """What (9), its two other readings, or under a mask (11) multiply g, v and g~0 with.
 
     Args:
         products: inner products of (g, v) or of (g, v, g~0), shape (T, 2, 2) or (T, 3, 3). Without g~0 there is no
             r, and g takes its place.
         update: see :func:`mdgd`.
-        align: α.
+        align: α, or a scalar on the device of the products.
         regularize: β; unused under a mask, where the mask takes the place of the regulariser.
         masked: whether the result is for (11).
 
@@ -143,12 +143,14 @@ def coefficients(products: Tensor, update: Update, align: float, regularize: flo
     return out
 
 
-def coefficients_of_groups(products: Tensor, groups: Sequence[Group], masked: bool) -> Tensor:
-    """:func:`coefficients` with the settings of each parameter's group, in one table."""
+def coefficients_of_groups(
+    products: Tensor, groups: Sequence[Group], masked: bool, strength: Tensor | float = 1.0
+) -> Tensor:
+    """:func:`coefficients` with the settings of each parameter's group, in one table; ``strength`` multiplies α."""
     rows, start = [], 0
     for group in groups:
         stop = start + len(group["params"])
-        update, align, regularize = group["update"], group["align"], group["regularize"]
+        update, align, regularize = group["update"], group["align"] * strength, group["regularize"]
         if group["space"] == "step":  # the wrapped optimizer gets g itself
             update, align, regularize = "regularize", 0.0, 0.0
         rows.append(coefficients(products[start:stop], update, align, regularize, masked))

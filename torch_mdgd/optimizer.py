@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torch_mdgd import distributed, equations, settings, sharded
+from torch_mdgd.budget import DriftBudget
 from torch_mdgd.decoupling import Decoupling
 from torch_mdgd.diagnostics import read
 from torch_mdgd.drift import VisualDrift
@@ -42,6 +43,8 @@ class MDGDOptimizer(OptimizerWrapper):
         restore: a ≥ 0, the length of the restoring move relative to the step's. Step space only.
         scope: "tensor" projects each parameter on its own, "global" all parameters of that scope as one vector.
         mask: which numbers may move, such as ``TopK(0.1)``: MDGD-GM.
+        drift_budget: δ > 0, how far visual features may move, as a part of their size: sets α; ``align`` then is where
+            it begins, in units of ‖g‖ / ‖v‖. See :mod:`torch_mdgd.budget`. Gradient space only.
         compact: keep φ and the wrapped optimizer's state for the numbers inside the mask alone. For optimizers that
             treat every number of a parameter alike and apart; see :mod:`torch_mdgd.compact`.
         reference_every: so many steps share the gradients at φ, for one more gradient-sized buffer: r then compares
@@ -63,6 +66,7 @@ class MDGDOptimizer(OptimizerWrapper):
         restore: float = 0.0,
         scope: settings.Scope = "tensor",
         mask: Mask | None = None,
+        drift_budget: float | None = None,
         compact: bool = False,
         reference_every: int = 1,
     ) -> None:
@@ -78,6 +82,7 @@ class MDGDOptimizer(OptimizerWrapper):
         self._decoupling: Decoupling = VisualDrift()
         self._schedule = MaskSchedule(mask, base.param_groups)
         self._recall = Recall(reference_every, base.param_groups)
+        self._budget = DriftBudget(drift_budget, base.param_groups)
         self._captures = Captures()
         self._recorded: dict[str, Tensor] = {}
 
@@ -85,6 +90,11 @@ class MDGDOptimizer(OptimizerWrapper):
     def mask(self) -> Mask | None:
         """The mask that numbers are chosen by."""
         return self._schedule.mask
+
+    @property
+    def drift_budget(self) -> float | None:
+        """δ, how far visual features may move, as a part of their size; None where α is fixed."""
+        return self._budget.budget
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -179,6 +189,14 @@ class MDGDOptimizer(OptimizerWrapper):
         """From now on, combine the means of all captures over these processes; not those of FSDP2, which has summed."""
         self._captures.group = group
 
+    def observe_drift(self, sums: Tensor) -> None:
+        """Tell the drift budget of this step's features; sums of micro-batches add up. :func:`mdgd_backward` does it.
+
+        Args:
+            sums: :func:`~torch_mdgd.budget.drift_sums` of z at θ and at φ; of several processes, their mean or sum.
+        """
+        self._captures.drift = sums if self._captures.drift is None else self._captures.drift + sums
+
     @torch.no_grad()
     def reduce_reference(self) -> None:
         """Form g~0 (7) now, which frees one gradient-sized buffer; no captures at φ may follow in this step."""
@@ -216,6 +234,7 @@ class MDGDOptimizer(OptimizerWrapper):
             self.reduce_reference()
         elif self._recall.held is not None and self._regularizes(parameters) and not self._captures.absent("visual"):
             self._captures.gradients.setdefault(DECOUPLED_REFERENCE, self._recall.held)
+        drift = self._budget.drift(self._captures)
         roles = self._captures.take(("task", "visual", DECOUPLED_REFERENCE), parameters)
         self.discard()
         self._recall.use(roles[2] if len(roles) == 3 and self._regularizes(parameters) else None)
@@ -235,7 +254,9 @@ class MDGDOptimizer(OptimizerWrapper):
         d = [destination(gradients, p) for p, *gradients in zip(parameters, *roles, strict=True)]
         v = settings.in_step_space(self.param_groups, roles[1])
         self._captures.directions = None if v is None else self._storage.restrict_(v)
-        coefficients = equations.coefficients_of_groups(products, self.param_groups, self._storage.masked)
+        strength = self._budget.strength(drift, self._captures.products[0], self.param_groups)
+        masked = self._storage.masked
+        coefficients = equations.coefficients_of_groups(products, self.param_groups, masked, strength)
         self._storage.combine_(d, roles, coefficients)
         self._captures.combined = [None if x is None else x.to(p.dtype) for p, x in zip(parameters, d, strict=True)]
         assign(parameters, self._captures.combined)
@@ -298,7 +319,9 @@ class MDGDOptimizer(OptimizerWrapper):
         """The wrapped optimizer's state dict, with φ and the mask in each parameter's state."""
         self._outside("state_dict")
         self._before_save()
-        return self._after_save(self._recall.save(self._decoupling.save(self._storage.save(self.base)), self.parameters))
+        return self._after_save(
+            self._recall.save(self._decoupling.save(self._storage.save(self.base)), self.parameters)
+        )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` returned; the wrapped optimizer's own works too, and leaves φ as it is.
@@ -323,11 +346,11 @@ class MDGDOptimizer(OptimizerWrapper):
         """Numbers about the last combine, computed when asked for (which waits for the device); {} before the first.
 
         ``cos_task_visual``, ``visual_to_task``, with a reference ``cos_task_reference`` and ``regularizer_to_task``
-        (see :func:`torch_mdgd.diagnostics.gradient_diagnostics`), with a mask ``kept_fraction``, and whatever
-        :meth:`record` was given.
+        (see :func:`torch_mdgd.diagnostics.gradient_diagnostics`), with a mask ``kept_fraction``, with a drift budget
+        ``visual_drift`` and ``align``, α of the first group, and whatever :meth:`record` was given.
         """
         kept = self._storage.kept(self.parameters) if self._storage.masked else None
-        return read(self._recorded, self._captures.products, kept)
+        return read(self._recorded | self._budget.recorded, self._captures.products, kept)
 
     def record(self, **values: Tensor) -> None:
         """Show these scalars in :attr:`diagnostics` too, read from the device only when asked for."""

@@ -26,6 +26,7 @@ class Captures:
     def __init__(self) -> None:
         self.gradients: dict[str, list[Tensor | None]] = {}
         self.scale: float | None = None
+        self.drift: Tensor | None = None
         self.recording = False
         self.at_reference = False
         # What combine leaves for the step: visual directions in step space; every ``.grad``; whether no mask could be
@@ -74,7 +75,7 @@ class Captures:
 
     def clear(self) -> None:
         """Forget what was captured."""
-        self.gradients, self.scale, self.recording = {}, None, False
+        self.gradients, self.scale, self.drift, self.recording = {}, None, None, False
 
     def take(self, roles: Sequence[str], parameters: Sequence[Tensor]) -> list[list[Tensor | None]]:
         """Those of these roles that are there, held no longer; averaged if each rank captured its part of the batch."""

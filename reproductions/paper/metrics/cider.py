@@ -39,10 +39,13 @@ class CIDEr(Metric):
     def each(self, predictions: Sequence[str], examples: Sequence[Example]) -> list[float]:
         """Each depends on the others: words count by how rare they are in the references of all pictures."""
         require_pairs(predictions, examples)
-        references = {i: [_line(answer) for answer in example.answers] for i, example in enumerate(examples)}
-        candidates = {i: [_line(prediction)] for i, prediction in enumerate(predictions)}
-        split = _split_ptb if self.ptb else _split
-        return [100 * float(score) for score in Cider().compute_score(split(references), split(candidates))[1]]
+        # References and, below zero, predictions: Java starts once.
+        texts = {i: [_line(answer) for answer in example.answers] for i, example in enumerate(examples)}
+        texts |= {~i: [_line(prediction)] for i, prediction in enumerate(predictions)}
+        words = _split_ptb(texts) if self.ptb else _split(texts)
+        places = range(len(examples))
+        _, each = Cider().compute_score({i: words[i] for i in places}, {i: words[~i] for i in places})
+        return [100 * float(score) for score in each]
 
     def score(self, predictions: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
         """The mean as "score" and again under `key`."""
@@ -61,6 +64,7 @@ def _split(captions: Captions) -> Captions:
 
 def _split_ptb(captions: Captions) -> Captions:
     words = PTBTokenizer().tokenize({i: [{"caption": text} for text in texts] for i, texts in captions.items()})
-    if {i: len(texts) for i, texts in words.items()} != {i: len(texts) for i, texts in captions.items()}:
+    complete = all(len(words.get(i, ())) == len(texts) for i, texts in captions.items())
+    if not complete or not any(map(any, words.values())):
         raise RuntimeError("the Penn Treebank tokenizer failed: is the java on the path a working Java?")
     return {i: list(words[i]) for i in captions}

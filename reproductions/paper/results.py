@@ -1,0 +1,149 @@
+"""What runs leave on disk, `<results>/<experiment>/<method>/`, read back."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from safetensors.numpy import load_file
+
+
+class ResultError(ValueError):
+    """A file of a run that cannot be read; the message names it."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """The folder of one run; files are read when they are asked for, and what a run has not written yet is empty.
+
+    Attributes:
+        folder: `<results>/<experiment>/<method>`.
+    """
+
+    folder: Path
+
+    @property
+    def experiment(self) -> str:
+        """Name of the experiment."""
+        return self.folder.parent.name
+
+    @property
+    def method(self) -> str:
+        """Name of the method."""
+        return self.folder.name
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """Configuration, versions, revision, seed, device."""
+        return _read(self.folder / "config.json")
+
+    @cached_property
+    def status(self) -> dict[str, Any]:
+        """The stage that the run has reached, and the seconds it took."""
+        return _read(self.folder / "status.json") if (self.folder / "status.json").exists() else {"stage": "begun"}
+
+    @property
+    def smoke(self) -> bool:
+        """Whether tiny random models stood in for the real ones."""
+        return bool(self.config.get("smoke", False))
+
+    @property
+    def done(self) -> bool:
+        """Whether everything of the run is there."""
+        return self.status.get("stage") == "done"
+
+    @cached_property
+    def training(self) -> list[dict[str, float]]:
+        """Logged steps."""
+        return _lines(self.folder / "training.jsonl")
+
+    @cached_property
+    def evaluation(self) -> dict[str, dict[str, Any]]:
+        """Task -> metric, scores, effective rank and number of examples."""
+        files = sorted((self.folder / "evaluation").glob("*.json"))
+        return {file.stem: _read(file) for file in files}
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """Task -> the number for the table, in percent."""
+        return {task: float(found["scores"]["score"]) for task, found in self.evaluation.items()}
+
+    @property
+    def effective_ranks(self) -> dict[str, float]:
+        """Task -> effective rank of the last hidden states at image tokens."""
+        ranks = {task: found.get("effective_rank") for task, found in self.evaluation.items()}
+        return {task: float(rank) for task, rank in ranks.items() if rank is not None}
+
+    def predictions(self, task: str) -> list[dict[str, Any]]:
+        """Of every example: id, question, answers, prediction and score."""
+        return _lines(self.folder / "evaluation" / f"{task}.predictions.jsonl")
+
+    def picture(self, task: str, index: int) -> Path | None:
+        """Thumbnail of an example, where one was kept."""
+        path = self.folder / "evaluation" / f"{task}.pictures" / f"{index}.jpg"
+        return path if path.is_file() else None
+
+    def features(self, task: str) -> Mapping[str, Any]:
+        """Arrays "visual" and "multimodal", each (examples, hidden); empty where the run kept none.
+
+        Raises:
+            ResultError: the file is broken.
+        """
+        path = self.folder / "features" / f"{task}.safetensors"
+        if not path.exists():
+            return {}
+        try:
+            return load_file(path)
+        # safetensors raises an error of its own, which it does not export.
+        except Exception as error:
+            raise ResultError(f"{path} is not a safetensors file: {error}") from error
+
+    @cached_property
+    def masking(self) -> list[dict[str, float]]:
+        """Of every masking ratio: ratio, cos and visual_loss."""
+        path = self.folder / "analysis" / "masking.json"
+        return _read(path) if path.exists() else []
+
+
+def read_results(folder: Path) -> dict[str, dict[str, Result]]:
+    """Experiment -> method -> the run's result; runs are the folders with a `config.json`.
+
+    Raises:
+        ResultError: there is no such folder.
+    """
+    if not folder.is_dir():
+        raise ResultError(f"there is no folder {folder} with results")
+    found: dict[str, dict[str, Result]] = {}
+    for result in _runs(folder):
+        found.setdefault(result.experiment, {})[result.method] = result
+    return found
+
+
+def _runs(folder: Path) -> Iterator[Result]:
+    for config in sorted(folder.glob("*/*/config.json")):
+        yield Result(config.parent)
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ResultError(f"{path} is not a JSON file: {error}") from error
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """Lines of a log; a last line that a kill cut off is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines(keepends=True)
+    out = []
+    for number, line in enumerate(lines):
+        try:
+            out.append(json.loads(line))
+        except ValueError as error:
+            if number == len(lines) - 1 and not line.endswith("\n"):
+                break
+            raise ResultError(f"{path}, line {number + 1} is not JSON: {error}") from error
+    return out

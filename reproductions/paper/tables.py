@@ -1,0 +1,202 @@
+"""The tables in the paper's layout: what was published, what was measured, and the difference."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.table import Table
+from rich.text import Text
+
+from reproductions.paper.data import DATASETS
+from reproductions.paper.published import PublishedExperiment, PublishedRow, published
+from reproductions.paper.results import Result, read_results
+from reproductions.paper.scores import summary
+
+NOTES = {
+    "cider_no_ptb": "CIDEr without the Penn Treebank tokenizer, which needs Java: not the published form.",
+    "smoke": "Smoke: tiny random models on drawn pictures; shows that everything runs, and nothing else.",
+    "limited": "Measured on the first examples of each task only.",
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One system of a table.
+
+    Attributes:
+        method: its name.
+        label: what the table calls it.
+        params: numbers trained, as published; "" beyond the paper.
+        trained: numbers trained in our run; None where there is no run or it does not say.
+        published: column -> value; empty beyond the paper.
+        ours: column -> value, those that are measured.
+        state: "not run", "done", or the stage of an unfinished run.
+        smoke: whether our numbers are of tiny random models.
+    """
+
+    method: str
+    label: str
+    params: str
+    trained: int | None
+    published: Mapping[str, float]
+    ours: Mapping[str, float]
+    state: str
+    smoke: bool = False
+
+    def rows(self, columns: Sequence[str]) -> list[tuple[str, list[str]]]:
+        """What to print, one kind a row: "published", "ours" (or "smoke") and, between real numbers, "difference"."""
+        out = [("published", _cells(self.published, columns))] if self.published else []
+        if self.ours:
+            out.append(("smoke" if self.smoke else "ours", _cells(self.ours, columns)))
+        if self.ours and self.published and not self.smoke:
+            both = [column for column in columns if column in self.ours and column in self.published]
+            apart = {column: round(self.ours[column], 2) - self.published[column] for column in both}
+            out.append(("difference", _cells(apart, columns, "+.2f")))
+        return out
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One half of a table, beside our runs.
+
+    Attributes:
+        title: says the table, the model and the target.
+        columns: data sets by title, then Avg, Hscore and H(P, T).
+        lines: in the order of the paper, ours beyond it last.
+        notes: what one has to know to read our numbers.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    lines: tuple[Line, ...]
+    notes: tuple[str, ...]
+
+
+def comparisons(results: Path) -> list[Comparison]:
+    """Every half of the tables, and experiments of one's own, beside what a folder of results holds.
+
+    Raises:
+        ResultError: the folder or a file in it cannot be read.
+    """
+    found = read_results(results)
+    known = [compare(experiment, found.get(name, {})) for name, experiment in published().items()]
+    return known + [compare(_own(name, runs), runs) for name, runs in found.items() if name not in published()]
+
+
+def compare(experiment: PublishedExperiment, runs: Mapping[str, Result]) -> Comparison:
+    """One half of a table beside its runs, by method."""
+    columns = [DATASETS[task].title for task in experiment.tasks]
+    columns += ["Avg", "Hscore", "H(P, T)"] if experiment.table else ["Avg", "H(P, T)"]
+    lines = [_published_line(experiment, row, runs.get(row.method)) for row in experiment.rows.values()]
+    lines += [_line(experiment, run) for name, run in runs.items() if name not in experiment.rows]
+    target = DATASETS[experiment.target].title
+    title = f"{experiment.model} fine-tuned on {target}"
+    if experiment.table:
+        title = f"Table {experiment.table}: {title} (Hscore = {experiment.hscore})"
+    return Comparison(title, tuple(columns), tuple(lines), _notes(runs.values()))
+
+
+def rich_tables(results: Path) -> list[Table]:
+    """The tables for a terminal."""
+    return [_rich(comparison) for comparison in comparisons(results)]
+
+
+def markdown(results: Path) -> str:
+    """The tables for a text file."""
+    return "\n".join(_markdown(comparison) for comparison in comparisons(results))
+
+
+def _own(name: str, runs: Mapping[str, Result]) -> PublishedExperiment:
+    """An experiment that the paper does not have, as a table without published rows."""
+    config = next(iter(runs.values())).config
+    values = config["configuration"]
+    return PublishedExperiment(
+        name, 0, config.get("title", name), tuple(values["pretrained"]), values["target"], "H(P, T)", {}
+    )
+
+
+def _published_line(experiment: PublishedExperiment, row: PublishedRow, run: Result | None) -> Line:
+    values = _columns(experiment, row.scores) | {"Avg": row.average, "Hscore": row.hscore}
+    if run is None:
+        return Line(row.method, row.label, row.params, None, values, {}, "not run")
+    return _line(experiment, run, row, values)
+
+
+def _line(
+    experiment: PublishedExperiment,
+    run: Result,
+    row: PublishedRow | None = None,
+    values: Mapping[str, float] | None = None,
+) -> Line:
+    label = row.label if row else run.config.get("method_title", run.method)
+    state = "done" if run.done else f"unfinished: {run.status.get('stage')}"
+    trained, ours = run.config.get("trained_numbers"), _columns(experiment, run.scores)
+    return Line(run.method, label, row.params if row else "", trained, values or {}, ours, state, run.smoke)
+
+
+def _columns(experiment: PublishedExperiment, scores: Mapping[str, float]) -> dict[str, float]:
+    """Column -> value; the summaries only where no score is missing."""
+    out = {DATASETS[task].title: scores[task] for task in experiment.tasks if task in scores}
+    if len(out) == len(experiment.tasks):
+        total = summary([scores[task] for task in experiment.tasks])
+        out |= {"Avg": total.average, "Hscore": total.h(experiment.hscore), "H(P, T)": total.h("H(P, T)")}
+    return out
+
+
+def _notes(runs: Iterable[Result]) -> tuple[str, ...]:
+    notes = dict.fromkeys(NOTES, False)
+    for run in runs:
+        notes["smoke"] |= run.smoke
+        notes["cider_no_ptb"] |= any("cider_no_ptb" in found["scores"] for found in run.evaluation.values())
+        limit = run.config.get("configuration", {}).get("evaluation", {}).get("examples", 0)
+        notes["limited"] |= bool(limit) and not run.smoke
+    return tuple(text for name, text in NOTES.items() if notes[name])
+
+
+def _cells(values: Mapping[str, float], columns: Sequence[str], form: str = ".2f") -> list[str]:
+    return [format(values[column], form) if column in values else "–" for column in columns]
+
+
+def _trained(line: Line, kind: str) -> str:
+    if kind == "published":
+        return line.params
+    return f"{line.trained:,}" if kind in ("ours", "smoke") and line.trained else ""
+
+
+def _rich(comparison: Comparison) -> Table:
+    table = Table(title=comparison.title, caption="\n".join(comparison.notes), title_justify="left")
+    for head in ("Method", "", "#Params"):
+        table.add_column(head, no_wrap=True)
+    for column in comparison.columns:
+        table.add_column(column, justify="right")
+    for line in comparison.lines:
+        rows = line.rows(comparison.columns) or [(line.state, ["–"] * len(comparison.columns))]
+        for i, (kind, cells) in enumerate(rows):
+            head = line.label if i == 0 else line.state if i == 1 and line.state != "done" else ""
+            shown = [_coloured(cell, kind) for cell in cells]
+            table.add_row(head, kind, _trained(line, kind), *shown, end_section=i == len(rows) - 1,
+                          style="dim" if kind == "published" else None)  # fmt: skip
+    return table
+
+
+def _coloured(cell: str, kind: str) -> Text:
+    if kind == "smoke":
+        return Text(cell, "yellow")
+    if kind == "difference" and cell != "–":
+        return Text(cell, "red" if cell.startswith("-") else "green")
+    return Text(cell)
+
+
+def _markdown(comparison: Comparison) -> str:
+    head = ["Method", "", "#Params", *comparison.columns]
+    out = [f"### {comparison.title}", "", _row(head), "|---|---|---:|" + "---:|" * len(comparison.columns)]
+    for line in comparison.lines:
+        rows = line.rows(comparison.columns) or [(line.state, ["–"] * len(comparison.columns))]
+        for i, (kind, cells) in enumerate(rows):
+            label = f"{line.label}" if line.state == "done" else f"{line.label} ({line.state})"
+            out.append(_row([label if i == 0 else "", kind, _trained(line, kind), *cells]))
+    return "\n".join([*out, "", *comparison.notes]) + "\n"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"

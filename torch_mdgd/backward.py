@@ -73,14 +73,16 @@ def mdgd_backward(
 
     Raises:
         TypeError: ``optimizer`` is not an :class:`MDGDOptimizer`; a kind of parallelism that is not supported.
-        ValueError: an unknown schedule, or one that the model's kind of parallelism does not support.
+        ValueError: an unknown schedule, or one that the model's kind of parallelism does not support; Lightning runs
+            several processes, and the optimizer was not told by ``average_over``.
         RuntimeError: the model returns no loss, or no trainable parameter influences z; sharded parameters, and only
             some ranks have image tokens.
     """
     wrapped = find_optimizer(optimizer)
     if schedule not in ("sequential", "together"):
         raise ValueError(f"mdgd_backward: schedule must be 'sequential' or 'together', got {schedule!r}")
-    ranks = Ranks(model)
+    ranks = Ranks(model, wrapped._captures.group)
+    ranks.require_averaging(optimizer)
     if ranks.sharded and schedule == "together":
         raise ValueError("mdgd_backward: schedule='together' is not for sharded parameters: use 'sequential'")
     if ranks.group is not None:

@@ -79,7 +79,7 @@ def load_distributed(state_dict: dict[str, Any], checkpoint_id: str | os.PathLik
         state_dict: nested, as ``get_state_dict`` returns it, also inside other dictionaries; filled in place.
         checkpoint_id: a folder.
     """
-    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
     from torch.distributed.checkpoint.state_dict_loader import load
 

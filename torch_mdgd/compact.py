@@ -178,17 +178,15 @@ class CompactStorage:
         parameters = [p for group in base.param_groups for p in group["params"]]
         with self._in_place_of_parameters(base):
             inner = base.state_dict()
-        own = {"positions": self.positions, "moved": self.moved, "reference": self.reference}
-        if any(map(sharded.is_sharded, parameters)):
-            inner["state"] = dict(inner["state"])
-            for i, p in enumerate(parameters):
-                whole, state = _gathered(self.positions[i], inner["state"].get(i, {}), p)
-                own = {name: list(values) for name, values in own.items()}
-                own["positions"][i] = whole
-                own["moved"][i], more = _gathered(self.moved[i], {"reference": self.reference[i]}, p)
-                own["reference"][i] = more["reference"]
-                if state:
-                    inner["state"][i] = state
+        own = {"positions": list(self.positions), "moved": list(self.moved), "reference": list(self.reference)}
+        for i, p in enumerate(parameters):
+            if sharded.is_sharded(p):
+                moved, [reference] = sharded.in_whole(self.moved[i], [self.reference[i]], p)
+                positions, state = _gathered(self.positions[i], inner["state"].get(i, {}), p)
+                if self.moved[i] is self.positions[i]:
+                    positions = moved
+                own["positions"][i], own["moved"][i], own["reference"][i] = positions, moved, reference
+                inner["state"] |= {i: state} if state else {}
         return checkpoint.pack(inner, own)
 
     def load(self, state_dict: dict[str, Any], base: Optimizer, parameters: Sequence[Tensor]) -> bool:
@@ -255,10 +253,9 @@ def _put_(x: Tensor, positions: Tensor, values: Tensor) -> None:
 
 def _gathered(positions: Tensor, state: dict[Any, Any], like: Tensor) -> tuple[Tensor, dict[Any, Any]]:
     """Positions in the whole of a sharded parameter, and what is held of the numbers there, from all ranks' parts."""
-    whole, order = sharded.gather(sharded.indices(like)[positions.long()], like).sort()
-    index = whole.to(torch.int32) if like.numel() <= torch.iinfo(torch.int32).max else whole
-    each = {name: sharded.gather(x.reshape(-1), like)[order] for name, x in state.items() if _is_of(x, positions)}
-    return index, {**state, **each}
+    names = [name for name, x in state.items() if _is_of(x, positions)]
+    whole, values = sharded.in_whole(positions, [state[name].reshape(-1) for name in names], like)
+    return whole, {**state, **dict(zip(names, values, strict=True))}
 
 
 def _own(positions: Tensor, state: dict[Any, Any], like: Tensor) -> tuple[Tensor, dict[Any, Any]]:

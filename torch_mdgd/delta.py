@@ -46,6 +46,9 @@ def fingerprint(model: nn.Module) -> str:
 def save_delta(model: nn.Module, path: str | os.PathLike[str], optimizer: MDGDOptimizer) -> int:
     """Write the numbers in which the model differs from the optimizer's reference φ.
 
+    If ``fully_shard`` has sharded the parameters, all ranks call it and the first of them writes. Each gathers one
+    parameter at a time, for the fingerprint, and the changed numbers.
+
     Args:
         model: the fine-tuned model.
         path: the file, replaced only once it is written whole.
@@ -56,7 +59,7 @@ def save_delta(model: nn.Module, path: str | os.PathLike[str], optimizer: MDGDOp
 
     Raises:
         ImportError: safetensors is not installed.
-        ValueError: a parameter of the optimizer is not the model's, or is sharded.
+        ValueError: a parameter of the optimizer is not the model's.
     """
     save_file = _safetensors().torch.save_file
     names = {id(p): name for name, p in model.named_parameters()}
@@ -64,22 +67,27 @@ def save_delta(model: nn.Module, path: str | os.PathLike[str], optimizer: MDGDOp
     for i, p in enumerate(parameters):
         if id(p) not in names:
             raise ValueError(f"save_delta: parameter {i} of the optimizer is not one of this model's")
-    sharded.refuse_sharded("save_delta", parameters, "gather the model on one process first")
-    tuned = [p.detach().cpu().reshape(-1) for p in parameters]
-    tuned = [x.clone() if x.data_ptr() == p.data_ptr() else x for x, p in zip(tuned, parameters, strict=True)]
+    tuned = [p.detach().cpu().reshape(-1) for p in sharded.local(parameters)]
+    tuned = [
+        x.clone() if x.data_ptr() == p.data_ptr() else x for x, p in zip(tuned, sharded.local(parameters), strict=True)
+    ]
     tensors: dict[str, Tensor] = {}
-    with optimizer.reference():
+    with optimizer.reference(model):
         base = fingerprint(model)
-        for p, new in zip(parameters, tuned, strict=True):
-            changed = (_bits(p.detach().cpu().reshape(-1)) != _bits(new)).nonzero().squeeze(1)
+        for p, part, new in zip(parameters, sharded.local(parameters), tuned, strict=True):
+            changed = (_bits(part.detach().cpu().reshape(-1)) != _bits(new)).nonzero().squeeze(1)
+            changed, values = sharded.in_whole(changed.to(p.device), [new[changed].to(p.device)], p)
             if changed.numel():
-                index = torch.int32 if p.numel() <= torch.iinfo(torch.int32).max else torch.int64
-                tensors[names[id(p)] + VALUES] = new[changed]
-                tensors[names[id(p)] + POSITIONS] = changed.to(index)
+                tensors[names[id(p)] + VALUES] = values[0].cpu()
+                tensors[names[id(p)] + POSITIONS] = changed.cpu()
     metadata = {"format": FORMAT, "base": base, "checksum": _digest(tensors.items())}
-    part = Path(f"{os.fspath(path)}.part")
-    save_file(tensors, part, metadata)
-    part.replace(path)
+    divided = any(map(sharded.is_sharded, parameters))
+    if not divided or torch.distributed.get_rank() == 0:
+        part = Path(f"{os.fspath(path)}.part")
+        save_file(tensors, part, metadata)
+        part.replace(path)
+    if divided:
+        torch.distributed.barrier()
     return sum(x.numel() for name, x in tensors.items() if name.endswith(VALUES))
 
 
@@ -94,9 +102,11 @@ def apply_delta(model: nn.Module, path: str | os.PathLike[str]) -> AppliedDelta:
 
     Raises:
         ImportError: safetensors is not installed.
-        ValueError: the file is no delta, is cut short or was changed, or belongs on another model; naming it.
+        ValueError: the file is no delta, is cut short or was changed, or belongs on another model; naming it. Or the
+            model is sharded.
     """
     library = _safetensors()
+    sharded.refuse_sharded("apply_delta", list(model.parameters()), "apply it before fully_shard")
     try:
         with library.safe_open(os.fspath(path), framework="pt") as file:
             metadata = file.metadata() or {}
@@ -136,7 +146,8 @@ def _bits(x: Tensor) -> Tensor:
 
 def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.sha256()
-    for name, x in sorted(tensors, key=lambda item: item[0]):
+    for name, held in sorted(tensors, key=lambda item: item[0]):
+        x = sharded.whole(held)
         digest.update(f"{name} {x.dtype} {tuple(x.shape)}\n".encode())
         digest.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

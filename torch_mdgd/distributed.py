@@ -5,6 +5,7 @@ Under ``DistributedDataParallel`` every rank holds every number, and the gradien
 averaged before they are combined, which is not linear in them.
 """
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeAlias
@@ -12,6 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from torch_mdgd.sharded import is_sharded
 
@@ -34,13 +36,14 @@ class Ranks:
 
     Args:
         model: in DistributedDataParallel, with ``fully_shard`` applied, or of this process alone.
+        group: processes that each have such a model of their own, kept equal by averaging its gradients.
 
     Raises:
         TypeError: a kind of parallelism that is not supported.
         ValueError: DistributedDataParallel with ``static_graph=True``.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, group: Group | None = None) -> None:
         refuse_model(model)
         self.ddp = next((m for m in model.modules() if isinstance(m, DistributedDataParallel)), None)
         mesh: Any = next((getattr(p, "device_mesh", None) for p in model.parameters() if is_sharded(p)), None)
@@ -50,11 +53,39 @@ class Ranks:
             if self.ddp.static_graph:
                 raise ValueError("static_graph=True of DistributedDataParallel expects one backward pass: use False")
             self.groups = [self.ddp.process_group]
+        elif group is not None and not self.sharded:
+            self.groups = [group]
 
     @property
     def group(self) -> Group | None:
         """Over which gradients have to be averaged; None where they are summed as they are made, or alone."""
-        return self.groups[0] if self.ddp is not None else None
+        return self.groups[0] if self.groups and not self.sharded else None
+
+    def require_averaging(self, optimizer: Any) -> None:
+        """Warn that gradients stay this process's own although there are others; refuse it where that is an error.
+
+        Args:
+            optimizer: what ``mdgd_backward`` was given, which may be Lightning's stand-in.
+
+        Raises:
+            ValueError: Lightning runs several processes, whose gradients nobody averages.
+        """
+        if self.groups or not torch.distributed.is_available() or not torch.distributed.is_initialized():
+            return
+        world = torch.distributed.get_world_size()
+        if world > 1 and getattr(getattr(optimizer, "_strategy", None), "world_size", 1) > 1:
+            raise ValueError(
+                "mdgd_backward: Lightning runs several processes, and the model inside a LightningModule is not what "
+                "DistributedDataParallel wraps, so nobody would average its gradients. With strategy='ddp', call "
+                "self.optimizers().optimizer.average_over(self.trainer.model.process_group) in on_train_start"
+            )
+        if world > 1:
+            warnings.warn(
+                f"mdgd_backward: there are {world} processes, but the model is neither in DistributedDataParallel nor "
+                "sharded, so gradients stay this process's own. Pass the wrapped model, or call "
+                "optimizer.average_over(group); if each process trains a model of its own, filter this warning",
+                stacklevel=3,
+            )
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Backward passes inside leave this rank's own gradients: DDP reduces only the first after its forward pass."""
@@ -166,8 +197,15 @@ def refuse_model(model: nn.Module) -> None:
                     raise TypeError(f"{type(module).__name__} is not supported: {why}; {INSTEAD}")
 
 
-def refuse_parameters(parameters: Sequence[Tensor]) -> None:
-    """Raise a TypeError if parameters are partitioned by DeepSpeed or by FSDP1."""
+def refuse_optimizer(base: Optimizer) -> None:
+    """Raise a TypeError if an optimizer or its parameters are partitioned by ZeRO, DeepSpeed or FSDP1."""
+    parameters = [p for group in base.param_groups for p in group["params"]]
+    if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(base).__mro__):
+        raise TypeError(
+            "ZeroRedundancyOptimizer cannot be wrapped: its state is in another optimizer, for a part of the "
+            "parameters, where a mask or a checkpoint would miss it; use torch.distributed.fsdp.fully_shard (FSDP2), "
+            "which shards state and φ"
+        )
     for attribute, origin in zip(("ds_id", "_fsdp_flattened"), UNSUPPORTED, strict=False):
         if any(hasattr(p, attribute) for p in parameters):
             raise TypeError(f"the parameters cannot be wrapped: {UNSUPPORTED[origin]}; {INSTEAD}")

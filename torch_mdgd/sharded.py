@@ -82,6 +82,31 @@ def indices(like: Tensor) -> Tensor:
     return index
 
 
+def in_whole(positions: Tensor, values: Sequence[Tensor], like: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """All ranks' positions in their parts of a sharded tensor as ascending ones in the whole, with what is there.
+
+    Args:
+        positions: of this rank's part, flattened, shape (m,), m being each rank's own.
+        values: 1-D tensors of a number for each.
+        like: the tensor.
+
+    Returns:
+        positions, in int32 if that is wide enough, and the values in their order: the same on all ranks.
+    """
+    dtype = torch.int32 if like.numel() <= torch.iinfo(torch.int32).max else torch.int64
+    if not is_sharded(like):
+        return positions.to(dtype), list(values)
+    found, order = gather(indices(like)[positions.long()], like).sort()
+    return found.to(dtype), [gather(x, like)[order] for x in values]
+
+
+def whole(x: Tensor) -> Tensor:
+    """All of a tensor, on every rank."""
+    tensor: Any = x
+    found: Tensor = tensor.full_tensor() if is_sharded(x) else x
+    return found
+
+
 def gather(part: Tensor, like: Tensor) -> Tensor:
     """What the ranks hold of 1-D parts, of any sizes, one after the other; all ranks call it, and all get it."""
     tensor: Any = like
@@ -96,6 +121,8 @@ def _gather_over(part: Tensor, group: Any) -> Tensor:
     sizes = [torch.zeros(1, dtype=torch.int64, device=part.device) for _ in ranks]
     torch.distributed.all_gather(sizes, torch.full_like(sizes[0], part.numel()), group)
     lengths = [int(n) for n in sizes]
+    if not any(lengths):
+        return part
     padded = part.new_zeros(max(lengths))
     padded[: part.numel()] = part
     parts = [torch.empty_like(padded) for _ in ranks]

@@ -21,7 +21,7 @@ class OptimizerWrapper(Optimizer):
 
     Raises:
         TypeError: ``base`` is not an optimizer, is wrapped already, or evaluates its closure several times (LBFGS);
-            DeepSpeed or FSDP1 hold its parameters.
+            DeepSpeed or FSDP1 hold its parameters, or it is ZeRO's.
         ValueError: ``base`` holds a parameter twice.
     """
 
@@ -37,7 +37,7 @@ class OptimizerWrapper(Optimizer):
         parameters = [p for group in base.param_groups for p in group["params"]]
         if len(set(parameters)) < len(parameters):
             raise ValueError("base holds a parameter more than once, so its values could not be exchanged in place")
-        distributed.refuse_parameters(parameters)
+        distributed.refuse_optimizer(base)
         # Not Optimizer.__init__, which would make a second set of groups; this installs the hooks and patches step.
         Optimizer.__setstate__(self, {"base": base})
 

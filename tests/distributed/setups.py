@@ -206,6 +206,8 @@ def with_backward(
     # Not Adam, which enlarges the rounding of L_v, taken in float32, where a gradient is small.
     base = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
     optimizer = MDGDOptimizer(base, **settings["optimizer"])
+    if kind == "told":
+        optimizer.average_over(torch.distributed.group.WORLD)
     k, found = settings.get("micro_batches", 1), []
     for step, rows in enumerate(pictures):
         for i in range(k):

@@ -2,43 +2,18 @@
 
 import math
 import re
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
-import torch.multiprocessing
 
 from tests.distributed import setups, workers
+from tests.properties import assert_same_bits
 from torch_mdgd import Given, Magnitude, MDGDOptimizer, Random, kernels
+from torch_mdgd.delta import apply_delta
 
 ALONE = [f"{kind}, {form}" for kind in ("ddp", "fsdp") for form in setups.FORMS]
 LLAVA = [f"{kind}, {form}" for kind in ("ddp", "fsdp") for form in setups.LLAVA_FORMS]
 LLAVA.remove("fsdp, together")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("distributed")
-
-
-@pytest.fixture(scope="module")
-def ranks(folder):
-    """What each of two processes found, by case."""
-    for form in workers.CHECKPOINTED:
-        net, optimizer = workers.build(form, "alone")
-        list(setups.train(net, optimizer, 0, 1, range(2)))
-        dcp.save(workers.state(net, optimizer), checkpoint_id=folder / f"one {form}")
-    torch.multiprocessing.spawn(workers.run, (Path(folder),), nprocs=workers.WORLD)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(workers.WORLD)]
-
-
-def found(ranks, name):
-    """What the ranks found: the same."""
-    first, second = (rank[name] for rank in ranks)
-    for outcome in (first, second):
-        assert not isinstance(outcome, str) or "Traceback" not in outcome, outcome
-    return first, second
 
 
 def assert_agree(actual, wanted, tolerance):
@@ -59,36 +34,45 @@ def assert_agree(actual, wanted, tolerance):
 
 
 @pytest.mark.parametrize("name", ALONE)
-def test_two_processes_agree_with_one(ranks, name):
+def test_two_processes_agree_with_one(found, name):
     form = name.split(", ", 1)[1]
     wanted = setups.by_hand("alone", form)
     assert any(m.any() for m in wanted[-1]["mask"]) == ("mask" in setups.FORMS[form] and form not in setups.COMPACT)
-    for actual in found(ranks, name):
+    for actual in found(name):
         assert_agree(actual, wanted, 1e-11)
 
 
 @pytest.mark.parametrize("name", LLAVA)
-def test_mdgd_backward_in_two_processes_agrees_with_one(ranks, name):
+def test_mdgd_backward_in_two_processes_agrees_with_one(found, name):
     kind, form = name.split(", ", 1)
     pictures = setups.ALL_WITH if kind == "fsdp" else setups.SOME_WITHOUT
     plain = "sequential" if form == "together" else form
     wanted = setups.with_backward("alone", "regularize" if plain == "sequential" else form, pictures)
     assert wanted[1]["diagnostics"]["visual_loss"] > 0
-    for actual in found(ranks, f"{kind}, llava, {form}"):
+    for actual in found(f"{kind}, llava, {form}"):
         assert_agree(actual, wanted, 1e-6)
 
 
-def test_averaging_captures_makes_two_backward_passes_after_one_forward_exact(ranks):
+def test_averaging_captures_makes_two_backward_passes_after_one_forward_exact(found):
     wanted = setups.twice_after_one_forward(0, 1, False)
-    for actual in found(ranks, "twice after one forward"):
+    for actual in found("twice after one forward"):
         for x, y in zip(actual, wanted, strict=True):
             assert torch.allclose(x, y, rtol=0, atol=1e-13)
 
 
+def test_a_model_that_nobody_wrapped(found):
+    """A warning once, and with the group told, what DistributedDataParallel would give."""
+    wanted = setups.with_backward("alone", "masked, accumulated", setups.SOME_WITHOUT)
+    for actual, messages in found("not wrapped"):
+        assert len(messages) == 1
+        assert "gradients stay this process's own" in messages[0]
+        assert_agree(actual, wanted, 1e-6)
+
+
 @pytest.mark.parametrize("layout", ["rows", "columns", "some whole", "copies of parts"])
-def test_kernels_on_shards_agree_with_those_on_whole_tensors(ranks, layout):
+def test_kernels_on_shards_agree_with_those_on_whole_tensors(found, layout):
     g, v, g0 = (workers.tensors(i) for i in range(3))
-    for outcome in found(ranks, "kernels on shards"):
+    for outcome in found("kernels on shards"):
         actual = outcome[layout]
         assert torch.equal(actual["products"], kernels.inner_products([g, v], [v, g0]))
         for k, masks in actual["masks"].items():
@@ -99,12 +83,12 @@ def test_kernels_on_shards_agree_with_those_on_whole_tensors(ranks, layout):
         assert all(torch.equal(x, y + 2 * z) for x, y, z in zip(actual["combined"], g, v, strict=True))
 
 
-def test_a_nan_on_one_rank_is_an_error_on_all(ranks):
-    for outcome in found(ranks, "kernels on shards"):
+def test_a_nan_on_one_rank_is_an_error_on_all(found):
+    for outcome in found("kernels on shards"):
         assert "has a NaN" in outcome["nan"]
 
 
-def test_masks_chosen_when_sharded_parameters_are_wrapped(ranks):
+def test_masks_chosen_when_sharded_parameters_are_wrapped(found):
     parameters = list(setups.network().parameters())
     wanted = {
         "Magnitude global": Magnitude(0.3),
@@ -112,13 +96,13 @@ def test_masks_chosen_when_sharded_parameters_are_wrapped(ranks):
         "Random ": Random(0.3),
         "Given ": Given([p > 0 for p in parameters]),
     }
-    for outcome in found(ranks, "masks on shards"):
+    for outcome in found("masks on shards"):
         for name, mask in wanted.items():
             assert all(map(torch.equal, outcome[name], mask.choose(parameters, None))), name
 
 
-def test_parameters_that_are_sharded_after_they_were_wrapped(ranks):
-    for outcome in found(ranks, "sharded after it was wrapped"):
+def test_parameters_that_are_sharded_after_they_were_wrapped(found):
+    for outcome in found("sharded after it was wrapped"):
         assert_agree(outcome, setups.by_hand("alone", "regularize"), 1e-11)
 
 
@@ -132,18 +116,20 @@ REFUSALS = {
     "pictures on one rank": "RuntimeError: mdgd_backward: some ranks have image tokens and others have none",
     "fsdp1 parameters": "TypeError: the parameters cannot be wrapped: FullyShardedDataParallel",
     "fsdp1 model": "TypeError: FullyShardedDataParallel is not supported",
+    "zero": "TypeError: ZeroRedundancyOptimizer cannot be wrapped",
+    "inside zero": "TypeError: base must be a torch.optim.Optimizer",
 }
 
 
 @pytest.mark.parametrize("name", REFUSALS)
-def test_refused(ranks, name):
-    for outcome in found(ranks, "refusals"):
+def test_refused(found, name):
+    for outcome in found("refusals"):
         assert outcome[name].startswith(REFUSALS[name])
 
 
 @pytest.mark.parametrize("form", workers.CHECKPOINTED)
-def test_one_process_resumes_what_two_saved(ranks, folder, form):
-    found(ranks, f"save, {form}")
+def test_one_process_resumes_what_two_saved(found, folder, form):
+    found(f"save, {form}")
     net, optimizer = workers.build(form, "alone")
     workers.restore(net, optimizer, folder / f"two {form}")
     resumed = list(setups.train(net, optimizer, 0, 1, range(2, setups.STEPS)))
@@ -152,14 +138,14 @@ def test_one_process_resumes_what_two_saved(ranks, folder, form):
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 @pytest.mark.parametrize("form", workers.CHECKPOINTED)
-def test_two_processes_resume_what_one_saved(ranks, kind, form):
-    for outcome in found(ranks, f"resume, {form}"):
+def test_two_processes_resume_what_one_saved(found, kind, form):
+    for outcome in found(f"resume, {form}"):
         assert_agree(outcome[kind], setups.by_hand("alone", form)[2:], 1e-11)
 
 
 @pytest.mark.parametrize("form", [form for form in workers.CHECKPOINTED if "compact" in form])
-def test_a_compact_state_dict_of_two_processes_is_that_of_one(ranks, folder, form):
-    found(ranks, f"save, {form}")
+def test_a_compact_state_dict_of_two_processes_is_that_of_one(found, folder, form):
+    found(f"save, {form}")
     actual = torch.load(folder / f"two {form}.pt", weights_only=True)["state"]
     net, optimizer = workers.build(form, "alone")
     list(setups.train(net, optimizer, 0, 1, range(2)))
@@ -172,13 +158,24 @@ def test_a_compact_state_dict_of_two_processes_is_that_of_one(ranks, folder, for
             assert torch.allclose(actual[name][key], value, rtol=1e-10, atol=1e-12), (name, key)
 
 
-def test_a_compact_checkpoint_is_not_skipped_in_silence(ranks):
-    for outcome in found(ranks, "compact loads nothing"):
+@pytest.mark.parametrize("form", workers.DELTAS)
+def test_a_delta_of_two_processes_in_one(found, folder, form):
+    total = sum(p.numel() for p in setups.network().parameters())
+    for changed, weights, refused in found(f"delta, {form}"):
+        net = setups.network()
+        apply_delta(net, folder / f"{form}.safetensors")
+        assert_same_bits(list(net.parameters()), weights)
+        assert changed == (round(0.3 * total) if "masked" in form else total)
+        assert refused.startswith("ValueError: apply_delta: parameters are sharded")
+
+
+def test_a_compact_checkpoint_is_not_skipped_in_silence(found):
+    for outcome in found("compact loads nothing"):
         assert "mdgd_positions" in outcome
 
 
-def test_example(ranks):
-    for rank, printed in enumerate(found(ranks, "example")):
+def test_example(found):
+    for rank, printed in enumerate(found("example")):
         losses = re.findall(rf"rank {rank}: loss (\d+\.\d+)", printed)
         assert len(losses) == 4
         assert ("visual loss" in printed) == (rank == 0)

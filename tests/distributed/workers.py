@@ -4,6 +4,7 @@ import copy
 import runpy
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from datetime import timedelta
@@ -23,11 +24,13 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.distributed import setups
+from tests.distributed import integrations, setups
 from torch_mdgd import Given, Magnitude, MDGDOptimizer, Random, checkpoint, mdgd_backward, sharded
+from torch_mdgd.delta import apply_delta, save_delta
 from torch_mdgd.equations import product
 
 WORLD = 2
@@ -35,6 +38,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "ddp.py"
 CHECKPOINTED = {"masked": setups.FORMS["masked"], "regularize": {}}
 COMPACT = {name: setups.FORMS[f"{name}, compact"] for name in ("masked per tensor", "masked by ties", "masked step")}
 CHECKPOINTED |= {f"{name}, compact": form for name, form in COMPACT.items()}
+DELTAS = ("masked step, compact", "regularize")
 
 
 def run(rank: int, folder: Path) -> None:
@@ -56,6 +60,7 @@ def run(rank: int, folder: Path) -> None:
             if not (kind == "fsdp" and form == "together"):
                 pictures = setups.ALL_WITH if kind == "fsdp" else setups.SOME_WITHOUT
                 case(f"{kind}, llava, {form}", setups.with_backward, kind, form, pictures, rank, WORLD)
+    case("not wrapped", not_wrapped, rank)
     case("twice after one forward", setups.twice_after_one_forward, rank, WORLD, True)
     case("kernels on shards", kernels_on_shards)
     case("masks on shards", masks_on_shards)
@@ -65,9 +70,38 @@ def run(rank: int, folder: Path) -> None:
         case(f"save, {form}", save, form, folder, rank)
         case(f"resume, {form}", resume, form, folder, rank)
     case("compact loads nothing", compact_loads_nothing, folder)
+    for form in DELTAS:
+        case(f"delta, {form}", delta, form, folder, rank)
     case("example", example)
+    with_libraries(case, folder, rank)
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
+
+
+def with_libraries(case: Callable[..., None], folder: Path, rank: int) -> None:
+    integrations.environment(rank, WORLD)
+    for settings in integrations.SETTINGS:
+        case(f"trainer, {settings}", integrations.trainer, WORLD, folder / "trainer", settings)
+        for lora in (False, True):
+            case(f"accelerate, {settings}, {lora}", integrations.accelerated, rank, WORLD, settings, lora)
+        for kind in (integrations.Automatic, integrations.Manual):
+            case(f"{kind.__name__}, {settings}", integrations.lightning, rank, WORLD, folder, settings, kind)
+    for settings in ("published", "compact"):
+        case(f"resumed, {settings}", integrations.resumed_trainer, folder / f"resumed {settings}", settings)
+    case("untold", error, integrations.lightning, rank, WORLD, folder, "published", integrations.Untold)
+    case("another strategy", error, integrations.another_strategy, folder)
+
+
+def not_wrapped(rank: int) -> tuple[list[dict[str, Any]], list[str]]:
+    """LLaVA as it is, in two processes: alone, then with the group told."""
+    net = setups.tiny_llava()
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("default")
+        for step in range(2):
+            mdgd_backward(net, MDGDOptimizer(setups.adamw(net)), setups.llava_part(step, rank, WORLD, (True,) * 4))
+            net.zero_grad()
+    found = setups.with_backward("told", "masked, accumulated", setups.SOME_WITHOUT, rank, WORLD)
+    return found, [str(w.message) for w in seen if "mdgd_backward" in str(w.message)]
 
 
 # Single operations, on tensors sharded in every way.
@@ -181,6 +215,8 @@ def refusals(rank: int) -> dict[str, str]:
         "pictures on one rank": error(mdgd_backward, sharded_llava, wrapped, batch),
         "fsdp1 parameters": error(MDGDOptimizer, torch.optim.SGD(flat.parameters(), lr=0.1)),
         "fsdp1 model": error(mdgd_backward, flat, plain, batch),
+        "zero": error(MDGDOptimizer, ZeroRedundancyOptimizer(llava.parameters(), torch.optim.AdamW, lr=0.1)),
+        "inside zero": error(ZeroRedundancyOptimizer, llava.parameters(), MDGDOptimizer),
     }
 
 
@@ -229,6 +265,16 @@ def resume(form: str, folder: Path, rank: int) -> dict[str, Any]:
         restore(model, optimizer, folder / f"one {form}")
         out[kind] = list(setups.train(model, optimizer, rank, WORLD, range(2, setups.STEPS)))
     return out
+
+
+def delta(form: str, folder: Path, rank: int) -> tuple[int, list[Any], str]:
+    """What was written, the weights that it has to give, and why it cannot be put on shards."""
+    net, optimizer = build(form, "fsdp")
+    list(setups.train(net, optimizer, rank, WORLD, range(2)))
+    changed = save_delta(net, folder / f"{form}.safetensors", optimizer)
+    assert (folder / f"{form}.safetensors").exists()
+    weights = [setups.whole(p) for p in net.parameters()]
+    return changed, weights, error(apply_delta, net, folder / f"{form}.safetensors")
 
 
 def compact_loads_nothing(folder: Path) -> str:

@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from torch_mdgd.backward import find_optimizer, mdgd_backward
+from torch_mdgd.distributed import Ranks
 from torch_mdgd.visual import Batch
 
 
@@ -15,10 +16,15 @@ class MDGDModuleMixin:
     The Trainer's ``accumulate_grad_batches``, ``gradient_clip_val``, ``precision``, schedulers and checkpoints then
     hold as for any module, and clipping sees d.
 
-    Manual optimization needs no mixin: :func:`~torch_mdgd.mdgd_backward` takes what ``self.optimizers()`` returns.
+    With ``strategy="ddp"`` the update is that of one process with all ranks' batches; each rank returns its own loss.
+
+    Manual optimization needs no mixin: :func:`~torch_mdgd.mdgd_backward` takes what ``self.optimizers()`` returns. In
+    several processes it asks for one call of ``average_over``, since it sees the model without what Lightning wraps
+    around it.
     """
 
     _zeroed = False
+    _held_back = False
 
     def mdgd_backward(self, model: nn.Module, batch: Batch, **options: Any) -> Tensor:
         """All passes over one micro-batch, for ``training_step``; d is in ``.grad`` after the last of a step.
@@ -33,17 +39,23 @@ class MDGDModuleMixin:
             the task loss, to be returned from ``training_step``: Lightning's own backward pass over it does nothing.
 
         Raises:
-            ValueError: the Trainer runs several processes.
+            ValueError: the Trainer runs several processes with another strategy than "ddp".
             TypeError: ``configure_optimizers`` returned no MDGDOptimizer.
         """
         module: Any = self
         trainer = module.trainer
-        if trainer.world_size > 1:
+        ranks = Ranks(trainer.model)
+        if trainer.world_size > 1 and ranks.ddp is None:
             raise ValueError(
-                "MDGDModuleMixin does not support several processes: the gradients of training_step would not be "
-                "averaged. Use one, or a loop of your own with DistributedDataParallel or fully_shard"
+                "MDGDModuleMixin supports several processes with strategy='ddp' alone, whose gradients it averages, "
+                f"not with {type(trainer.strategy).__name__}; fully_shard (FSDP2) works in a loop of your own"
             )
         optimizer = find_optimizer(module.optimizers())
+        if ranks.ddp is not None:
+            optimizer.average_over(ranks.group)
+            # This is inside its forward pass, after which it would wait for gradients that it is to reduce.
+            ranks.ddp.require_backward_grad_sync = False
+            self._held_back = True
         if trainer.fit_loop.batch_idx % trainer.accumulate_grad_batches == 0:
             optimizer.zero_grad()
             self._zeroed = True
@@ -57,6 +69,15 @@ class MDGDModuleMixin:
             **options,
         )
         return loss.requires_grad_()
+
+    def backward(self, *args: Any, **kwargs: Any) -> None:
+        """Lightning's, after which DistributedDataParallel reduces again."""
+        parent: Any = super()
+        parent.backward(*args, **kwargs)
+        if self._held_back:
+            module: Any = self
+            module.trainer.model.require_backward_grad_sync = True
+            self._held_back = False
 
     def optimizer_zero_grad(self, *args: Any, **kwargs: Any) -> None:
         """Nothing after :meth:`mdgd_backward`: Lightning calls this between ``training_step`` and its backward pass."""

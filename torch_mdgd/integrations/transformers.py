@@ -26,6 +26,9 @@ class MDGDTrainerMixin:
     :func:`~torch_mdgd.mdgd_backward` with the Trainer's own ``compute_loss``, so its label smoothing, loss function,
     mixed precision, clipping and gradient accumulation hold; L_v is a mean over micro-batches.
 
+    In several processes (DistributedDataParallel, by torchrun or accelerate) the update is that of one process with all
+    ranks' batches, and so are diagnostics.
+
     With each of the Trainer's training logs go :attr:`MDGDOptimizer.diagnostics` of its last step (``visual_loss`` of
     its last micro-batch), by their names.
 
@@ -129,8 +132,11 @@ class MDGDTrainerMixin:
         parent.log(logs, *args, **kwargs)
 
     def _measure_rank(self, trainer: Any) -> None:
-        z, every = self.mdgd_tap.z, self.effective_rank_steps
-        if every and trainer.accelerator.sync_gradients and (trainer.state.global_step + 1) % every == 0:
+        z, every, accelerator = self.mdgd_tap.z, self.effective_rank_steps, trainer.accelerator
+        if every and accelerator.sync_gradients and (trainer.state.global_step + 1) % every == 0:
+            if z is not None:
+                # Rows of zeros change no singular value.
+                z = accelerator.gather(accelerator.pad_across_processes(z.contiguous()))
             rank = effective_rank(z) if z is not None and z.numel() and z.isfinite().all() and z.any() else float("nan")
             find_optimizer(trainer.optimizer).record(effective_rank=torch.tensor(rank))
         self.mdgd_tap.z = None
@@ -206,7 +212,9 @@ def _refuse_unsupported(trainer: Any) -> None:
     found = {
         "deepspeed": trainer.is_deepspeed_enabled,
         "DataParallel (several GPUs in one process; use one, or torchrun)": args.n_gpu > 1,
-        "several processes": args.world_size > 1,
+        "FSDP, whose plugin wraps and saves the model its own way (use DDP, or fully_shard in a loop of your own)": (
+            trainer.is_fsdp_enabled
+        ),
         "context or sequence parallelism": getattr(trainer.accelerator, "parallelism_config", None) is not None,
         "checkpointing with use_reentrant=True, which drops gradients silently (use False)": (
             (checkpointing or {}).get("use_reentrant", False)

@@ -1,0 +1,39 @@
+"""Two processes are expensive to start: one pair goes through the cases of all files here."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+import torch.multiprocessing
+
+from tests.distributed import setups, workers
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("distributed")
+
+
+@pytest.fixture(scope="session")
+def ranks(folder):
+    """What each of two processes found, by case."""
+    for form in workers.CHECKPOINTED:
+        net, optimizer = workers.build(form, "alone")
+        list(setups.train(net, optimizer, 0, 1, range(2)))
+        dcp.save(workers.state(net, optimizer), checkpoint_id=folder / f"one {form}")
+    torch.multiprocessing.spawn(workers.run, (Path(folder),), nprocs=workers.WORLD)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(workers.WORLD)]
+
+
+@pytest.fixture
+def found(ranks):
+    """What the ranks found in a case."""
+
+    def of(name):
+        outcomes = [rank[name] for rank in ranks]
+        for outcome in outcomes:
+            assert not isinstance(outcome, str) or "Traceback" not in outcome, outcome
+        return outcomes
+
+    return of

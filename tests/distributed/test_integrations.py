@@ -1,0 +1,71 @@
+"""Two processes compute what one computes from the whole batch: the Trainer, accelerate, peft and Lightning."""
+
+import math
+
+import pytest
+
+from tests.distributed import integrations
+from tests.properties import assert_same_bits
+
+
+def assert_agree(actual, wanted):
+    """To the rounding of L_v, which is taken in float32."""
+    for x, y in zip(actual["weights"], wanted["weights"], strict=True):
+        assert (x - y).abs().max() <= 1e-6 * (1 + y.abs().max())
+    assert_close(actual["diagnostics"], wanted["diagnostics"])
+
+
+def assert_close(actual, wanted):
+    assert actual.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert math.isclose(actual[name], value, rel_tol=1e-5, abs_tol=1e-6), name
+
+
+@pytest.mark.parametrize("settings", integrations.SETTINGS)
+def test_trainer(found, folder, settings):
+    wanted = integrations.trainer(1, folder / "alone", settings)
+    first, second = found(f"trainer, {settings}")
+    for actual in (first, second):
+        assert_agree(actual, wanted)
+        for one, other in zip(actual["logs"], wanted["logs"], strict=True):
+            assert_close(one, other)
+    assert first["logs"] == second["logs"]
+    assert_same_bits(first["weights"], second["weights"])
+    # What is clipped is d, and it is long enough to be.
+    assert min(entry["grad_norm"] for entry in wanted["logs"] if "grad_norm" in entry) > integrations.CLIP
+
+
+@pytest.mark.parametrize("settings", ["published", "compact"])
+def test_a_resumed_trainer_is_the_uninterrupted_one_bit_for_bit(found, settings):
+    for whole, resumed in found(f"resumed, {settings}"):
+        assert_same_bits(resumed["weights"], whole["weights"])
+        assert resumed["diagnostics"] == whole["diagnostics"]
+        # The last is about the whole run, of which the resumed one sees a part.
+        assert resumed["logs"][:-1] == whole["logs"][:-1]
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["all", "lora"])
+@pytest.mark.parametrize("settings", integrations.SETTINGS)
+def test_accelerate(found, settings, lora):
+    wanted = integrations.accelerated(0, 1, settings, lora)
+    for actual in found(f"accelerate, {settings}, {lora}"):
+        assert_agree(actual, wanted)
+
+
+@pytest.mark.parametrize("kind", [integrations.Automatic, integrations.Manual])
+@pytest.mark.parametrize("settings", integrations.SETTINGS)
+def test_lightning(found, folder, settings, kind):
+    wanted = integrations.lightning(0, 1, folder, settings, kind)
+    for actual in found(f"{kind.__name__}, {settings}"):
+        assert_agree(actual, wanted)
+
+
+def test_manual_optimization_that_nobody_averages_is_refused(found):
+    for message in found("untold"):
+        assert "ValueError: mdgd_backward: Lightning runs several processes" in message
+        assert "average_over(self.trainer.model.process_group)" in message
+
+
+def test_another_strategy_of_lightning_is_refused(found):
+    for message in found("another strategy"):
+        assert message.startswith("ValueError: MDGDModuleMixin supports several processes with strategy='ddp' alone")

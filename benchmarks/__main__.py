@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import bandwidth, combine, masking, memory, parts, scaling, shapes, step, training
+from benchmarks import bandwidth, combine, masking, memory, parts, scaling, schedules, shapes, step, training
 from benchmarks.report import machine
 from benchmarks.settings import QUICK, Settings
 
@@ -19,6 +19,7 @@ SECTIONS = {
     "shapes": shapes.section,
     "step": step.section,
     "training": training.section,
+    "schedules": schedules.section,
     "memory": memory.section,
     "bandwidth": bandwidth.section,
     "scaling": scaling.section,

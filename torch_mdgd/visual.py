@@ -114,7 +114,11 @@ class VisualTap:
             for handle in handles:
                 handle.remove()
         if len(seen) < len(handles):
-            raise RuntimeError(f"VisualTap: the model did not run its text module {type(self.text_module).__name__}")
+            raise RuntimeError(
+                f"VisualTap: the model did not run its text module {type(self.text_module).__name__}; or it is "
+                "compiled and ran before without the tap's hooks, which torch.compile does not look for again: set "
+                "torch._dynamo.config.skip_nnmodule_hook_guards = False before its first call"
+            )
         for hidden in seen.values():
             if mask.shape != hidden.shape[:2]:
                 raise ValueError(

@@ -251,5 +251,5 @@ def test_an_optimizer_that_is_not_wrapped_is_refused(tmp_path):
 
 def test_several_processes_whose_gradients_nobody_averages_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "world_size", 2)
-    with pytest.raises(ValueError, match="strategy='ddp' alone, .* not with SingleDeviceStrategy"):
+    with pytest.raises(ValueError, match=r"strategy='ddp' alone, .* not with SingleDeviceStrategy"):
         fit(Module({}), tmp_path)

@@ -1,0 +1,132 @@
+"""The paper's experiments on the command line."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+RESULTS, SMOKE = Path("runs/paper"), Path("runs/paper-smoke")
+Results = Annotated[
+    Path | None, typer.Option(help=f"Folder of results; {RESULTS}, or {SMOKE} with --smoke, if not given.")
+]
+Smoke = Annotated[bool, typer.Option("--smoke", help="Tiny random models and small files, in minutes on a CPU.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Such as training.learning_rate=1e-5.")
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to an app."""
+    app.command("list")(list_rows)
+    app.command("run")(run)
+    app.command("table")(table)
+    app.command("figures")(figures)
+    app.command("report")(report)
+
+
+def list_rows(overrides: Overrides = None, results: Results = None) -> None:
+    """Every row of both tables and every figure: numbers trained, hours, memory, disk, data, and what has run."""
+    from reproductions.paper.listing import print_list
+
+    print_list(overrides or [], results or RESULTS, _console())
+
+
+def run(
+    experiment: Annotated[
+        str | None, typer.Argument(help="Such as llava-flickr30k, or a TOML file; all of them with --all.")
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="Such as mdgd; see `list`.")] = None,
+    all_rows: Annotated[
+        bool, typer.Option("--all", help="Every row of the tables, on all GPUs that there are.")
+    ] = False,
+    beyond: Annotated[bool, typer.Option(help="With --all: the methods beyond the paper too.")] = False,
+    smoke: Smoke = False,
+    model: Annotated[str | None, typer.Option(help="Another model, such as minicpm-v-4.6.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder with one folder a data set; the hub if not given.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the code that comes with MiniCPM-V-2.0's weights.")
+    ] = False,
+    overrides: Overrides = None,
+    results: Results = None,
+) -> None:
+    """Fine-tune and measure; what is done is skipped, and what was killed is taken up where it stopped."""
+    from reproductions.paper import rows
+
+    settings = list(overrides or [])
+    settings += [f'model="{model}"'] * (model is not None) + [f'data.source="{data}"'] * (data is not None)
+    settings += ["trust_remote_code=true"] * trust_remote_code
+    with _refusals():
+        rows.run_rows(
+            rows.chosen(experiment, method, all_rows, beyond, smoke, settings),
+            settings, results or (SMOKE if smoke else RESULTS), smoke=smoke, console=_console(),
+        )  # fmt: skip
+
+
+def table(results: Results = None, smoke: Smoke = False) -> None:
+    """The tables in the paper's layout: published, ours, and the difference."""
+    from reproductions.paper import tables
+
+    with _refusals():
+        for found in tables.rich_tables(_folder(results, smoke)):
+            _console().print(found)
+
+
+def figures(
+    results: Results = None,
+    smoke: Smoke = False,
+    output: Annotated[Path | None, typer.Option(help="Folder for the figures; in the results if not given.")] = None,
+) -> None:
+    """Draw Figures 1 to 5 from the results."""
+    from reproductions.paper.figures import draw_all
+
+    folder = _folder(results, smoke)
+    with _refusals():
+        for path in draw_all(folder, output or folder / "figures"):
+            _console().print(f"wrote {path}")
+
+
+def report(
+    results: Results = None,
+    smoke: Smoke = False,
+    output: Annotated[Path | None, typer.Option(help="The page; in the results if not given.")] = None,
+) -> None:
+    """One self-contained page with every table and figure."""
+    from reproductions.paper.report import write_report
+
+    folder = _folder(results, smoke)
+    with _refusals():
+        page = output or folder / "report.html"
+        write_report(folder, page)
+        _console().print(f"wrote {page}")
+
+
+def _folder(results: Path | None, smoke: bool) -> Path:
+    return results or (SMOKE if smoke else RESULTS)
+
+
+class _refusals:  # noqa: N801
+    """What is wrong with the request is told in a line, without a traceback."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
+        from reproductions.paper.config import ConfigError
+        from reproductions.paper.data import DataError
+        from reproductions.paper.results import ResultError
+
+        if isinstance(error, ConfigError | DataError | ResultError):
+            typer.secho(str(error), err=True, fg="red")
+            raise typer.Exit(2) from error
+
+
+def _console() -> "Console":
+    """Where to print; as wide as the tables need where the output is no terminal."""
+    import sys
+
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 200)

@@ -1,0 +1,299 @@
+"""Configurations: one TOML file an experiment, checked against these classes, with overrides from the command line.
+
+An unknown key, a wrong type or a number out of range is an error that names the file and the key.
+"""
+
+import sys
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+EXPERIMENTS = Path(__file__).parent / "experiments"
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the file and the key."""
+
+
+def limited(
+    default: Any, *, least: float | None = None, most: float | None = None, choices: Sequence[Any] | None = None
+) -> Any:
+    """A field with a default and the values that it may take; for a list, those of its members."""
+    return field(default=default, metadata={"least": least, "most": most, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Training:
+    """How the target task is learned.
+
+    The paper names bfloat16 and two A100; the rest are the published settings of Model Tailor's fine-tuning scripts.
+
+    Attributes:
+        epochs: over the target's training split.
+        steps: optimizer steps in place of epochs; 0 for epochs.
+        examples: of the training split, from the first; 0 for all.
+        learning_rate: the peak.
+        schedule: of the learning rate, by transformers' name.
+        warmup: share of the steps in which the learning rate rises.
+        weight_decay: of AdamW.
+        clip: largest norm of the gradient; 0 for none.
+        batch: examples in a pass.
+        accumulation: passes in a step.
+        checkpointing: compute activations again in the backward pass, to spare memory.
+        save_every: steps between checkpoints.
+        log_every: steps between lines of the log.
+        workers: processes that prepare pictures.
+        report_to: "tensorboard" or another of transformers' integrations; "none" for the log files alone.
+    """
+
+    epochs: float = limited(1.0, least=0)
+    steps: int = limited(0, least=0)
+    examples: int = limited(0, least=0)
+    learning_rate: float = limited(1e-4, least=0)
+    schedule: str = limited("cosine", choices=("constant", "linear", "cosine", "constant_with_warmup"))
+    warmup: float = limited(0.03, least=0, most=1)
+    weight_decay: float = limited(0.0, least=0)
+    clip: float = limited(1.0, least=0)
+    batch: int = limited(4, least=1)
+    accumulation: int = limited(16, least=1)
+    checkpointing: bool = True
+    save_every: int = limited(50, least=1)
+    log_every: int = limited(5, least=1)
+    workers: int = limited(4, least=0)
+    report_to: str = "none"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How tasks are measured.
+
+    Attributes:
+        batch: examples in a pass.
+        examples: of each task, from the first; 0 for all.
+        answer_tokens: longest answer.
+        caption_tokens: longest caption.
+        rank_examples: whose image tokens the effective rank is of.
+        feature_examples: whose features are kept for t-SNE.
+    """
+
+    batch: int = limited(16, least=1)
+    examples: int = limited(0, least=0)
+    answer_tokens: int = limited(16, least=1)
+    caption_tokens: int = limited(64, least=1)
+    rank_examples: int = limited(64, least=1)
+    feature_examples: int = limited(500, least=1)
+
+
+@dataclass(frozen=True)
+class Masking:
+    """Figures 3b and 3c: short fine-tunings with MDGD-GM at several ratios.
+
+    Attributes:
+        ratios: of the numbers that may move.
+        steps: optimizer steps at each.
+        batches: that cos(g̃, g̃₀) and L_v are means over, after training.
+    """
+
+    ratios: tuple[float, ...] = limited((0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0), least=1e-6, most=1)
+    steps: int = limited(50, least=1)
+    batches: int = limited(8, least=1)
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where data sets come from.
+
+    Attributes:
+        source: folder with one folder a data set, named as the data sets are; the hub if empty.
+        organisation: whose copies on the hub.
+    """
+
+    source: str = ""
+    organisation: str = "lmms-lab"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One half of a table: a model, what it is fine-tuned on and what it could do before.
+
+    Attributes:
+        name: as on the command line.
+        title: as in tables and figures.
+        model: one of ``MODELS``.
+        source: its weights: a folder or a repository on the hub; the published ones if empty.
+        trust_remote_code: run code that comes with the weights.
+        layers: how many of the last decoder layers are trained, with the connector.
+        target: the data set to fine-tune on.
+        pretrained: data sets that the model could answer before.
+        dtype: of the weights. Numbers that are trained are float32, under autocast.
+        seed: of batches and everything random.
+        training: how.
+        evaluation: how.
+        masking: how.
+        data: where from.
+        methods: settings of methods, by name; see each method's own.
+    """
+
+    name: str
+    title: str
+    model: str = limited(MISSING, choices=("llava-1.5-7b", "minicpm-v-2", "minicpm-v-4.6"))
+    layers: int = limited(MISSING, least=1)
+    target: str = ""
+    pretrained: tuple[str, ...] = ()
+    source: str = ""
+    trust_remote_code: bool = False
+    dtype: str = limited("bfloat16", choices=("bfloat16", "float32"))
+    seed: int = limited(0, least=0)
+    training: Training = field(default_factory=Training)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    masking: Masking = field(default_factory=Masking)
+    data: Data = field(default_factory=Data)
+    methods: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """All that is measured, in the order of the table."""
+        return (*self.pretrained, self.target)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, as in the file."""
+        return asdict(self)
+
+
+def experiment_names() -> list[str]:
+    """Experiments that come with the repository, in the order of the tables."""
+    order = ("llava-flickr30k", "llava-okvqa", "minicpm-pathvqa", "minicpm-textcaps")
+    found = {path.stem for path in EXPERIMENTS.glob("*.toml")}
+    return [*(name for name in order if name in found), *sorted(found - set(order))]
+
+
+def load_experiment(
+    name: str | Path, overrides: Sequence[str] = (), more: Mapping[str, Any] | None = None
+) -> Experiment:
+    """Read and check an experiment.
+
+    Args:
+        name: of one in ``experiments/``, or the path of a TOML file.
+        overrides: such as ``training.learning_rate=1e-5`` or ``methods.mdgd.align=10``; values are TOML, and what is
+            no TOML is taken as text.
+        more: values laid over the file's before the overrides, nested as the file is.
+
+    Raises:
+        ConfigError: no such experiment, or one that cannot be used.
+    """
+    path = Path(name) if str(name).endswith(".toml") else EXPERIMENTS / f"{name}.toml"
+    if not path.is_file():
+        raise ConfigError(f"no experiment {str(name)!r}; there are {', '.join(experiment_names())}")
+    try:
+        values = tomllib.loads(path.read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path.name}: not TOML: {error}") from error
+    _lay_over(values, more or {})
+    for override in overrides:
+        _override(values, override)
+    experiment = build(Experiment, {"name": path.stem, **values}, path.name)
+    _check_names(experiment, path.name)
+    return experiment
+
+
+def build(cls: type[T], values: Any, where: str, prefix: str = "") -> T:
+    """An instance of a dataclass from nested dictionaries.
+
+    Args:
+        cls: its annotations are what is checked: int, float, str, bool, tuples of one of these, dataclasses, Mapping.
+        values: by field.
+        where: the file that errors name.
+        prefix: of the keys that errors name.
+
+    Raises:
+        ConfigError: see above.
+    """
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where}: {prefix.removesuffix('.')} must be a table, got {values!r}")
+    hints, known = typing.get_type_hints(cls), {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
+    for key in values:
+        if key not in known:
+            raise ConfigError(f"{where}: unknown key {prefix}{key}; there are {', '.join(known)}")
+    for key, f in known.items():
+        if key not in values and f.default in (MISSING, None) and f.default_factory is MISSING:
+            raise ConfigError(f"{where}: {prefix}{key} is missing")
+    return cls(**{key: _value(hints[key], known[key], value, where, prefix + key) for key, value in values.items()})
+
+
+def _value(hint: Any, f: Field, value: Any, where: str, key: str) -> Any:
+    if is_dataclass(hint):
+        return build(typing.cast(type, hint), value, where, f"{key}.")
+    if typing.get_origin(hint) is tuple:
+        member = typing.get_args(hint)[0]
+        if not isinstance(value, list | tuple) or not value:
+            raise ConfigError(f"{where}: {key} must be a list of {member.__name__}, got {value!r}")
+        return tuple(_value(member, f, x, where, key) for x in value)
+    if hint in (int, float, str, bool):
+        if hint is float and type(value) is int:
+            value = float(value)
+        if type(value) is not hint:
+            raise ConfigError(f"{where}: {key} must be {hint.__name__}, got {value!r}")
+        _check_range(f, value, where, key)
+    elif not isinstance(value, Mapping):
+        raise ConfigError(f"{where}: {key} must be a table, got {value!r}")
+    return value
+
+
+def _check_range(f: Field, value: Any, where: str, key: str) -> None:
+    least, most, choices = (f.metadata.get(name) for name in ("least", "most", "choices"))
+    if choices is not None and value not in choices:
+        raise ConfigError(f"{where}: {key} must be one of {', '.join(map(str, choices))}, got {value!r}")
+    if (least is not None and not value >= least) or (most is not None and not value <= most):
+        bounds = [f"at least {least:g}"] * (least is not None) + [f"at most {most}"] * (most is not None)
+        raise ConfigError(f"{where}: {key} must be {' and '.join(bounds)}, got {value}")
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set: {override!r} is not of the form key=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    nested: dict[str, Any] = {}
+    *tables, last = key.split(".")
+    inner = nested
+    for table in tables:
+        inner = inner.setdefault(table, {})
+    inner[last] = value
+    _lay_over(values, nested)
+
+
+def _lay_over(values: dict[str, Any], more: Mapping[str, Any]) -> None:
+    for key, value in more.items():
+        if isinstance(value, Mapping) and isinstance(values.get(key), dict):
+            _lay_over(values[key], value)
+        else:
+            values[key] = dict(value) if isinstance(value, Mapping) else value
+
+
+def _check_names(experiment: Experiment, where: str) -> None:
+    from reproductions.paper.data import DATASETS
+    from reproductions.paper.methods import METHODS
+
+    if not experiment.pretrained:
+        raise ConfigError(f"{where}: pretrained is missing")
+    for key, name in [("target", experiment.target), *(("pretrained", name) for name in experiment.pretrained)]:
+        if name not in DATASETS:
+            raise ConfigError(f"{where}: {key}: no data set {name!r}; there are {', '.join(DATASETS)}")
+    if DATASETS[experiment.target].training is None:
+        raise ConfigError(f"{where}: target: {experiment.target} has no training split")
+    for name, values in experiment.methods.items():
+        if name not in METHODS:
+            raise ConfigError(f"{where}: methods: no method {name!r}; there are {', '.join(METHODS)}")
+        build(METHODS[name].Settings, values, where, f"methods.{name}.")

@@ -1,0 +1,211 @@
+"""What a row takes, from parameter and token counts: GPU hours, GPU memory, disk. Estimates, not measurements.
+
+With P the language model's parameters, Q those that are trained, T the tokens of an example, f forward and b backward
+passes a step:
+
+    training    T · (2 P (f + b c) + b (2 P + 2 Q)) + 2 V N     operations an example
+    evaluation  2 P T + 2 V N operations, then a pass over all weights' bytes for each token of a batch's answers
+    memory      2 bytes a frozen number; 4 a trained one, 8 more for AdamW, 4 for each gradient that is held and for φ;
+                8 more inside a mask, for positions; and activations
+
+c is 1 if activations are computed again in backward passes; V and N are the vision tower's parameters and patches: it
+is frozen and runs once an example. Gradients pass through all of the language model, since the connector is trained.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from torch import nn
+
+from reproductions.paper.config import Experiment
+from reproductions.paper.data import DATASETS
+from reproductions.paper.methods import METHODS, Method
+from reproductions.paper.train import method_of
+from reproductions.paper.work import skeleton
+from torch_mdgd import connector, last_decoder_layers
+from torch_mdgd.parts import text_decoder
+
+OPERATIONS, BANDWIDTH, UTILISATION = 312e12, 2.0e12, 0.35
+ASSUMPTIONS = (
+    "A100-80GB: 312 TFLOP/s in bfloat16 and 2 TB/s, at 35 % of either; one row uses one GPU, two GPUs do two rows at "
+    "a time"
+)
+PASSES = {"mdgd": (3, 4), "mdgd-no-align": (3, 4), "mdgd-gm": (2, 2), "fine-tune-lv": (2, 2)}
+GRADIENTS = {"mdgd": 3, "mdgd-no-align": 3, "mdgd-gm": 2, "fine-tune-lv": 2}
+WORDS = 80
+"""Tokens of an instruction and its answer."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model's shape.
+
+    Attributes:
+        total: parameters.
+        language: of the decoder and the head, without embeddings.
+        vision: of the vision tower.
+        hidden: width of the decoder.
+        depth: layers of the decoder.
+        vocabulary: tokens.
+        image_tokens: of one picture, as the decoder sees it.
+        patches: of one picture, as the vision tower sees it.
+    """
+
+    total: int
+    language: int
+    vision: int
+    hidden: int
+    depth: int
+    vocabulary: int
+    image_tokens: int
+    patches: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What one row takes.
+
+    Attributes:
+        trained: numbers that may change; None where only the weights themselves can tell.
+        training_hours: on one GPU.
+        evaluation_hours: of all tasks.
+        analysis_hours: of the short fine-tunings behind Figures 3b and 3c.
+        memory: bytes of GPU memory at the peak.
+        disk: bytes that stay.
+        checkpoints: bytes while it trains: two checkpoints, for one is written before the last is removed.
+    """
+
+    trained: int | None
+    training_hours: float
+    evaluation_hours: float
+    analysis_hours: float
+    memory: float
+    disk: float
+    checkpoints: float
+
+    @property
+    def hours(self) -> float:
+        """Of everything."""
+        return self.training_hours + self.evaluation_hours + self.analysis_hours
+
+
+# A picture of MiniCPM-V is an overview and up to nine slices; four is what 0.8 megapixels are cut into.
+TOKENS = {"llava-1.5-7b": (576, 577), "minicpm-v-2": (5 * 64, 5 * 1024), "minicpm-v-4.6": (5 * 64, 5 * 1024)}
+
+
+@lru_cache
+def size_of(model: str) -> Size:
+    """The shape of a published model."""
+    network: Any = skeleton(model)
+    decoder: Any = text_decoder(network)
+    total = count(network)
+    embeddings = count(decoder.get_input_embeddings())
+    head = embeddings  # of the same shape, and not tied to them
+    language = count(decoder) - embeddings + head
+    vision = total - count(decoder) - head - count(connector(network))
+    image_tokens, patches = TOKENS[model]
+    return Size(
+        total, language, vision, decoder.config.hidden_size, len(decoder.layers), decoder.config.vocab_size,
+        image_tokens, patches,
+    )  # fmt: skip
+
+
+def count(module: nn.Module) -> int:
+    """Parameters of a module."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def trained_numbers(experiment: Experiment, method: Method) -> int | None:
+    """How many numbers a method may change of the published model; None where only the weights themselves can tell."""
+    return None if method.name == "osf" else _trained(experiment.model, experiment.layers, method.name, method.settings)
+
+
+@lru_cache
+def _trained(model: str, layers: int, name: str, settings: Any) -> int:
+    return METHODS[name](settings).trained_numbers(skeleton(model), layers)
+
+
+def estimate(experiment: Experiment, name: str) -> Estimate:
+    """What a row of the tables takes."""
+    method, size, t = method_of(experiment, name), size_of(experiment.model), experiment.training
+    trained = trained_numbers(experiment, method) or 0
+    dense = trained if name != "mdgd-gm" else round(trained / method.settings.ratio)
+    tokens = size.image_tokens + WORDS
+    target = DATASETS[experiment.target]
+    examples = t.examples or target.splits[str(target.training)].examples
+    rounds = t.steps * t.batch * t.accumulation / examples if t.steps else t.epochs
+    one, learns = 0.0, method.trains and method.begins_with is None
+    if learns:
+        f, b = PASSES.get(name, (1, 1))
+        one = tokens * (2 * size.language * (f + b * t.checkpointing) + b * 2 * (size.language + dense))
+        one = (one + 2 * size.vision * size.patches) / (OPERATIONS * UTILISATION) / 3600
+    # With a ratio of 1 everything is inside the mask.
+    short = experiment.masking if name == "mdgd-gm" else None
+    inside = round(dense * max(short.ratios)) if short else trained
+    memory = 2 * (size.total - dense) + 4 * dense + _activations(experiment, size, learns)
+    if learns:
+        # State for what moves; gradients for everything; and φ, which the plain optimizer does without.
+        memory += 8 * inside + 4 * dense * GRADIENTS.get(name, 1) + 4 * inside * (name in GRADIENTS)
+        memory += 8 * inside if short else 0
+    elif method.trains:
+        memory += 4 * sum(side**2 for side in _inputs(experiment))
+    state = 16 * inside if short else 12 * trained
+    return Estimate(
+        trained if name != "osf" else None,
+        one * rounds * examples,
+        sum(_evaluation(experiment, size, task) for task in experiment.tasks) / 3600,
+        one * len(short.ratios) * short.steps * t.batch * t.accumulation if short else 0.0,
+        memory,
+        2 * dense,
+        2 * (4 * dense + state) if learns else 0.0,
+    )
+
+
+def _inputs(experiment: Experiment) -> list[int]:
+    """Widths of the inputs of every Linear that is trained: Model Tailor keeps a matrix of each."""
+    network = skeleton(experiment.model)
+    return [
+        part.in_features
+        for layer in last_decoder_layers(network, experiment.layers)
+        for part in layer.modules()
+        if isinstance(part, nn.Linear)
+    ]
+
+
+def _evaluation(experiment: Experiment, size: Size, task: str) -> float:
+    """Seconds to measure a task."""
+    data, e = DATASETS[task], experiment.evaluation
+    n = data.splits[data.evaluation].examples
+    n = min(n, e.examples) if e.examples else n
+    # Answers end long before they may: two tokens a word, and captions are of a dozen words.
+    answer = 24 if data.metric == "cider" else 4
+    reading = 2 * size.language * (size.image_tokens + WORDS) + 2 * size.vision * size.patches
+    writing = answer * 2 * size.total / e.batch
+    return n * (reading / (OPERATIONS * UTILISATION) + writing / (BANDWIDTH * UTILISATION))
+
+
+def _activations(experiment: Experiment, size: Size, trains: bool) -> float:
+    """Bytes: what each layer hands on, the inside of one layer, and the logits with their gradient in float32."""
+    t, e = experiment.training, experiment.evaluation
+    rows = t.batch if trains else e.batch
+    tokens = rows * (size.image_tokens + WORDS)
+    inside = 34 * size.hidden * tokens
+    layers = size.depth * size.hidden * tokens * 2
+    if not trains:
+        # Keys and values of what was read.
+        return inside + 2 * layers
+    kept = layers + inside if t.checkpointing else size.depth * inside
+    return kept + 3 * 4 * tokens * size.vocabulary
+
+
+def downloads(experiment: Experiment) -> dict[str, float]:
+    """Gigabytes to fetch: the weights, and each data set's splits."""
+    found = {experiment.model: 2 * size_of(experiment.model).total / 1e9}
+    for task in experiment.tasks:
+        data = DATASETS[task]
+        splits = {data.evaluation} | ({str(data.training)} if task == experiment.target else set())
+        found[task] = max(data.splits[split].gigabytes for split in splits)
+        if len({data.pattern(split) for split in splits}) > 1:
+            found[task] = sum(data.splits[split].gigabytes for split in splits)
+    return found

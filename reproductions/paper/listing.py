@@ -1,0 +1,78 @@
+"""`python -m reproductions list`: what there is, what it takes, and what has run."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from reproductions.paper.config import experiment_names, load_experiment
+from reproductions.paper.data import DATASETS
+from reproductions.paper.estimate import ASSUMPTIONS, Estimate, downloads, estimate, size_of
+from reproductions.paper.methods import METHODS, methods_of
+
+FIGURES = {
+    "1, 4": "effective rank of what is seen, by task: zero-shot, fine-tune, mdgd of all experiments",
+    "2": "t-SNE of features: zero-shot, fine-tune, mdgd of both MiniCPM experiments",
+    "3": "learning curves of fine-tune, mdgd, mdgd-gm; agreement and drift against the ratio of mdgd-gm",
+    "5": "t-SNE of features: zero-shot, fine-tune, mdgd of both LLaVA experiments",
+}
+
+
+def print_list(overrides: Sequence[str], results: Path, console: Console) -> None:
+    """Print all rows, figures, downloads and totals."""
+    rows: list[Estimate] = []
+    fetched: dict[str, float] = {}
+    for name in experiment_names():
+        experiment = load_experiment(name, overrides)
+        table = Table(title=f"{name}: {experiment.title}", title_justify="left")
+        for head in ("method", "numbers trained", "train h", "evaluate h", "analyse h", "GPU GB", "disk GB", "has run"):
+            table.add_column(head, justify="left" if head in ("method", "has run") else "right")
+        for method in methods_of(experiment.model):
+            found = estimate(experiment, method)
+            table.add_row(*cells(method, found), stage(results / name / method))
+            rows.append(found)
+        console.print(table)
+        fetched |= downloads(experiment)
+        sizes = ", ".join(f"{DATASETS[task].title} {fetched[task]:.1f}" for task in experiment.tasks)
+        weights = f"{experiment.model} {fetched[experiment.model]:.1f}"
+        console.print(
+            f"{size_of(experiment.model).total:,} parameters. To fetch, GB: {weights}, {sizes}\n", soft_wrap=True
+        )
+    console.print("disk GB: what stays + checkpoints while it trains\n", soft_wrap=True)
+    for number, what in FIGURES.items():
+        console.print(f"Figure {number}: {what}", soft_wrap=True)
+    beyond = ", ".join(name for name, method in METHODS.items() if not method.in_paper)
+    console.print(f"Beyond the paper: {beyond}\n")
+    hours, memory = sum(found.hours for found in rows), max(found.memory for found in rows)
+    disk = sum(found.disk for found in rows) + 2 * max(found.checkpoints for found in rows)
+    console.print(
+        f"All rows: about {hours:.0f} GPU hours, {hours / 2:.0f} on two GPUs of {memory / 1e9:.0f} GB or more; "
+        f"{sum(fetched.values()):.0f} GB to fetch and up to {disk / 1e9:.0f} GB of results "
+        f"and, while two rows train, of checkpoints.\n"
+        f"Estimated from parameter and token counts for {ASSUMPTIONS}; the formulas are in estimate.py.",
+        soft_wrap=True,
+    )
+
+
+def cells(method: str, found: Estimate) -> list[str]:
+    """A row of the list, without what has run."""
+    return [
+        method,
+        f"{found.trained:,}" if found.trained else "–",
+        f"{found.training_hours:.1f}" if found.training_hours else "–",
+        f"{found.evaluation_hours:.1f}",
+        f"{found.analysis_hours:.1f}" if found.analysis_hours else "–",
+        f"{found.memory / 1e9:.0f}",
+        f"{found.disk / 1e9:.1f} + {found.checkpoints / 1e9:.0f}" if found.disk else "–",
+    ]
+
+
+def stage(folder: Path) -> str:
+    """How far a run is."""
+    try:
+        found = json.loads((folder / "status.json").read_text())
+    except (OSError, ValueError):
+        return "–"
+    return f"{found['stage']}, {found['wall_seconds'] / 3600:.1f} h"

@@ -1,0 +1,94 @@
+"""Figures 3b and 3c: how well g̃ and g̃₀ agree, and how far vision has drifted, against the ratio of MDGD-GM."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from torch import Tensor
+
+from reproductions.paper.evaluate import write
+from reproductions.paper.methods.base import train_last
+from reproductions.paper.methods.mdgd_gm import MDGDGM
+from reproductions.paper.models import load_model
+from reproductions.paper.train import train
+from reproductions.paper.weights import NAME, load_changes
+from reproductions.paper.work import Workshop
+from torch_mdgd import MDGDOptimizer, mdgd_backward
+
+ROLES = ("task", "visual", "reference_task", "reference_visual")
+
+
+def analyse_masking(work: Workshop, method: MDGDGM, folder: Path, progress: bool = True) -> list[dict[str, float]]:
+    """Fine-tune shortly at every ratio from the published weights, and measure; ratios that are there are kept.
+
+    Returns:
+        what ``analysis/masking.json`` holds: for each ratio ρ, cos(M ⊙ g̃, M ⊙ g̃₀) with M the numbers that moved, and
+        L_v.
+    """
+    path = folder / "analysis" / "masking.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found: list[dict[str, float]] = json.loads(path.read_text()) if path.is_file() else []
+    e = work.experiment
+    training = replace(e.training, steps=e.masking.steps, save_every=e.masking.steps)
+    for ratio in e.masking.ratios:
+        if any(entry["ratio"] == ratio for entry in found):
+            continue
+        short = Workshop(replace(e, training=training), work.device)
+        run = path.parent / f"ratio-{ratio:g}"
+        if not (run / NAME).is_file():
+            train(short, type(method)(replace(method.settings, ratio=ratio)), run, progress=progress)
+        found.append({"ratio": ratio, **measure(short, run / NAME)})
+        write(path, json.dumps(found, indent=1))
+        (run / NAME).unlink()
+    return found
+
+
+def measure(work: Workshop, trained: Path) -> dict[str, float]:
+    """cos(M ⊙ g̃, M ⊙ g̃₀) and L_v, means over batches of the target task.
+
+    Args:
+        work: with a network of the method's trained parameters; its weights end as the fine-tuned ones.
+        trained: what the fine-tuning changed.
+    """
+    e = work.experiment
+    work.model = load_model(e.model, e.source, e.dtype, work.device, trust_remote_code=e.trust_remote_code)
+    network = work.network.train()
+    parameters = train_last(network, e.layers)
+    for p in parameters:
+        p.data = p.data.float()
+    # Never stepped: it holds φ, the published weights, and captures gradients.
+    optimizer = MDGDOptimizer(torch.optim.SGD(parameters, lr=0.0))
+    before = [p.detach().clone() for p in parameters]
+    load_changes(network, trained)
+    moved = [p.detach() != x for p, x in zip(parameters, before, strict=True)]
+    found = []
+    for batch in work.target_batches(e.masking.batches):
+        with torch.autocast(work.device.type, torch.bfloat16, enabled=e.dtype == "bfloat16"):
+            mdgd_backward(network, optimizer, batch, tap=work.model.tap(), combine=False)
+        cos = masked_cosine([optimizer.captured[role] for role in ROLES], moved)
+        found.append({"cos": cos, "visual_loss": float(optimizer.diagnostics["visual_loss"])})
+        optimizer.zero_grad()
+    return {name: fmean(entry[name] for entry in found) for name in ("cos", "visual_loss")}
+
+
+def masked_cosine(roles: Sequence[Sequence[Tensor | None]], moved: Sequence[Tensor]) -> float:
+    """The cosine of M ⊙ g̃ (6) and M ⊙ g̃₀ (7), of gradients g, v, g₀, v₀ by parameter; 0 if one is zero."""
+    sums = torch.zeros(3, dtype=torch.float64)
+    for g, v, g0, v0, mask in zip(*roles, moved, strict=True):
+        if g is None or g0 is None:
+            continue
+        a, b = (_without(x, y)[mask] for x, y in ((g, v), (g0, v0)))
+        sums += torch.stack([a @ b, a @ a, b @ b]).cpu()
+    length = (sums[1] * sums[2]).sqrt()
+    return float(sums[0] / length) if length > 0 else 0.0
+
+
+def _without(g: Tensor, v: Tensor | None) -> Tensor:
+    g = g.double()
+    if v is None or not v.any():
+        return g
+    v = v.double()
+    return g - (g * v).sum() / (v * v).sum() * v

@@ -1,0 +1,34 @@
+"""The models of the tables, and how they are loaded."""
+
+from pathlib import Path
+
+import torch
+
+from reproductions.paper.models.base import Batch, VisionLanguageModel, to_device
+from reproductions.paper.models.llava import Llava
+from reproductions.paper.models.minicpm_v2 import MiniCPMV2Model
+from reproductions.paper.models.minicpm_v4 import MiniCPMV4Model
+
+__all__ = ["MODELS", "Batch", "VisionLanguageModel", "load_model", "to_device"]
+
+MODELS: dict[str, type[VisionLanguageModel]] = {
+    family.name: family for family in (Llava, MiniCPMV2Model, MiniCPMV4Model)
+}
+
+
+def load_model(
+    name: str, source: str | Path | None, dtype: str, device: torch.device, *, trust_remote_code: bool = False
+) -> VisionLanguageModel:
+    """A model in evaluation mode, on a device.
+
+    Args:
+        name: one of ``MODELS``.
+        source: a folder; the published weights from the hub if None or empty.
+        dtype: such as "bfloat16".
+        device: where to.
+        trust_remote_code: run code that comes with the weights.
+    """
+    family = MODELS[name]
+    model = family.load(source or family.source, getattr(torch, dtype), trust_remote_code=trust_remote_code)
+    model.network.eval()
+    return model.to(device)

@@ -1,0 +1,93 @@
+"""LLaVA-1.5-7B, native in transformers."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
+
+from reproductions.paper.models.base import Batch, Encoded, VisionLanguageModel
+from reproductions.paper.models.tiny import WIDTH, byte_tokenizer
+
+IMAGE = "<image>"
+PROMPT = "USER: {image}\n{question} ASSISTANT:"
+"""The instruction as the model was taught: Vicuna's form without a system prompt, as its card on the hub has it."""
+
+
+class Llava(VisionLanguageModel):
+    """LLaVA-1.5: CLIP at 336 pixels, a projector of two layers, Vicuna-7B."""
+
+    name = "llava-1.5-7b"
+    source = "llava-hf/llava-1.5-7b-hf"
+
+    def __init__(self, network: nn.Module, tokenizer: Any, pixels: Any) -> None:
+        super().__init__(network, tokenizer)
+        self.pixels = pixels
+        config: Any = network.config
+        side = config.vision_config.image_size // config.vision_config.patch_size
+        # The strategy "default" leaves out the class token, "full" keeps it.
+        self.image_tokens = side**2 + (config.vision_feature_select_strategy == "full")
+
+    @classmethod
+    def skeleton(cls) -> nn.Module:
+        """The network in its published size on the meta device."""
+        vision = CLIPVisionConfig(
+            hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336,
+            patch_size=14, projection_dim=768,
+        )  # fmt: skip
+        text = LlamaConfig(
+            vocab_size=32064, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
+            tie_word_embeddings=False,
+        )  # fmt: skip
+        with torch.device("meta"):
+            return LlavaForConditionalGeneration(
+                LlavaConfig(vision_config=vision, text_config=text, image_token_index=32000)
+            )
+
+    @classmethod
+    def load(cls, source: str | Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> "Llava":
+        """Read weights and tokenizer from a folder or from the hub; none of their code is needed."""
+        network = LlavaForConditionalGeneration.from_pretrained(source, dtype=dtype)
+        return cls(network, AutoTokenizer.from_pretrained(source), AutoImageProcessor.from_pretrained(source))
+
+    @classmethod
+    def write_tiny(cls, folder: Path, seed: int = 0) -> None:
+        """Write a random LLaVA of a few ten thousand numbers."""
+        torch.manual_seed(seed)
+        tokenizer = byte_tokenizer({"image_token": IMAGE})
+        vision = CLIPVisionConfig(
+            hidden_size=WIDTH, intermediate_size=WIDTH, num_hidden_layers=2, num_attention_heads=2, image_size=16,
+            patch_size=8, projection_dim=WIDTH,
+        )  # fmt: skip
+        text = LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=WIDTH, num_hidden_layers=7,
+            num_attention_heads=2, tie_word_embeddings=False, initializer_range=0.3,
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        )  # fmt: skip
+        token: Any = tokenizer.convert_tokens_to_ids(IMAGE)
+        config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=token)
+        LlavaForConditionalGeneration(config).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        square = {"height": 16, "width": 16}
+        CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=square).save_pretrained(folder)
+
+    def encode(self, image: Any, question: str) -> Encoded:
+        """One picture and one instruction."""
+        text = PROMPT.format(image=IMAGE * self.image_tokens, question=question)
+        pixels = self.pixels(images=image.convert("RGB"), return_tensors="pt")["pixel_values"]
+        return Encoded(self.tokenizer(text)["input_ids"], {"pixel_values": pixels})
+
+    def stack(self, encoded: Sequence[Encoded], shifts: Sequence[int]) -> Batch:
+        """All pictures have one size."""
+        network: Any = self.network
+        return {"pixel_values": torch.cat([e.pictures["pixel_values"] for e in encoded]).to(network.dtype)}

@@ -1,0 +1,209 @@
+"""One row of a table: train, measure every task, write everything down; skip what is done."""
+
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback, set_seed
+
+from reproductions.paper.config import ConfigError, Experiment
+from reproductions.paper.estimate import trained_numbers
+from reproductions.paper.evaluate import evaluate, write
+from reproductions.paper.masking import analyse_masking
+from reproductions.paper.methods import Method
+from reproductions.paper.methods.mdgd_gm import MDGDGM
+from reproductions.paper.train import method_of, train
+from reproductions.paper.weights import NAME, load_changes
+from reproductions.paper.work import Workshop
+
+PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "safetensors", "torch-mdgd")
+
+
+def run_row(
+    experiment: Experiment,
+    name: str,
+    results: Path,
+    *,
+    smoke: bool = False,
+    device: torch.device | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    console: Console | None = None,
+) -> Path:
+    """Do one row, or what is left of it.
+
+    Args:
+        experiment: the configuration.
+        name: of the method.
+        results: folder of all results.
+        smoke: noted in the results, so that nobody takes them for numbers.
+        device: the first GPU, or the CPU where there is none.
+        callbacks: more for the Trainer.
+        console: for progress.
+
+    Returns:
+        the run's folder.
+
+    Raises:
+        ConfigError: the folder holds a run with another configuration.
+    """
+    console = console or Console()
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    method = method_of(experiment, name)
+    folder = results / experiment.name / name
+    folder.mkdir(parents=True, exist_ok=True)
+    status = Status(folder / "status.json")
+    _write_config(experiment, method, folder, smoke, device)
+    if status.stage == "done":
+        console.print(f"{experiment.name} {name}: done already")
+        return folder
+    begin = None
+    if method.begins_with is not None:
+        begin = _trained_by(experiment, method.begins_with, results, smoke, device, callbacks, console)
+    console.print(f"{experiment.name} {name}: {method.title}, on {device}")
+    set_seed(experiment.seed)
+    work = Workshop(experiment, device)
+    show = not console.quiet
+    if method.trains:
+        if (folder / NAME).is_file():
+            load_changes(work.network, folder / NAME)
+        else:
+            with status.during("training"):
+                changed = train(work, method, folder, callbacks, begin, progress=show)
+            console.print(f"  {changed:,} numbers changed")
+    columns = TextColumn("  {task.description:12}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with status.during("evaluation"), Progress(*columns, console=console, disable=not show) as bars:
+        for task in experiment.tasks:
+            found = evaluate(work, task, folder, bars)
+            console.print(f"  {task:12} {found['scores']['score']:6.2f}   rank {found['effective_rank']:.1f}")
+    if isinstance(method, MDGDGM):
+        # Its models are loaded one after the other.
+        del work
+        with status.during("analysis"):
+            analyse_masking(Workshop(experiment, device), method, folder, progress=show)
+    status.set("done")
+    return folder
+
+
+class Status:
+    """``status.json``: the stage, and the seconds that all calls have taken together."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        found = json.loads(path.read_text()) if path.is_file() else {}
+        self.stage = str(found.get("stage", "new"))
+        self.seconds = float(found.get("wall_seconds", 0.0))
+
+    def set(self, stage: str) -> None:
+        """Write a stage."""
+        self.stage = stage
+        write(self.path, json.dumps({"stage": stage, "wall_seconds": round(self.seconds, 3)}))
+
+    def during(self, stage: str) -> "_Timed":
+        """Write the stage now, and its seconds when it ends, also by an exception."""
+        return _Timed(self, stage)
+
+
+class _Timed:
+    def __init__(self, status: Status, stage: str) -> None:
+        self.status, self.stage = status, stage
+
+    def __enter__(self) -> None:
+        self.status.set(self.stage)
+        self.began = time.perf_counter()
+
+    def __exit__(self, *exception: object) -> None:
+        self.status.seconds += time.perf_counter() - self.began
+        self.status.set(self.stage)
+
+
+def _trained_by(
+    experiment: Experiment,
+    name: str,
+    results: Path,
+    smoke: bool,
+    device: torch.device,
+    callbacks: Sequence[TrainerCallback],
+    console: Console,
+) -> Path:
+    """What another method of the same experiment changed; it is trained now if it was not."""
+    folder = results / experiment.name / name
+    folder.mkdir(parents=True, exist_ok=True)
+    other = method_of(experiment, name)
+    _write_config(experiment, other, folder, smoke, device)
+    if not (folder / NAME).is_file():
+        console.print(f"{experiment.name} {name}: training, for what begins with it")
+        with Status(folder / "status.json").during("training"):
+            train(Workshop(experiment, device), other, folder, callbacks, progress=not console.quiet)
+    return folder / NAME
+
+
+def _write_config(experiment: Experiment, method: Method, folder: Path, smoke: bool, device: torch.device) -> None:
+    path = folder / "config.json"
+    # A round trip, so that it compares with what is read: tuples are lists there.
+    configuration = json.loads(json.dumps(_relevant(experiment, method)))
+    if path.is_file():
+        before = json.loads(path.read_text())["configuration"]
+        if before != configuration:
+            keys = ", ".join(_differences(before, configuration)[:5])
+            raise ConfigError(
+                f"{folder} holds a run with another configuration ({keys}): choose other --results, or remove it"
+            )
+        return
+    config = {
+        "configuration": configuration,
+        "experiment": experiment.name,
+        "title": experiment.title,
+        "method": method.name,
+        "method_title": method.title,
+        "seed": experiment.seed,
+        "smoke": smoke,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "trained_numbers": None if smoke else trained_numbers(experiment, method),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "git": _revision(),
+    }
+    write(path, json.dumps(config, indent=1))
+
+
+def _relevant(experiment: Experiment, method: Method) -> dict[str, Any]:
+    """What a run's results depend on: not the settings of other methods."""
+    own = {name: experiment.methods.get(name, {}) for name in (method.name, method.begins_with) if name}
+    return {**experiment.as_dict(), "methods": own}
+
+
+def _differences(before: Any, now: Any, prefix: str = "") -> list[str]:
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        return [] if before == now else [prefix.removesuffix(".")]
+    return [
+        found
+        for key in dict.fromkeys([*before, *now])
+        for found in _differences(before.get(key), now.get(key), f"{prefix}{key}.")
+    ]
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _revision() -> str | None:
+    """The commit of the sources, and whether they were changed since."""
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=Path(__file__).parent, capture_output=True,
+            text=True, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,65 @@
+"""The smoke test's sizes: tiny models and small files on disk, and a configuration that points to them.
+
+Everything else is the code of the real runs: weights are read with ``from_pretrained``, data from parquet files in the
+hub's own schemas.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reproductions.paper.config import Experiment, load_experiment
+from reproductions.paper.data import DATASETS
+from reproductions.paper.models import MODELS
+
+EXAMPLES = 3
+SETTINGS: dict[str, Any] = {
+    "layers": 2,
+    "dtype": "float32",
+    "training": {
+        "steps": 2, "batch": 1, "accumulation": 2, "learning_rate": 1e-2, "warmup": 0.0, "save_every": 1,
+        "log_every": 1, "workers": 0, "checkpointing": False,
+    },
+    "evaluation": {"batch": EXAMPLES, "examples": EXAMPLES, "answer_tokens": 2, "caption_tokens": 2},
+    "masking": {"ratios": [0.1, 1.0], "steps": 2, "batches": 1},
+    "methods": {
+        "lora": {"rank": 2}, "corda": {"rank": 2, "samples": 2}, "ewc": {"samples": 2}, "model-tailor": {"samples": 2},
+        "replay": {"share": 0.5},
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Assets:
+    """A folder with tiny models and sample files."""
+
+    folder: Path
+
+    def write(self, models: Sequence[str] = tuple(MODELS)) -> "Assets":
+        """Write what is not there."""
+        for name in models:
+            if not (self.model(name) / "config.json").is_file():
+                MODELS[name].write_tiny(self.model(name))
+        for name, data in DATASETS.items():
+            marker = self.data / name / "written"
+            if not marker.is_file():
+                for split in {data.evaluation, data.training} - {None}:
+                    data.write_sample(self.data / name, str(split), 2 * EXAMPLES, 0)
+                marker.touch()
+        return self
+
+    def model(self, name: str) -> Path:
+        """Folder of a model."""
+        return self.folder / "models" / name
+
+    @property
+    def data(self) -> Path:
+        """Folder of all data sets."""
+        return self.folder / "data"
+
+    def experiment(self, name: str, overrides: Sequence[str] = ()) -> Experiment:
+        """An experiment in the smoke test's sizes."""
+        chosen = load_experiment(name, overrides).model
+        more = {**SETTINGS, "source": str(self.model(chosen)), "data": {"source": str(self.data)}}
+        return load_experiment(name, overrides, more)

@@ -1,0 +1,232 @@
+"""Fine-tuning with transformers' Trainer, taken up where a killed run left its last checkpoint."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from reproductions.paper.config import Experiment
+from reproductions.paper.methods import METHODS, Method
+from reproductions.paper.methods.base import Penalty
+from reproductions.paper.weights import NAME, load_changes, save_changes
+from reproductions.paper.work import Workshop
+from torch_mdgd.integrations.transformers import MDGDTrainerMixin
+
+CHECKPOINTS, LOG, TRAINED = "checkpoints", "training.jsonl", "trained_parameters.safetensors"
+LOGGED = ("visual_loss", "cos_task_visual", "cos_task_reference", "kept_fraction", "visual_to_task")
+
+
+class SmallCheckpoints:
+    """Before a Trainer: checkpoints hold what is trained and nothing else, by the names in the model.
+
+    Besides being a sixth of the size, they load in every family: the Trainer's own loads LLaVA's by other names than it
+    saved them.
+    """
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        trainer: Any = self
+        folder = Path(output_dir or trainer.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: p.detach().contiguous() for name, p in _trained(trainer.model)}, folder / TRAINED)
+
+    @torch.no_grad()
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        trainer: Any = self
+        saved = load_file(Path(resume_from_checkpoint) / TRAINED)
+        for name, p in _trained(trainer.model if model is None else model):
+            if name not in saved:
+                raise ValueError(f"{resume_from_checkpoint} lacks {name}: it is a checkpoint of another run")
+            p.copy_(saved[name])
+
+
+class PaperTrainer(SmallCheckpoints, Trainer):
+    """The Trainer, with a penalty that may be added to its loss."""
+
+    penalty: Penalty | None = None
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
+    ) -> Any:
+        """The task loss, and the penalty once a step."""
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if self.penalty is not None:
+            # A loss over all tokens of a step is not divided by the number of passes afterwards.
+            once = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            loss = loss + self.penalty() / (self.current_gradient_accumulation_steps if once else 1)
+        return (loss, outputs) if return_outputs else loss
+
+
+class PaperMDGDTrainer(SmallCheckpoints, MDGDTrainerMixin, Trainer):
+    """The same around MDGD."""
+
+
+class LogLines(TrainerCallback):
+    """Writes each training log as a line of JSON; lines of steps that are taken again are dropped."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keep what was logged up to the checkpoint."""
+        lines = read_lines(self.path)
+        kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= state.global_step]
+        self.path.write_text("".join(kept))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Add a line."""
+        if logs and "loss" in logs:
+            line = {"step": state.global_step} | {
+                name: float(logs[name]) for name in ("loss", *LOGGED, "grad_norm", "learning_rate") if name in logs
+            }
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def train(
+    work: Workshop,
+    method: Method,
+    folder: Path,
+    callbacks: Sequence[TrainerCallback] = (),
+    begin: Path | None = None,
+    progress: bool = True,
+) -> int:
+    """Fine-tune the workshop's model, and write what changed to ``trained.safetensors``.
+
+    Args:
+        work: its model has the published weights, and afterwards the fine-tuned ones.
+        method: how.
+        folder: of the run; checkpoints of a killed run there are taken up.
+        callbacks: more for the Trainer.
+        begin: what another method changed, in place of training; for methods that begin with another's result.
+        progress: whether to show a bar.
+
+    Returns:
+        how many numbers changed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(work.experiment.seed)
+    network = work.network
+    if begin is not None:
+        load_changes(network, begin)
+        module = network
+    else:
+        module = _train(work, method, folder, callbacks, progress)
+    method.finish(work, module)
+    published = work.pretrained
+    for name, p in network.named_parameters():
+        p.data = p.data.to(published[name].dtype)
+    network.requires_grad_(False).eval()
+    count = save_changes(network, published, folder / NAME)
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    return count
+
+
+def _train(
+    work: Workshop, method: Method, folder: Path, callbacks: Sequence[TrainerCallback], progress: bool
+) -> nn.Module:
+    e, network = work.experiment, work.network
+    module = method.prepare(work)
+    for _, p in _trained(module):
+        p.data = p.data.float()
+    if e.training.checkpointing:
+        enable: Any = network.gradient_checkpointing_enable
+        enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    examples = method.examples(work, work.training_examples(), e.training.batch * e.training.accumulation)
+    common: dict[str, Any] = {
+        "model": module,
+        "args": arguments(e, method, folder, work.device, progress),
+        "train_dataset": examples,
+        "data_collator": lambda some: work.model.collate(some, answers=True),
+        "callbacks": [LogLines(folder / LOG), *callbacks],
+    }
+    wrapper = method.wrapper()
+    trainer: PaperTrainer | PaperMDGDTrainer
+    if wrapper is None:
+        trainer = PaperTrainer(**common)
+        trainer.penalty = method.penalty(work, module)
+    else:
+        trainer = PaperMDGDTrainer(**common, mdgd=wrapper, tap=work.model.tap())
+    if not progress:
+        trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder / CHECKPOINTS))
+    if e.training.checkpointing:
+        disable: Any = network.gradient_checkpointing_disable
+        disable()
+    return module
+
+
+def arguments(
+    experiment: Experiment, method: Method, folder: Path, device: torch.device, progress: bool
+) -> TrainingArguments:
+    """The Trainer's settings of a run."""
+    t = experiment.training
+    out = TrainingArguments(
+        output_dir=str(folder / CHECKPOINTS),
+        num_train_epochs=t.epochs,
+        max_steps=t.steps or -1,
+        learning_rate=method.settings.learning_rate or t.learning_rate,
+        lr_scheduler_type=t.schedule,
+        warmup_steps=t.warmup if t.warmup < 1 else 0.999,
+        weight_decay=t.weight_decay,
+        max_grad_norm=t.clip,
+        per_device_train_batch_size=t.batch,
+        gradient_accumulation_steps=t.accumulation,
+        bf16=experiment.dtype == "bfloat16",
+        save_strategy="steps",
+        save_steps=t.save_every,
+        save_total_limit=1,
+        logging_steps=t.log_every,
+        dataloader_num_workers=t.workers,
+        remove_unused_columns=False,
+        report_to=[] if t.report_to == "none" else [t.report_to],
+        run_name=f"{experiment.name} {method.name}",
+        seed=experiment.seed,
+        use_cpu=device.type == "cpu",
+        dataloader_pin_memory=device.type != "cpu",
+        disable_tqdm=not progress,
+    )
+    # One process is one GPU: several would be DataParallel, which the passes of MDGD do not support.
+    out._n_gpu = min(out.n_gpu, 1)
+    return out
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that was written to its end; one that a kill cut short is passed over."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    for path in found:
+        try:
+            json.loads((path / "trainer_state.json").read_text())
+        except (OSError, json.JSONDecodeError):
+            shutil.rmtree(path, ignore_errors=True)
+            continue
+        return str(path)
+    return None
+
+
+def read_lines(path: Path) -> list[Any]:
+    """The lines of a file of JSON lines; a last one cut short by a kill is left out."""
+    found = []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return found
+
+
+def method_of(experiment: Experiment, name: str) -> Method:
+    """A method with the experiment's settings."""
+    from reproductions.paper.config import build
+
+    kind = METHODS[name]
+    return kind(build(kind.Settings, experiment.methods.get(name, {}), experiment.name, f"methods.{name}."))
+
+
+def _trained(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, p) for name, p in module.named_parameters() if p.requires_grad]

@@ -1,0 +1,44 @@
+"""What a run changed of the published weights, as a file: only the parameters that differ."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+NAME = "trained.safetensors"
+
+
+@torch.no_grad()
+def save_changes(network: nn.Module, pretrained: Mapping[str, Tensor], path: Path) -> int:
+    """Write the parameters that differ from the published ones, in their dtype; the file appears whole or not at all.
+
+    Returns:
+        how many numbers differ.
+    """
+    changed, count = {}, 0
+    for name, p in network.named_parameters():
+        now, before = p.detach().cpu(), pretrained[name]
+        if not torch.equal(now, before.to(now.dtype)):
+            changed[name] = now.contiguous()
+            count += int((now != before.to(now.dtype)).sum())
+    part = path.with_suffix(".part")
+    save_file(changed, part, {"format": "pt"})
+    os.replace(part, path)
+    return count
+
+
+@torch.no_grad()
+def load_changes(network: nn.Module, path: Path) -> None:
+    """Put them in a network with the published weights.
+
+    Raises:
+        ValueError: they are not of this network.
+    """
+    parameters = dict(network.named_parameters())
+    for name, value in load_file(path).items():
+        if name not in parameters or parameters[name].shape != value.shape:
+            raise ValueError(f"{path}: {name} is no parameter of this network, or of another shape")
+        parameters[name].copy_(value)

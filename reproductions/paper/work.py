@@ -1,0 +1,111 @@
+"""One run's model and data, as methods and evaluation see them."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from reproductions.paper.config import Data, Experiment
+from reproductions.paper.data import DATASETS, Example
+from reproductions.paper.models import MODELS, Batch, load_model, to_device
+
+
+class Workshop:
+    """Loads what an experiment names.
+
+    Args:
+        experiment: the configuration.
+        device: where the model is.
+    """
+
+    def __init__(self, experiment: Experiment, device: torch.device) -> None:
+        self.experiment, self.device = experiment, device
+        self.layers = experiment.layers
+
+    @cached_property
+    def model(self) -> Any:
+        """The model, with its published weights when it is first asked for."""
+        e = self.experiment
+        return load_model(e.model, e.source, e.dtype, self.device, trust_remote_code=e.trust_remote_code)
+
+    @property
+    def network(self) -> nn.Module:
+        """The model's network."""
+        return self.model.network
+
+    @property
+    def pretrained(self) -> Mapping[str, Tensor]:
+        """The published weights by parameter name, on the CPU."""
+        e = self.experiment
+        fresh = load_model(
+            e.model, e.source, e.dtype, torch.device("cpu"), trust_remote_code=e.trust_remote_code
+        ).network  # fmt: skip
+        return {name: p.detach() for name, p in fresh.named_parameters()}
+
+    def examples(self, task: str, split: str, limit: int = 0) -> Sequence[Example]:
+        """Examples of a data set; 0 for all."""
+        return _open(self.experiment.data, task, split, limit)
+
+    def training_examples(self) -> Sequence[Example]:
+        """What the target task teaches with."""
+        e = self.experiment
+        return self.examples(e.target, str(DATASETS[e.target].training), e.training.examples)
+
+    def evaluation_examples(self, task: str) -> Sequence[Example]:
+        """What a task is measured on."""
+        return self.examples(task, DATASETS[task].evaluation, self.experiment.evaluation.examples)
+
+    def memory(self) -> Sequence[Example]:
+        """Training examples of those pre-trained tasks that have a training split; never those that are measured.
+
+        Raises:
+            ValueError: none has one.
+        """
+        tasks = [task for task in self.experiment.pretrained if DATASETS[task].training is not None]
+        if not tasks:
+            raise ValueError(f"{self.experiment.name}: no pre-trained task has a training split to remember")
+        limit = self.experiment.training.examples
+        return _Chained([self.examples(task, str(DATASETS[task].training), limit) for task in tasks])
+
+    def target_batches(self, count: int) -> Iterator[Batch]:
+        """Batches of one example of the target task, with labels."""
+        yield from self._singles(self.training_examples(), count)
+
+    def memory_batches(self, count: int) -> Iterator[Batch]:
+        """Batches of one example of what the model could answer before, with labels."""
+        yield from self._singles(self.memory(), count)
+
+    def _singles(self, examples: Sequence[Example], count: int) -> Iterator[Batch]:
+        rng = np.random.default_rng(self.experiment.seed)
+        for i in rng.permutation(len(examples))[:count]:
+            yield to_device(self.model.collate([examples[int(i)]], answers=True), self.device)
+
+
+def skeleton(model: str) -> nn.Module:
+    """A model's network in its published size, without numbers."""
+    return MODELS[model].skeleton()
+
+
+class _Chained(Sequence[Example]):
+    """Several sequences as one."""
+
+    def __init__(self, parts: Sequence[Sequence[Example]]) -> None:
+        self.parts = parts
+        self.ends = np.cumsum([len(part) for part in parts])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, index: Any) -> Any:
+        part = int(np.searchsorted(self.ends, index, side="right"))
+        return self.parts[part][int(index) - (int(self.ends[part - 1]) if part else 0)]
+
+
+@lru_cache(maxsize=64)
+def _open(data: Data, task: str, split: str, limit: int) -> Sequence[Example]:
+    source = Path(data.source) / task if data.source else None
+    return DATASETS[task].load(split, source=source, limit=limit or None, organisation=data.organisation)

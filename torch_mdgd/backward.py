@@ -1,5 +1,6 @@
 """The passes of one training step, in place of ``loss.backward()``."""
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
@@ -16,6 +17,8 @@ from torch_mdgd.roles import DECOUPLED_REFERENCE, ROLES
 from torch_mdgd.visual import Batch, VisualTap, visual_alignment_loss
 
 Schedule = Literal["sequential", "together"]
+# What batches call pictures and films.
+PICTURES = ("pixel_values", "pixel_values_videos", "images")
 
 
 def mdgd_backward(
@@ -40,8 +43,9 @@ def mdgd_backward(
     model stays in the mode, train or eval, that it is in.
 
     A step without image tokens has no L_v, and nothing to be kept from: it is the wrapped optimizer's own, d = g
-    (under a mask M ⊙ g), in one forward and one backward pass. A micro-batch without image tokens, in a step that
-    may have some, adds to g and g0; a step that chooses its mask takes all gradients in any case.
+    (under a mask M ⊙ g), in one forward and one backward pass; with a warning if the batch holds pictures. A
+    micro-batch without image tokens, in a step that may have some, adds to g and g0; a step that chooses its mask
+    takes all gradients in any case.
 
     Args:
         model: called as ``model(**batch)``; its output has a ``loss``.
@@ -92,6 +96,8 @@ def mdgd_backward(
     passes.sharded = ranks.sharded
     pictures, share = ranks.share(tap.mask(batch).sum())
     passes.weights = {"task": weight, "visual": share * (weight if visual_weight is None else visual_weight)}
+    if not pictures:
+        _warn_of_unmarked_pictures(batch)
     # Known of the last micro-batch alone: one without pictures before it may be followed by one that has some.
     seen = pictures or any(x is not None for x in wrapped.captured.get("visual", ()))
     plain = combine and not seen and not wrapped.chooses_mask
@@ -130,6 +136,18 @@ def find_optimizer(optimizer: Optimizer) -> MDGDOptimizer:
     if not isinstance(inner, MDGDOptimizer):
         raise TypeError(f"mdgd_backward: optimizer must be an MDGDOptimizer, got {type(inner).__name__}")
     return inner
+
+
+def _warn_of_unmarked_pictures(batch: Batch) -> None:
+    """Not an error: some models get a blank picture with a text-only sample, so that all ranks run the same modules."""
+    found = [name for name in PICTURES if isinstance(batch.get(name), Tensor) and batch[name].numel()]
+    if found:
+        warnings.warn(
+            f"mdgd_backward: the batch holds {found[0]}, but the tap marks no image token in it, so this is a step of "
+            "the wrapped optimizer alone. If it should not be, the tap is not this model's, or the processor wrote no "
+            "image tokens: look at tap.mask(batch), and pass tap=VisualTap(text_module, mask)",
+            stacklevel=3,
+        )
 
 
 class _Passes:

@@ -1,0 +1,124 @@
+"""What is easily forgotten, and that a user then reads what to do."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from tests.networks import capture_both, losses, network
+from tests.properties import assert_same_bits
+from tests.tiny_models import IMAGE, llava, llava_batch, text_batch
+from torch_mdgd import MDGDOptimizer, VisualTap, mdgd_backward
+from torch_mdgd.backward import find_optimizer
+
+
+def sgd(model, **settings):
+    return MDGDOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), **settings)
+
+
+def test_a_tap_that_does_not_know_the_models_image_token():
+    model = llava()
+    optimizer = sgd(model)
+    tap = VisualTap(VisualTap.for_model(model).text_module, lambda batch: batch["input_ids"] == IMAGE + 1)
+    with pytest.warns(UserWarning, match=r"the batch holds pixel_values, but the tap marks no image token.*tap\.mask"):
+        mdgd_backward(model, optimizer, llava_batch(), tap=tap)
+
+
+@pytest.mark.parametrize("pixels", ["absent", None, torch.zeros(0, 3, 8, 8)])
+def test_a_batch_of_text_needs_no_warning(pixels):
+    model = llava()
+    batch = text_batch() if pixels == "absent" else {**text_batch(), "pixel_values": None}
+    tap = VisualTap.for_model(model)
+
+    def loss(inputs):
+        return model(**{k: x for k, x in inputs.items() if k != "pixel_values"}).loss
+
+    if isinstance(pixels, torch.Tensor):
+        batch["pixel_values"] = pixels
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mdgd_backward(model, sgd(model), batch, tap=tap, loss=loss)
+
+
+def test_nothing_to_train():
+    model = llava()
+    optimizer = sgd(model)
+    model.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="no trainable parameter influences the hidden states at image tokens"):
+        mdgd_backward(model, optimizer, llava_batch())
+
+
+def test_an_optimizer_over_other_parameters():
+    model, other = llava(), nn.Linear(2, 2)
+    with pytest.raises(RuntimeError, match="Is anything that the optimizer holds used in this loss"):
+        mdgd_backward(model, sgd(other), llava_batch())
+
+
+@pytest.mark.parametrize("role", ["task", "visual"])
+@pytest.mark.parametrize("verb", ["combine", "step"])
+def test_a_role_that_was_not_captured(verb, role):
+    model = network()
+    optimizer = sgd(model, update="project")
+    other = {"task": 0, "visual": 1}[role]
+    with optimizer.capture("visual" if role == "task" else "task"):
+        losses(model)[other].backward()
+    with pytest.raises(RuntimeError, match=rf"needs the {role} gradient, not captured: run .* in capture\('{role}'\)"):
+        getattr(optimizer, verb)()
+
+
+def test_gradients_at_the_reference():
+    model = network()
+    optimizer = sgd(model)
+    capture_both(model, optimizer)
+    with pytest.raises(RuntimeError, match=r"inside reference\(\); update='project' or regularize=0 works without"):
+        optimizer.step()
+
+
+def test_the_scaler_of_a_loop_with_one():
+    # torch's own words, before anything is stepped.
+    model = llava()
+    optimizer = sgd(model)
+    now = [p.detach().clone() for p in model.parameters()]
+    scaler = torch.amp.GradScaler("cpu")
+    mdgd_backward(model, optimizer, llava_batch())
+    with pytest.raises(AssertionError, match="_scale is None"):
+        scaler.step(optimizer)
+    assert_same_bits(list(model.parameters()), now)
+
+
+def test_the_optimizer_around_the_optimizer():
+    model = llava()
+    with pytest.raises(TypeError, match="optimizer must be an MDGDOptimizer, got SGD"):
+        mdgd_backward(model, sgd(model).base, llava_batch())
+
+
+def test_that_accelerate_had_prepared_it():
+    accelerate = pytest.importorskip("accelerate")
+    from tests import accelerate_state
+
+    outcomes = []
+    for times in (0, 1, 2):
+        accelerate_state.reset()
+        accelerator = accelerate.Accelerator(cpu=True)
+        model = llava()
+        prepared = optimizer = sgd(model)
+        for _ in range(times):
+            prepared = accelerator.prepare(prepared)
+        assert find_optimizer(prepared) is optimizer
+        for seed in range(2):
+            mdgd_backward(model, prepared, llava_batch(seed))
+            prepared.step()
+            prepared.zero_grad()
+        outcomes.append(list(model.parameters()))
+    accelerate_state.reset()
+    assert_same_bits(outcomes[1], outcomes[0])
+    assert_same_bits(outcomes[2], outcomes[0])
+
+
+def test_that_other_parameters_were_trained_when_it_was_saved():
+    whole, part = network(), network()
+    saved = sgd(whole).state_dict()
+    optimizer = MDGDOptimizer(torch.optim.SGD(part[0].parameters(), lr=0.1))
+    with pytest.raises(ValueError, match="for 4 parameters, this optimizer has 2: build it over the same trainable"):
+        optimizer.load_state_dict(saved)

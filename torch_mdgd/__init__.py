@@ -6,6 +6,7 @@ Wrap the optimizer in :class:`MDGDOptimizer` and call :func:`mdgd_backward` in p
 from torch_mdgd.backward import mdgd_backward
 from torch_mdgd.delta import apply_delta, save_delta
 from torch_mdgd.diagnostics import effective_rank
+from torch_mdgd.inputs import VisualInputs
 from torch_mdgd.masking import Given, Magnitude, Random, TopK
 from torch_mdgd.optimizer import MDGDOptimizer
 from torch_mdgd.parts import connector, freeze_all_but, last_decoder_layers
@@ -17,6 +18,7 @@ __all__ = [
     "Magnitude",
     "Random",
     "TopK",
+    "VisualInputs",
     "VisualTap",
     "apply_delta",
     "connector",

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from torch_mdgd.budget import drift_sums
 from torch_mdgd.distributed import Ranks, gather_around
+from torch_mdgd.inputs import VisualInputs
 from torch_mdgd.optimizer import MDGDOptimizer
 from torch_mdgd.reuse import reuse_frozen_vision
 from torch_mdgd.roles import DECOUPLED_REFERENCE, ROLES
@@ -41,6 +42,8 @@ def mdgd_backward(
     With gradients at the reference: 3 forward and 4 backward passes, one graph at a time (z(θ) without a graph, then
     φ, then θ); without: 2 and 2. All forward passes see the same random numbers, so that dropout makes no drift; the
     model stays in the mode, train or eval, that it is in.
+
+    With ``protect=VisualInputs(model)`` it is one forward and one backward pass in any case, and there is no L_v.
 
     A step without image tokens has no L_v, and nothing to be kept from: it is the wrapped optimizer's own, d = g
     (under a mask M ⊙ g), in one forward and one backward pass; with a warning if the batch holds pictures. A
@@ -104,7 +107,10 @@ def mdgd_backward(
     reference = len(wrapped.required_roles) == 4 and not plain
     try:
         with reuse_frozen_vision(model) if reuse_vision else nullcontext(), ranks.no_sync():
-            if reference and pictures and schedule == "together":
+            if wrapped.inputs is not None:
+                wrapped.inputs.sum_over(ranks.groups)
+                task_loss, visual_loss = passes.observed(wrapped.inputs), None
+            elif reference and pictures and schedule == "together":
                 task_loss, visual_loss = passes.together()
             else:
                 task_loss, visual_loss = passes.one_at_a_time(reference, pictures, reduce=combine)
@@ -112,7 +118,8 @@ def mdgd_backward(
         # Half of a batch's gradients would count twice when the batch is tried again.
         wrapped.discard()
         raise
-    wrapped.record(visual_loss=ranks.mean(visual_loss * share))
+    if visual_loss is not None:
+        wrapped.record(visual_loss=ranks.mean(visual_loss * share))
     if passes.drift is not None:
         wrapped.observe_drift(ranks.mean(passes.drift))
     if plain:
@@ -186,6 +193,13 @@ class _Passes:
                 z_reference = self.features()
         return self.both_gradients(z_reference if pictures else None)[:2]
 
+    def observed(self, inputs: VisualInputs) -> Tensor:
+        """Task loss; what image tokens bring to the trained layers is all that is asked of them."""
+        with inputs.observe(self.tap.mask(self.batch)):
+            task_loss = _loss_of(self.model(**self.batch) if self.loss is None else self.loss(self.batch))
+            self.backward("task", task_loss)
+        return task_loss.detach()
+
     def together(self) -> tuple[Tensor, Tensor]:
         """The same with two graphs: that at φ waits for z(θ), and is gone through with φ in the parameters again."""
         with self.optimizer.reference():
@@ -221,9 +235,7 @@ class _Passes:
     def forward(self) -> tuple[Tensor, Tensor]:
         """Task loss and z, with their graph."""
         output, z = self.run()
-        loss = output if isinstance(output, Tensor) else getattr(output, "loss", None)
-        if loss is None:
-            raise RuntimeError("mdgd_backward: the model returned no loss; does the batch have labels?")
+        loss = _loss_of(output)
         if z.numel() and not z.requires_grad:
             raise RuntimeError("mdgd_backward: no trainable parameter influences the hidden states at image tokens")
         return loss, z
@@ -242,6 +254,13 @@ class _Passes:
         # Autocast is for forward passes; around this one it would round what the forward pass did not.
         with torch.autocast(loss.device.type, enabled=False), self.optimizer.capture(role, scale=scale):
             (weighted if self.scaler is None else self.scaler.scale(weighted)).backward(retain_graph=retain_graph)
+
+
+def _loss_of(output: Any) -> Tensor:
+    loss = output if isinstance(output, Tensor) else getattr(output, "loss", None)
+    if loss is None:
+        raise RuntimeError("mdgd_backward: the model returned no loss; does the batch have labels?")
+    return loss
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from torch_mdgd.budget import DriftBudget
 from torch_mdgd.decoupling import Decoupling
 from torch_mdgd.diagnostics import read
 from torch_mdgd.drift import VisualDrift
+from torch_mdgd.inputs import VisualInputs
 from torch_mdgd.kernels import Role
 from torch_mdgd.masking import Mask
 from torch_mdgd.recall import Recall
@@ -45,6 +46,8 @@ class MDGDOptimizer(OptimizerWrapper):
         mask: which numbers may move, such as ``TopK(0.1)``: MDGD-GM.
         drift_budget: δ > 0, how far visual features may move, as a part of their size: sets α; ``align`` then is where
             it begins, in units of ‖g‖ / ‖v‖. See :mod:`torch_mdgd.budget`. Gradient space only.
+        protect: in step space, take out of moves what would change layers' answers to image tokens, in place of the
+            visual gradient, which is not needed then: see :mod:`torch_mdgd.inputs`.
         compact: keep φ and the wrapped optimizer's state for the numbers inside the mask alone. For optimizers that
             treat every number of a parameter alike and apart; see :mod:`torch_mdgd.compact`.
         reference_every: so many steps share the gradients at φ, for one more gradient-sized buffer: r then compares
@@ -67,6 +70,7 @@ class MDGDOptimizer(OptimizerWrapper):
         scope: settings.Scope = "tensor",
         mask: Mask | None = None,
         drift_budget: float | None = None,
+        protect: VisualInputs | None = None,
         compact: bool = False,
         reference_every: int = 1,
     ) -> None:
@@ -79,7 +83,8 @@ class MDGDOptimizer(OptimizerWrapper):
             settings.complete(group, self._settings)
         parameters = [p for group in base.param_groups for p in group["params"]]
         self._storage = storage_for(parameters, base, mask, compact)
-        self._decoupling: Decoupling = VisualDrift()
+        self._inputs = protect.attached(base.param_groups, mask is not None) if protect is not None else None
+        self._decoupling: Decoupling = self._inputs or VisualDrift()
         self._schedule = MaskSchedule(mask, base.param_groups)
         self._recall = Recall(reference_every, base.param_groups)
         self._budget = DriftBudget(drift_budget, base.param_groups)
@@ -95,6 +100,11 @@ class MDGDOptimizer(OptimizerWrapper):
     def drift_budget(self) -> float | None:
         """δ, how far visual features may move, as a part of their size; None where α is fixed."""
         return self._budget.budget
+
+    @property
+    def inputs(self) -> VisualInputs | None:
+        """What protects the layers' answers to image tokens, None where visual gradients do."""
+        return self._inputs
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -119,7 +129,9 @@ class MDGDOptimizer(OptimizerWrapper):
 
     @property
     def required_roles(self) -> tuple[str, ...]:
-        """The gradients that the next combine needs: task and visual, or with the reference's two all four."""
+        """The gradients that the next combine needs: task, with visual directions two, with the reference all four."""
+        if self._inputs is not None:
+            return ROLES[:1]
         anew = self._recall.held is None and self._regularizes(self.parameters)
         return ROLES if anew or self.chooses_mask else ROLES[:2]
 
@@ -224,6 +236,8 @@ class MDGDOptimizer(OptimizerWrapper):
         """
         parameters = self._outside("combine")
         needed = self.required_roles
+        if self._inputs is not None and "task" in self._captures:
+            self._captures.gradients.setdefault("visual", [None] * len(parameters))
         if not self.chooses_mask and self._captures.absent("visual"):
             # No pictures in this step: without gradients at φ it is the wrapped optimizer's own.
             needed = ROLES[:2]

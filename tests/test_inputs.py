@@ -1,0 +1,414 @@
+"""Step space by the layers' inputs: their answers to image tokens stay, and only what was seen is protected."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from tests.properties import assert_same_bits
+from tests.tiny_models import IMAGE, llava, llava_batch, text_batch
+from torch_mdgd import MDGDOptimizer, TopK, VisualInputs, VisualTap, mdgd_backward
+from torch_mdgd.inputs import decouple_weight, top_eigenvectors
+
+SEEDS = st.integers(0, 2**31)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def covariance(width, rank, seed):
+    x = normal(3 * width, rank, seed=seed) @ normal(rank, width, seed=seed + 1)
+    return x.T @ x / len(x)
+
+
+@given(SEEDS, st.integers(1, 9), st.integers(1, 9), st.sampled_from([0.3, 0.9, 1.0]))
+def test_a_decoupled_move_kills_every_direction_and_is_left_alone_afterwards(seed, width, rank, energy):
+    (q,) = top_eigenvectors(covariance(width, rank, seed)[None], energy)
+    assert torch.allclose(q.T @ q, torch.eye(q.shape[1], dtype=q.dtype), atol=1e-12)
+    delta = decouple_weight(normal(4, width, seed=seed + 2), q)
+    assert (delta @ q).abs().max() < 1e-12 * width
+    assert torch.allclose(decouple_weight(delta, q), delta, rtol=1e-12, atol=1e-12)
+
+
+@given(SEEDS, st.integers(1, 9), st.sampled_from([0.1, 0.5, 0.9]))
+def test_the_basis_is_the_smallest_that_holds_the_energy(seed, width, energy):
+    c = covariance(width, width, seed)
+    (q,) = top_eigenvectors(c[None], energy)
+    held = torch.trace(q.T @ c @ q) / torch.trace(c)
+    largest_kept = torch.linalg.eigvalsh(c).flip(0)[: q.shape[1]]
+    assert held >= energy * (1 - 1e-9)
+    assert (largest_kept.sum() - largest_kept[-1]) / torch.trace(c) < energy * (1 + 1e-9)
+
+
+def test_without_energy_or_without_inputs_nothing_is_kept():
+    c = covariance(5, 5, 0)
+    assert [q.shape for q in top_eigenvectors(torch.stack([c, 0 * c]), 0.0)] == [(5, 0), (5, 0)]
+    assert [q.shape[1] for q in top_eigenvectors(torch.stack([c, 0 * c]), 1.0)] == [5, 0]
+
+
+class Decoder(nn.Module):
+    def __init__(self, bias=True, recompute=False):
+        super().__init__()
+        self.first = nn.Linear(6, 5, bias=bias)
+        self.second = nn.Linear(5, 3, bias=bias)
+        self.recompute = recompute
+
+    def forward(self, x):
+        hidden = checkpoint(self.first, x, use_reentrant=False) if self.recompute else self.first(x)
+        return self.second(torch.tanh(hidden))
+
+
+class Model(nn.Module):
+    """A projector that sees pictures alone, a decoder that sees them among words, and a norm."""
+
+    def __init__(self, **options):
+        super().__init__()
+        torch.manual_seed(0)
+        self.projector = nn.Linear(4, 6)
+        self.norm = nn.LayerNorm(6)
+        self.decoder = Decoder(**options)
+        self.double()
+
+    def forward(self, pictures, words):
+        sequence = torch.cat([self.projector(pictures), self.norm(words)], dim=1)
+        return self.decoder(sequence)
+
+
+MASK = torch.tensor([[True, True, False, False, False]]).expand(2, 5)
+
+
+def batch(seed=0):
+    # Pictures of little energy beyond one direction, so that there is something left to learn with.
+    pictures = normal(2, 2, 1, seed=seed) * torch.tensor([1.0, -2.0, 0.5, 0.0], dtype=torch.float64)
+    return pictures + 0.1 * normal(2, 2, 4, seed=seed + 7), normal(2, 3, 6, seed=seed + 1)
+
+
+def wrap(model, energy=0.8, base=torch.optim.AdamW, **options):
+    inputs = VisualInputs(model, energy, text_module=model.decoder, **options)
+    return MDGDOptimizer(base(model.parameters(), lr=0.05), update="project", space="step", protect=inputs)
+
+
+def train(model, optimizer, seeds, mask=MASK):
+    for seed in seeds:
+        with optimizer.inputs.observe(mask):
+            loss = (model(*batch(seed)) - 1).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def layers(model):
+    return {"projector": model.projector, "first": model.decoder.first, "second": model.decoder.second}
+
+
+def seen(model, batches):
+    """By hand: what enters each layer at image tokens, with the 1 of its bias."""
+    pictures, words = (torch.cat(x) for x in zip(*batches, strict=True))
+    sequence = torch.cat([model.projector(pictures), model.norm(words)], 1)[:, :2]
+    found = {"projector": pictures, "first": sequence, "second": torch.tanh(model.decoder.first(sequence))}
+    ones = torch.ones(len(pictures) * 2, 1, dtype=torch.float64)
+    return {name: torch.cat([x.detach().reshape(-1, x.shape[-1]), ones], 1) for name, x in found.items()}
+
+
+@pytest.mark.parametrize("base", [torch.optim.AdamW, torch.optim.SGD])
+def test_a_step_is_the_oracle_of_the_wrapped_optimizers_move(base):
+    model = Model()
+    twin, optimizer = copy.deepcopy(model), wrap(model, base=base)
+    plain = base(twin.parameters(), lr=0.05)
+    inputs = seen(model, [batch()])
+    train(model, optimizer, [0])
+    before = copy.deepcopy(twin)
+    (twin(*batch()) - 1).square().mean().backward()
+    plain.step()
+    for name, layer in layers(model).items():
+        x = inputs[name]
+        (q,) = top_eigenvectors((x.T @ x)[None], 0.8)
+        assert 0 < q.shape[1] < len(q)
+        start, end = layers(before)[name], layers(twin)[name]
+        move = torch.cat([end.weight - start.weight, (end.bias - start.bias)[:, None]], 1).detach()
+        kept = torch.cat([layer.weight - start.weight, (layer.bias - start.bias)[:, None]], 1).detach()
+        assert torch.allclose(kept, decouple_weight(move, q), rtol=1e-9, atol=1e-12)
+        assert (move @ q).abs().max() > 1e-3 > 1e-12 > (kept @ q).abs().max()
+    assert_same_bits([model.norm.weight, model.norm.bias], [twin.norm.weight, twin.norm.bias])
+
+
+def test_the_covariance_by_hand_and_its_decay():
+    model = Model()
+    optimizer = wrap(model, decay=0.75, refresh=100)
+    wanted = {name: 0.0 for name in layers(model)}
+    for seed in range(3):
+        x = seen(model, [batch(seed)])
+        wanted = {name: 0.75 * c + 0.25 * x[name].T @ x[name] / len(x[name]) for name, c in wanted.items()}
+        train(model, optimizer, [seed])
+    names = optimizer.inputs.names
+    assert list(names.values()) == ["projector", "decoder.first", "decoder.second"]
+    for i, c in optimizer.inputs.covariances.items():
+        assert torch.allclose(c, wanted[names[i].rpartition(".")[2]], rtol=1e-12)
+
+
+def test_without_energy_it_is_the_wrapped_optimizer():
+    model = Model()
+    twin = copy.deepcopy(model)
+    plain = torch.optim.AdamW(twin.parameters(), lr=0.05)
+    for seed in range(3):
+        (twin(*batch(seed)) - 1).square().mean().backward()
+        plain.step()
+        plain.zero_grad()
+    train(model, wrap(model, energy=0.0), range(3))
+    assert_same_bits(list(model.parameters()), list(twin.parameters()))
+
+
+def test_a_pictures_answer_stays_while_the_words_answers_change():
+    model = Model()
+    x = batch()
+    before = model.decoder.first(model.projector(x[0])).detach(), model(*x).detach()
+    optimizer = wrap(model, energy=1 - 1e-12, refresh=1)
+    train(model, optimizer, [0] * 5)
+    assert torch.allclose(model.decoder.first(model.projector(x[0])), before[0], rtol=1e-4, atol=1e-6)
+    assert (model(*x) - before[1])[:, 2:].abs().max() > 1e-2
+
+
+def covariances(optimizer):
+    return list(optimizer.inputs.covariances.values())
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_what_is_run_again_in_the_backward_pass_counts_once(recompute):
+    model = Model(recompute=recompute)
+    wanted = seen(model, [batch()])["first"]
+    optimizer = wrap(model, decay=0.0, refresh=1)
+    with optimizer.inputs.observe(MASK):
+        (model(*batch()) - 1).square().mean().backward()
+        assert float(optimizer.inputs._counts[4]) == 4
+    optimizer.step()
+    assert torch.allclose(optimizer.inputs.covariances[4], wanted.T @ wanted / 4, rtol=1e-12)
+
+
+def test_a_step_without_image_tokens_leaves_the_covariances_alone_and_is_protected():
+    model = Model()
+    optimizer = wrap(model)
+    train(model, optimizer, [0])
+    before = [c.clone() for c in covariances(optimizer)][1:]
+    weight, q = model.decoder.first.weight.detach().clone(), optimizer.inputs.bases[4]
+    bias = model.decoder.first.bias.detach().clone()
+    train(model, optimizer, [1], mask=torch.zeros_like(MASK))
+    assert_same_bits(covariances(optimizer)[1:], before)
+    move = torch.cat([model.decoder.first.weight - weight, (model.decoder.first.bias - bias)[:, None]], 1)
+    assert move.abs().max() > 1e-3
+    assert (move @ q).abs().max() < 1e-12
+
+
+def test_micro_batches_add_up():
+    first, second = Model(), Model()
+    one, two = wrap(first), wrap(second)
+    parts = [batch(0), batch(1)]
+    whole = [torch.cat(x) for x in zip(*parts, strict=True)]
+    with one.inputs.observe(MASK.repeat(2, 1)):
+        (first(*whole) - 1).square().mean().backward()
+    for part in parts:
+        with two.inputs.observe(MASK):
+            ((second(*part) - 1).square().mean() / 2).backward()
+    one.step()
+    two.step()
+    for x, y in zip(covariances(one), covariances(two), strict=True):
+        assert torch.allclose(x, y, rtol=1e-12)
+
+
+def test_an_exception_inside_forgets_the_step():
+    model = Model()
+    optimizer = wrap(model)
+
+    def interrupted():
+        with optimizer.inputs.observe(MASK):
+            model(*batch())
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        interrupted()
+    assert not optimizer.inputs._sums
+    assert not any(m._forward_pre_hooks for m in model.modules())
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert not any(c.any() for c in covariances(optimizer))
+
+
+def test_pictures_that_no_layer_saw_are_an_error():
+    optimizer = wrap(Model())
+    with pytest.raises(RuntimeError, match="no protected layer was run"), optimizer.inputs.observe(MASK):
+        pass
+    with optimizer.inputs.observe(torch.zeros_like(MASK)):
+        pass
+
+
+def test_inputs_that_hold_nan_at_image_tokens_are_not_followed_and_others_may():
+    model = Model()
+    optimizer = wrap(model)
+    train(model, optimizer, [0])
+    before = [c.clone() for c in covariances(optimizer)]
+    pictures, words = batch()
+    with optimizer.inputs.observe(MASK):
+        model(torch.full_like(pictures, float("inf")), words)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert_same_bits(covariances(optimizer), before)
+    with optimizer.inputs.observe(MASK):
+        model(pictures, torch.full_like(words, float("nan")))
+    optimizer.step()
+    assert all(c.isfinite().all() for c in covariances(optimizer))
+    assert not torch.equal(covariances(optimizer)[1], before[1])
+
+
+@pytest.mark.parametrize("at", [2, 3, 5])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(at):
+    through, interrupted = Model(), Model()
+    one, two = wrap(through, refresh=3), wrap(interrupted, refresh=3)
+    train(through, one, range(8))
+    train(interrupted, two, range(at))
+    saved = copy.deepcopy((interrupted.state_dict(), two.state_dict()))
+    resumed = Model()
+    optimizer = wrap(resumed, refresh=3)
+    fresh = optimizer.state_dict()["state"]
+    for i, entry in saved[1]["state"].items():
+        assert {k: x.shape for k, x in fresh[i].items()}.items() <= {k: x.shape for k, x in entry.items()}.items()
+    resumed.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    train(resumed, optimizer, range(at, 8))
+    assert_same_bits(list(through.parameters()), list(resumed.parameters()))
+
+
+def test_a_state_dict_of_other_layers_is_refused_and_one_without_forgets():
+    model, other = Model(), Model(bias=False)
+    optimizer = wrap(model)
+    train(model, optimizer, [0])
+    saved = optimizer.state_dict()
+    for i, entry in saved["state"].items():
+        if i == 4:
+            entry["mdgd_covariance"] = torch.zeros(6, 6)
+    with pytest.raises(ValueError, match="covariance"):
+        optimizer.load_state_dict(saved)
+    assert covariances(optimizer)[1].any()
+    plain = torch.optim.AdamW(model.parameters(), lr=0.05)
+    with pytest.warns(UserWarning, match="no reference"):
+        optimizer.load_state_dict(plain.state_dict())
+    assert not any(c.any() for c in covariances(optimizer))
+    assert not any(q.shape[1] for q in optimizer.inputs.bases.values())
+    assert [len(c) for c in covariances(wrap(other))] == [5, 6, 5]
+
+
+def test_what_it_cannot_protect_is_refused():
+    model = Model()
+
+    def base():
+        return torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def inputs(**options):
+        return VisualInputs(model, text_module=model.decoder, **options)
+
+    step = {"update": "project", "space": "step"}
+    with pytest.raises(ValueError, match="outside a mask"):
+        MDGDOptimizer(base(), protect=inputs(), mask=TopK(0.5), **step)
+    with pytest.raises(ValueError, match="space='step'"):
+        MDGDOptimizer(base(), protect=inputs())
+    with pytest.raises(ValueError, match="restore=0"):
+        MDGDOptimizer(base(), protect=inputs(), restore=0.1, **step)
+    with pytest.raises(ValueError, match=r"no nn\.Linear"):
+        MDGDOptimizer(torch.optim.SGD(model.norm.parameters(), lr=0.1), protect=inputs(), **step)
+    own = inputs()
+    MDGDOptimizer(base(), protect=own, **step)
+    with pytest.raises(ValueError, match="another optimizer"):
+        MDGDOptimizer(base(), protect=own, **step)
+    for bad in ({"energy": 1.1}, {"energy": -0.1}, {"decay": 1.0}, {"refresh": 0}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            inputs(**bad)
+    with pytest.raises(TypeError, match="not a model of transformers"):
+        VisualInputs(model)
+
+
+def test_a_sequence_other_than_the_masks_is_refused():
+    model = Model()
+    optimizer = wrap(model)
+    with pytest.raises(ValueError, match=r"mask has shape \(2, 4\), the input of decoder\.first"):
+        train(model, optimizer, [0], mask=MASK[:, :4])
+
+
+def vlm(**options):
+    model = llava(**options).double().train()
+    for name, p in model.named_parameters():
+        p.requires_grad_("projector" in name or "layers.1" in name or "lm_head" in name)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    base = torch.optim.AdamW(parameters, lr=1e-2)
+    optimizer = MDGDOptimizer(base, update="project", space="step", protect=VisualInputs(model, 0.7, refresh=2))
+    return model, optimizer
+
+
+def double(batch):
+    return {k: x.double() if x.is_floating_point() else x for k, x in batch.items()}
+
+
+def test_a_vision_language_model_step_runs_forward_and_backward_once():
+    model, optimizer = vlm()
+    calls = []
+    model.model.language_model.register_forward_hook(lambda *_: calls.append(1))
+    inside = model.model.language_model.layers[1].mlp.down_proj
+    seen_inputs = []
+    inside.register_forward_pre_hook(lambda _, args: seen_inputs.append(args[0].detach()))
+    data = double(llava_batch())
+    wanted = torch.autograd.grad(model(**data).loss, optimizer.parameters)
+    calls.clear()
+    seen_inputs.clear()
+    mdgd_backward(model, optimizer, data)
+    assert len(calls) == 1
+    assert_same_bits([p.grad for p in optimizer.parameters], list(wanted))
+    optimizer.step()
+    optimizer.zero_grad()
+    names = {name: i for i, name in optimizer.inputs.names.items()}
+    x = seen_inputs[0][data["input_ids"] == IMAGE]
+    c = optimizer.inputs.covariances[names["model.language_model.layers.1.mlp.down_proj"]]
+    assert torch.allclose(c, 0.05 * x.T @ x / len(x), rtol=1e-12)
+    # Norm weights alone are not protected.
+    rest = [p for i, p in enumerate(optimizer.parameters) if i not in optimizer.inputs.names and p.dim() > 1]
+    assert not rest
+    mdgd_backward(model, optimizer, double(text_batch()))
+    optimizer.step()
+    assert torch.allclose(c, 0.05 * x.T @ x / len(x), rtol=1e-12)
+
+
+def test_gradient_checkpointing_of_a_model_counts_once():
+    found = []
+    for recompute in (False, True):
+        model, optimizer = vlm()
+        if recompute:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        for seed in range(3):
+            mdgd_backward(model, optimizer, double(llava_batch(seed)))
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(covariances(optimizer) + list(optimizer.parameters))
+    for x, y in zip(*found, strict=True):
+        assert torch.allclose(x, y, rtol=1e-9, atol=1e-12)
+
+
+def test_lora_layers_are_layers():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=3, target_modules=["q_proj", "v_proj"])
+    model = peft.get_peft_model(llava().double(), config).double()
+    base = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    optimizer = MDGDOptimizer(base, update="project", space="step", protect=VisualInputs(model, 0.5, refresh=1))
+    assert len(optimizer.inputs.names) == len(optimizer.parameters)
+    tap = VisualTap.for_model(model)
+    for seed in range(2):
+        before = [p.detach().clone() for p in optimizer.parameters]
+        mdgd_backward(model, optimizer, double(llava_batch(seed)), tap=tap)
+        optimizer.step()
+        optimizer.zero_grad()
+    for i, q in optimizer.inputs.bases.items():
+        move = optimizer.parameters[i] - before[i]
+        assert 0 < q.shape[1] < len(q)
+        assert move.abs().max() > 1e-6 > 1e-12 > (move @ q).abs().max()

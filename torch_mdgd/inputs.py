@@ -1,0 +1,317 @@
+"""Step space without a visual gradient: what a layer does to image tokens stays put.
+
+A linear layer changes what it makes of an input x by ΔW x + Δb. For each one that is trained, the covariance of its
+inputs at image tokens is followed,
+
+    C ← decay · C + (1 − decay) · Σ x xᵀ / N          over the N image tokens of a step; x ends in 1 if there is a bias
+    Q = the top eigenvectors of C that hold the fraction `energy` of its trace, anew every `refresh` steps
+    [ΔW Δb] ← [ΔW Δb] (I − Q Qᵀ)                      of the move that the wrapped optimizer has made
+
+so that no input in the span of Q is mapped to anything else. This costs one forward and one backward pass, and per
+layer C, Q and the step's sum, each the square of its width. Other weights are not protected: those of norms, which
+scale every token, embeddings, convolutions, and projections that are not ``nn.Linear`` modules.
+
+The paper has nothing like it. Adam-NSCL (CVPR 2021) projects Adam's step on the null space of the inputs of earlier
+tasks; here the inputs to keep are those of the present step's pictures, and the optimizer is any.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torch_mdgd import checkpoint, sharded
+from torch_mdgd.decoupling import Decouple
+from torch_mdgd.kernels import Role
+from torch_mdgd.parts import text_decoder
+from torch_mdgd.settings import Group
+
+AGE = "inputs_age"
+# How many numbers of covariances are decomposed together.
+BATCH = 1 << 26
+
+
+def decouple_weight(delta: Tensor, basis: Tensor) -> Tensor:
+    """ΔW (I − Q Qᵀ): the oracle.
+
+    Args:
+        delta: the move ΔW, shape (outputs, width).
+        basis: Q, orthonormal columns, shape (width, k).
+    """
+    return delta - delta @ basis @ basis.T
+
+
+def top_eigenvectors(covariances: Tensor, energy: float, groups: Sequence[Any] = ()) -> list[Tensor]:
+    """For each covariance the fewest of its largest eigenvectors that hold a fraction of its trace.
+
+    Args:
+        covariances: positive semidefinite, shape (n, width, width).
+        energy: the fraction; with 0, and for a covariance that is zero, there are none.
+        groups: processes that hold the same covariances, and get the same eigenvectors to the last bit.
+
+    Returns:
+        n matrices of shape (width, k), with k of their own.
+    """
+    values, vectors = torch.linalg.eigh(covariances)
+    vectors = vectors.contiguous()
+    for group in groups:
+        for x in (values, vectors):
+            torch.distributed.broadcast(x, group=group, group_src=0)
+    values, vectors = values.flip(-1).clamp(min=0), vectors.flip(-1)
+    larger = values.cumsum(-1) - values
+    ranks = (larger < energy * values.sum(-1, keepdim=True)).sum(-1).tolist()
+    return [q[:, :k].contiguous() for q, k in zip(vectors, ranks, strict=True)]
+
+
+class VisualInputs:
+    """What image tokens bring to each trained linear layer, and the part of moves that would change its answer.
+
+    Pass it as ``MDGDOptimizer(base, update="project", space="step", protect=VisualInputs(model))``.
+    :func:`~torch_mdgd.mdgd_backward` then runs one forward and one backward pass; a loop of one's own runs its forward
+    pass inside :meth:`observe`.
+
+    A layer of the text decoder counts the marked tokens of its sequence; what enters any other layer, as in the
+    projector and the vision tower, is all of pictures. With LoRA, its two matrices are such layers themselves. Several
+    ranks add up their sums, and hold the same C and Q.
+
+    Args:
+        model: whose modules are looked at; in DistributedDataParallel or not.
+        energy: the fraction of each layer's visual inputs that is kept from change, in [0, 1].
+        decay: of the covariance per step that has image tokens, in [0, 1).
+        refresh: after how many steps Q is computed anew.
+        text_module: the decoder; that of a model of transformers if None.
+
+    Raises:
+        ValueError: an argument out of range, naming it.
+        TypeError: no ``text_module``, and not a model of transformers.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        energy: float = 0.9,
+        *,
+        decay: float = 0.95,
+        refresh: int = 10,
+        text_module: nn.Module | None = None,
+    ) -> None:
+        if not 0 <= energy <= 1:
+            raise ValueError(f"VisualInputs: energy must lie in [0, 1], got {energy}")
+        if not 0 <= decay < 1:
+            raise ValueError(f"VisualInputs: decay must lie in [0, 1), got {decay}")
+        if refresh < 1:
+            raise ValueError(f"VisualInputs: refresh must be at least 1 step, got {refresh}")
+        self.energy, self.decay, self.refresh = energy, decay, refresh
+        inside = set((text_decoder(model) if text_module is None else text_module).modules())
+        self._modules = [(name, m, m in inside) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+        self._count = 0
+        # Places among the parameters: a layer may lose these very parameters when it is sharded.
+        self._layers: list[tuple[int, str, nn.Linear, bool]] = []
+        # By the place of the weight: the layer's name, its bias's place, C, and Q.
+        self.names: dict[int, str] = {}
+        self._biases: dict[int, int] = {}
+        self.covariances: dict[int, Tensor] = {}
+        self.bases: dict[int, Tensor] = {}
+        # Of the step under way: Σ x xᵀ and N.
+        self._sums: dict[int, Tensor] = {}
+        self._counts: dict[int, Tensor] = {}
+        self._groups: Sequence[Any] = ()
+
+    def attached(self, groups: Sequence[Group], masked: bool) -> "VisualInputs":
+        """This, with its layers found among the parameters of an optimizer.
+
+        Raises:
+            ValueError: it cannot protect what that optimizer moves, or belongs to one already.
+        """
+        if self._count:
+            raise ValueError("protect=VisualInputs belongs to another optimizer already: make a new one")
+        if masked:
+            raise ValueError(
+                "protect=VisualInputs mixes the numbers of a row, and so would move some outside a mask: leave out one"
+            )
+        if any(group["space"] != "step" or group["restore"] for group in groups):
+            raise ValueError("protect=VisualInputs works with update='project', space='step' and restore=0")
+        for group in groups:
+            self.extend(group)
+        if not self.names:
+            raise ValueError("protect=VisualInputs: the optimizer holds the weight of no nn.Linear of the model")
+        groups[0].setdefault(AGE, 0)
+        return self
+
+    def extend(self, group: Group) -> None:
+        """Look for layers whose weights are in a new group."""
+        places: dict[Any, int] = {p: self._count + i for i, p in enumerate(group["params"])}
+        self._count += len(places)
+        for name, module, in_text in self._modules:
+            i, bias = places.get(module.weight), places.get(module.bias)
+            if i is not None:
+                weight: Any = module.weight
+                if sharded.is_sharded(weight) and any(p.is_shard() and p.dim for p in weight.placements):
+                    raise ValueError(f"protect=VisualInputs: {name} is not sharded by rows, along its first dimension")
+                self._layers.append((i, name, module, in_text))
+                self.names.setdefault(i, name)
+                if bias is not None:
+                    self._biases[i] = bias
+                width = weight.shape[1] + (bias is not None)
+                dtype = torch.promote_types(weight.dtype, torch.float32)
+                self.covariances[i] = torch.zeros(width, width, dtype=dtype, device=weight.device)
+                self.bases[i] = self.covariances[i][:, :0]
+
+    def sum_over(self, groups: Sequence[Any]) -> None:
+        """From now on, sums are over the ranks of these process groups too; :func:`mdgd_backward` says so itself."""
+        self._groups = groups
+
+    @contextmanager
+    def observe(self, mask: Tensor) -> Iterator[None]:
+        """A forward pass inside tells of its inputs; those of micro-batches add up until the optimizer's next step.
+
+        What gradient checkpointing runs again in a backward pass is not counted again. An exception inside discards
+        what was seen for this step.
+
+        Args:
+            mask: bool, shape (batch, tokens), true at image tokens.
+
+        Raises:
+            ValueError: a layer of the decoder sees another sequence than that of the mask.
+            RuntimeError: there are image tokens, and no layer was run: hooks that ``torch.compile`` has left out.
+        """
+        ran: set[int] = set()
+        handles = [
+            module.register_forward_pre_hook(self._hook(i, name, mask, in_text, ran))
+            for i, name, module, in_text in self._layers
+        ]
+        try:
+            yield
+            if not ran and bool(mask.any()):
+                raise RuntimeError("VisualInputs: no protected layer was run inside observe, or hooks do not reach it")
+        except BaseException:
+            self._sums, self._counts = {}, {}
+            raise
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, i: int, name: str, mask: Tensor, in_text: bool, ran: set[int]) -> Any:
+        def see(module: nn.Module, args: tuple[Any, ...]) -> None:
+            # Inside a backward pass it is gradient checkpointing that runs the layer again.
+            if torch._C._current_graph_task_id() == -1:
+                ran.add(i)
+                self._add(i, args[0].detach(), _tokens(args[0], mask, in_text, name))
+
+        return see
+
+    @torch.no_grad()
+    def _add(self, i: int, x: Tensor, tokens: Tensor | None) -> None:
+        like = self._on(x.device, i)
+        x = x.reshape(-1, x.shape[-1]).to(like)
+        if i in self._biases:
+            x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
+        if tokens is not None:
+            # A product would let NaN of other tokens through, and an index would wait for the device.
+            x = torch.where(tokens.to(x.device).reshape(-1, 1), x, torch.zeros_like(x))
+        count = torch.full_like(like[0, 0], len(x)) if tokens is None else tokens.sum().to(like)
+        self._sums[i] = x.T @ x if i not in self._sums else self._sums[i].addmm_(x.T, x)
+        self._counts[i] = self._counts.get(i, 0) + count
+
+    def of_step(self, directions: Role | None, groups: Sequence[Group]) -> Decouple | None:
+        """Take in what the step has seen; see :class:`torch_mdgd.decoupling.Decoupling`, here and below."""
+        if self._sums or self._groups:
+            self._follow()
+        age = int(groups[0].get(AGE, 0))
+        if due := age % self.refresh == 0:
+            self._decompose()
+        found = any(q.shape[1] for q in self.bases.values())
+        if found or not due:
+            # Before the first picture it stays due.
+            groups[0][AGE] = age + 1
+        return self._decouple_ if found else None
+
+    def _on(self, device: torch.device, i: int) -> Tensor:
+        """C, where its layer now is."""
+        if self.covariances[i].device != device:
+            self.covariances[i], self.bases[i] = self.covariances[i].to(device), self.bases[i].to(device)
+        return self.covariances[i]
+
+    def _follow(self) -> None:
+        for i, c in self.covariances.items():
+            x, n = self._sums.pop(i, None), self._counts.pop(i, None)
+            if self._groups or x is not None:
+                x, n = torch.zeros_like(c) if x is None else x, c.new_zeros(()) if n is None else n
+                for group in self._groups:
+                    torch.distributed.all_reduce(x, group=group)
+                    torch.distributed.all_reduce(n, group=group)
+                new = self.decay * c + (1 - self.decay) * x / n
+                # Without image tokens it is 0 / 0, and a step that a gradient scaler skips has Inf.
+                c.copy_(torch.where(new.isfinite().all(), new, c))
+
+    def _decompose(self) -> None:
+        widths: dict[Any, list[int]] = {}
+        for i, c in self.covariances.items():
+            widths.setdefault((c.shape[0], c.dtype, c.device), []).append(i)
+        for (width, *_), places in widths.items():
+            size = max(1, BATCH // width**2)
+            for chunk in (places[j : j + size] for j in range(0, len(places), size)):
+                found = top_eigenvectors(torch.stack([self.covariances[i] for i in chunk]), self.energy, self._groups)
+                self.bases |= dict(zip(chunk, found, strict=True))
+
+    def _decouple_(self, parameters: Sequence[Tensor], before: Sequence[Tensor]) -> None:
+        after, begun = sharded.local(parameters), sharded.local(before)
+        for i, q in self.bases.items():
+            parts = [(i, q[: parameters[i].shape[1]])]
+            if i in self._biases:
+                parts.append((self._biases[i], q[-1:]))
+            along = torch.stack([_matrix(after[j] - begun[j]).to(q.dtype) @ rows for j, rows in parts]).sum(0)
+            for j, rows in parts:
+                p = _matrix(after[j])
+                p.copy_(p.to(q.dtype) - along @ rows.T)
+
+    def begin(self) -> None:
+        """Masks are refused."""
+
+    def save(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """C, and Q with zeros up to the width: of one shape at all times, as torch.distributed.checkpoint needs."""
+        nothing = [torch.zeros(0) for _ in range(self._count)]
+        covariances, bases = list(nothing), list(nothing)
+        for i, c in self.covariances.items():
+            covariances[i] = c.clone()
+            bases[i] = nn.functional.pad(self.bases[i], (0, len(c) - self.bases[i].shape[1]))
+        return checkpoint.pack(state_dict, {"covariance": covariances, "basis": bases})
+
+    def check(self, state_dict: dict[str, Any], parameters: Sequence[Tensor]) -> None:
+        """Raise a ValueError if what was protected there is not what is here."""
+        found = checkpoint.unpack(state_dict, parameters)[1]
+        shapes = [self.covariances[i].shape if i in self.covariances else (0,) for i in range(len(parameters))]
+        for name in ("covariance", "basis"):
+            if name in found:
+                checkpoint.require_shapes(name, found[name], shapes)
+
+    def load(self, state_dict: dict[str, Any], parameters: Sequence[Tensor]) -> None:
+        """The opposite of :meth:`save`; without it, nothing is known of inputs."""
+        found = checkpoint.unpack(state_dict, parameters)[1]
+        self._sums, self._counts = {}, {}
+        for i, c in self.covariances.items():
+            c.zero_()
+            self.bases[i] = c[:, :0]
+            if "covariance" in found:
+                c.copy_(found["covariance"][i])
+                basis = found["basis"][i].to(c)
+                self.bases[i] = basis[:, : int(basis.any(0).sum())].clone()
+
+
+def _matrix(x: Tensor) -> Tensor:
+    """A weight, or a bias as a matrix of one column: a view."""
+    return x.unsqueeze(1) if x.dim() == 1 else x
+
+
+def _tokens(x: Tensor, mask: Tensor, in_text: bool, name: str) -> Tensor | None:
+    """Which of a layer's inputs are at image tokens; None for all of them."""
+    if x.shape[:-1] == mask.shape or (in_text and x.dim() == 2 and len(x) == mask.numel()):
+        return mask
+    if in_text:
+        raise ValueError(
+            f"VisualInputs: the mask has shape {tuple(mask.shape)}, the input of {name} {tuple(x.shape)}: the model "
+            "changed the sequence, so its image tokens need a mask of their own"
+        )
+    return None

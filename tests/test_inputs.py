@@ -265,6 +265,24 @@ def test_inputs_that_hold_nan_at_image_tokens_are_not_followed_and_others_may():
     assert not torch.equal(covariances(optimizer)[1], before[1])
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:torch.distributed is disabled")
+def test_distributed_checkpoint_loads_into_a_fresh_optimizer(tmp_path):
+    from torch.distributed.checkpoint import load, save
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    model, twin = Model(), Model()
+    optimizer, loaded = wrap(model, refresh=3), wrap(twin, refresh=3)
+    train(model, optimizer, range(4))
+    save(get_optimizer_state_dict(model, optimizer), checkpoint_id=tmp_path / "saved", no_dist=True)
+    state = get_optimizer_state_dict(twin, loaded)
+    load(state, checkpoint_id=tmp_path / "saved", no_dist=True)
+    twin.load_state_dict(model.state_dict())
+    set_optimizer_state_dict(twin, loaded, state)
+    train(model, optimizer, range(4, 8))
+    train(twin, loaded, range(4, 8))
+    assert_same_bits(list(model.parameters()), list(twin.parameters()))
+
+
 @pytest.mark.parametrize("at", [2, 3, 5])
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(at):
     through, interrupted = Model(), Model()

@@ -196,7 +196,7 @@ class _Passes:
     def observed(self, inputs: VisualInputs) -> Tensor:
         """Task loss; what image tokens bring to the trained layers is all that is asked of them."""
         with inputs.observe(self.tap.mask(self.batch)):
-            task_loss = _loss_of(self.model(**self.batch) if self.loss is None else self.loss(self.batch))
+            task_loss = _loss_of(self.run()[0])
             self.backward("task", task_loss)
         return task_loss.detach()
 

@@ -26,7 +26,8 @@ from torch_mdgd.settings import Group
 PULL = "drift_pull"
 SPAN = 4.0
 RATE = 0.05
-LIMITS = (1e-3, 1e3)
+# A pull ten times as long as g has nothing left to learn with; beyond it, only noise would grow.
+LIMITS = (1e-3, 10.0)
 
 
 class DriftBudget:

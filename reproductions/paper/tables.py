@@ -44,7 +44,8 @@ class Line:
     smoke: bool = False
 
     def rows(self, columns: Sequence[str]) -> list[tuple[str, list[str]]]:
-        """What to print, one kind a row: "published", "ours" (or "smoke") and, between real numbers, "difference"."""
+        """What to print, one kind a row: "published", "ours" or "smoke", "difference" of real numbers, and the state
+        of what is not done."""
         out = [("published", _cells(self.published, columns))] if self.published else []
         if self.ours:
             out.append(("smoke" if self.smoke else "ours", _cells(self.ours, columns)))
@@ -52,6 +53,8 @@ class Line:
             both = [column for column in columns if column in self.ours and column in self.published]
             apart = {column: round(self.ours[column], 2) - self.published[column] for column in both}
             out.append(("difference", _cells(apart, columns, "+.2f")))
+        if self.state != "done":
+            out.append((self.state, [""] * len(columns)))
         return out
 
 
@@ -89,10 +92,10 @@ def compare(experiment: PublishedExperiment, runs: Mapping[str, Result]) -> Comp
     columns += ["Avg", "Hscore", "H(P, T)"] if experiment.table else ["Avg", "H(P, T)"]
     lines = [_published_line(experiment, row, runs.get(row.method)) for row in experiment.rows.values()]
     lines += [_line(experiment, run) for name, run in runs.items() if name not in experiment.rows]
-    target = DATASETS[experiment.target].title
-    title = f"{experiment.model} fine-tuned on {target}"
+    title = experiment.model
     if experiment.table:
-        title = f"Table {experiment.table}: {title} (Hscore = {experiment.hscore})"
+        target = DATASETS[experiment.target].title
+        title = f"Table {experiment.table}: {title} fine-tuned on {target} (Hscore = {experiment.hscore})"
     return Comparison(title, tuple(columns), tuple(lines), _notes(runs.values()))
 
 
@@ -157,7 +160,8 @@ def _cells(values: Mapping[str, float], columns: Sequence[str], form: str = ".2f
     return [format(values[column], form) if column in values else "–" for column in columns]
 
 
-def _trained(line: Line, kind: str) -> str:
+def trained_cell(line: Line, kind: str) -> str:
+    """Numbers trained, for one of the rows of a line."""
     if kind == "published":
         return line.params
     return f"{line.trained:,}" if kind in ("ours", "smoke") and line.trained else ""
@@ -170,11 +174,11 @@ def _rich(comparison: Comparison) -> Table:
     for column in comparison.columns:
         table.add_column(column, justify="right")
     for line in comparison.lines:
-        rows = line.rows(comparison.columns) or [(line.state, ["–"] * len(comparison.columns))]
+        rows = line.rows(comparison.columns)
         for i, (kind, cells) in enumerate(rows):
-            head = line.label if i == 0 else line.state if i == 1 and line.state != "done" else ""
+            head = line.label if i == 0 else ""
             shown = [_coloured(cell, kind) for cell in cells]
-            table.add_row(head, kind, _trained(line, kind), *shown, end_section=i == len(rows) - 1,
+            table.add_row(head, kind, trained_cell(line, kind), *shown, end_section=i == len(rows) - 1,
                           style="dim" if kind == "published" else None)  # fmt: skip
     return table
 
@@ -191,10 +195,9 @@ def _markdown(comparison: Comparison) -> str:
     head = ["Method", "", "#Params", *comparison.columns]
     out = [f"### {comparison.title}", "", _row(head), "|---|---|---:|" + "---:|" * len(comparison.columns)]
     for line in comparison.lines:
-        rows = line.rows(comparison.columns) or [(line.state, ["–"] * len(comparison.columns))]
+        rows = line.rows(comparison.columns)
         for i, (kind, cells) in enumerate(rows):
-            label = f"{line.label}" if line.state == "done" else f"{line.label} ({line.state})"
-            out.append(_row([label if i == 0 else "", kind, _trained(line, kind), *cells]))
+            out.append(_row([line.label if i == 0 else "", kind, trained_cell(line, kind), *cells]))
     return "\n".join([*out, "", *comparison.notes]) + "\n"
 
 

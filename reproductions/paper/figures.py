@@ -1,0 +1,185 @@
+"""Figures 1 to 5, drawn from what runs left on disk."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from reproductions.paper.analysis import Kind, curve, embed, masking, ranks
+from reproductions.paper.data import DATASETS
+from reproductions.paper.published import PublishedExperiment, published
+from reproductions.paper.results import Result, read_results
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart.
+COLOURS = {"zero-shot": "#999999", "fine-tune": "#D55E00", "mdgd": "#0072B2", "mdgd-gm": "#56B4E9"}
+LABELS = {"zero-shot": "pre-trained", "fine-tune": "fine-tuned", "mdgd": "MDGD", "mdgd-gm": "MDGD-GM"}
+LLAVA, MINICPM = ("llava-flickr30k", "llava-okvqa"), ("minicpm-pathvqa", "minicpm-textcaps")
+
+Runs = Mapping[str, Mapping[str, Result]]
+
+
+def draw_all(results: Path, output: Path) -> list[Path]:
+    """Draw every figure that the results have data for.
+
+    Args:
+        results: folder of all runs.
+        output: folder for `figure1.png` to `figure5.png`; made if it is not there.
+
+    Returns:
+        the files written, in order; a figure without data is not among them.
+
+    Raises:
+        ResultError: the results cannot be read.
+    """
+    runs = read_results(results)
+    drawings: dict[str, Callable[[Runs], Figure | None]] = {
+        "figure1": draw_ranks_before_and_after,
+        "figure2": lambda found: draw_features(found, MINICPM),
+        "figure3": draw_training,
+        "figure4": draw_ranks,
+        "figure5": lambda found: draw_features(found, LLAVA),
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, draw in drawings.items():
+        figure = draw(runs)
+        if figure is None:
+            continue
+        if any(run.smoke for methods in runs.values() for run in methods.values()):
+            _mark_smoke(figure)
+        path = output / f"{name}.png"
+        figure.savefig(path, dpi=130)
+        plt.close(figure)
+        written.append(path)
+    return written
+
+
+def draw_ranks_before_and_after(runs: Runs) -> Figure | None:
+    """Figure 1: effective rank of the visual features before and after fine-tuning."""
+    return _rank_panels(runs, ("zero-shot", "fine-tune"), "Effective rank before and after instruction tuning")
+
+
+def draw_ranks(runs: Runs) -> Figure | None:
+    """Figure 4: the same with MDGD; (a) LLaVA, (b) MiniCPM."""
+    title = "Effective rank of the last hidden layer at image tokens"
+    return _rank_panels(runs, ("zero-shot", "fine-tune", "mdgd"), title)
+
+
+def draw_features(runs: Runs, names: Sequence[str]) -> Figure | None:
+    """Figures 2 and 5: t-SNE of multimodal and visual features, a row for each experiment."""
+    methods: tuple[str, ...] = ("zero-shot", "fine-tune", "mdgd")
+    kinds: tuple[Kind, ...] = ("multimodal", "visual")
+    panels = []
+    for name in names:
+        placed = {kind: embed(runs.get(name, {}), methods, published()[name].target, kind) for kind in kinds}
+        panels += [(name, kind, found) for kind, found in placed.items() if found is not None]
+    if not panels:
+        return None
+    figure, axes = _grid(len(panels), 2, (4.4, 3.9))
+    for axis, letter, (name, kind, found) in zip(axes, "abcd", panels, strict=False):
+        for method, points in found.points.items():
+            axis.scatter(
+                points[:, 0], points[:, 1], s=9, alpha=0.65, linewidths=0, color=COLOURS[method], label=LABELS[method]
+            )
+        token = "last image token" if kind == "visual" else "last instruction token"
+        axis.set_title(f"({letter}) {_target(published()[name])}, {kind}: {token}", fontsize=10)
+        axis.set_xticks([])
+        axis.set_yticks([])
+    _legend(figure, axes[0])
+    model = published()[names[0]].model
+    figure.suptitle(f"t-SNE of features of {model} on its target task", fontsize=12)
+    return figure
+
+
+def draw_training(runs: Runs) -> Figure | None:
+    """Figure 3: (a) learning curves, (b) cos(g̃, g̃₀) and (c) L_v against the masking ratio; a row an experiment."""
+    methods = ("fine-tune", "mdgd", "mdgd-gm")
+    rows = []
+    for name, experiment in published().items():
+        mine = runs.get(name, {})
+        curves = {m: curve(mine[m]) for m in methods if m in mine}
+        curves = {method: found for method, found in curves.items() if len(found[0])}
+        ratios = masking(mine)
+        if curves or ratios:
+            rows.append((experiment, curves, ratios))
+    if not rows:
+        return None
+    figure, axes = plt.subplots(len(rows), 3, figsize=(12, 3.2 * len(rows) + 0.5), squeeze=False, layout="constrained")
+    for (left, middle, right), (experiment, curves, ratios) in zip(axes, rows, strict=True):
+        for method, (steps, losses, smooth) in curves.items():
+            left.plot(steps, losses, color=COLOURS[method], alpha=0.25, linewidth=0.8)
+            left.plot(steps, smooth, color=COLOURS[method], label=LABELS[method], linewidth=1.8)
+        if curves:
+            left.legend(frameon=False)
+        _label(left, f"(a) {_place(experiment)}", "optimizer step", "task loss")
+        for axis, key, letter, label in ((middle, "cos", "b", "cos(g̃, g̃₀)"), (right, "visual_loss", "c", "$L_v$")):
+            _label(axis, f"({letter}) {_place(experiment)}", "numbers that may move, %", label)
+            if ratios:
+                axis.plot(100 * ratios["ratio"], ratios[key], "o-", color=COLOURS["mdgd-gm"], markersize=4)
+            else:
+                axis.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axis.transAxes, color="0.5")
+    figure.suptitle("Learning curves, and MDGD-GM against its masking ratio", fontsize=12)
+    return figure
+
+
+def _rank_panels(runs: Runs, methods: Sequence[str], title: str) -> Figure | None:
+    panels = []
+    for name, experiment in published().items():
+        found = ranks(runs.get(name, {}), methods, experiment.pretrained)
+        if len(found) > 1:
+            panels.append((experiment, found))
+    if not panels:
+        return None
+    figure, axes = _grid(len(panels), min(2, len(panels)), (6.2, 3.0))
+    for axis, (experiment, found) in zip(axes, panels, strict=False):
+        width = 0.8 / len(found)
+        for i, (method, values) in enumerate(found.items()):
+            places = np.arange(len(values)) + (i - (len(found) - 1) / 2) * width
+            axis.bar(places, values, width, color=COLOURS[method], label=LABELS[method])
+        names = [DATASETS[task].title for task in experiment.pretrained]
+        axis.set_xticks(range(len(names)), names, fontsize=8.5)
+        letter = "a" if experiment.name in LLAVA else "b"
+        _label(axis, f"({letter}) {_place(experiment)}", "", "effective rank")
+    _legend(figure, axes[0])
+    figure.suptitle(title, fontsize=12)
+    return figure
+
+
+def _grid(count: int, columns: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
+    rows = -(-count // columns)
+    shape = (size[0] * columns, size[1] * rows + 0.7)
+    figure, axes = plt.subplots(rows, columns, figsize=shape, squeeze=False, layout="constrained")
+    for axis in axes.flat[count:]:
+        axis.set_axis_off()
+    return figure, list(axes.flat)
+
+
+def _legend(figure: Figure, axis: Axes) -> None:
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, markerscale=2)
+
+
+def _label(axis: Axes, title: str, x: str, y: str) -> None:
+    axis.set_title(title, fontsize=10)
+    axis.set_xlabel(x)
+    axis.set_ylabel(y)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _target(experiment: PublishedExperiment) -> str:
+    return DATASETS[experiment.target].title
+
+
+def _place(experiment: PublishedExperiment) -> str:
+    return f"{experiment.model} on {_target(experiment)}"
+
+
+def _mark_smoke(figure: Figure) -> None:
+    figure.text(0.5, 0.5, "SMOKE", fontsize=90, color="#D55E00", alpha=0.13, ha="center", va="center", rotation=20)
+    figure.text(0.995, 0.995, "smoke run: tiny random models", fontsize=8, color="#D55E00", ha="right", va="top")

@@ -1,0 +1,161 @@
+"""The report is one page that needs nothing else, shows everything and says what is smoke."""
+
+import base64
+import json
+import re
+from html.parser import HTMLParser
+from io import BytesIO
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from reproductions.paper import figures, report
+from reproductions.paper.analysis import Embedding
+from reproductions.paper.data import DATASETS, Example
+from reproductions.paper.pictures import KEPT, SIDE, save_pictures
+from reproductions.paper.published import published
+from reproductions.paper.report import write_report
+from tests.reproductions.paper.made_up_results import write_results, write_run
+
+FLICKR = "llava-flickr30k"
+VOID = {"meta", "img", "br", "link"}
+
+
+class Balanced(HTMLParser):
+    """Checks that tags are closed in order, and keeps the text and the pictures."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open, self.text, self.pictures, self.links = [], "", [], []
+
+    def handle_starttag(self, tag, attrs):
+        values = dict(attrs)
+        self.links += [values[key] for key in ("src", "href") if key in values]
+        if tag == "img":
+            self.pictures.append(values["src"])
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += "" if self.open and self.open[-1] == "style" else data + " "
+
+
+def read(path) -> Balanced:
+    page = Balanced()
+    page.feed(path.read_text(encoding="utf-8"))
+    page.close()
+    assert page.open == []
+    return page
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory) -> Balanced:
+    folder = write_results(tmp_path_factory.mktemp("results"), smoke=True)
+    with pytest.MonkeyPatch.context() as patch:
+        # t-SNE takes most of the time, and is tested where the figures are.
+        patch.setattr(figures, "embed", lambda *_: Embedding({"mdgd": np.random.default_rng(0).normal(size=(9, 2))}))
+        return read(write_report(folder, tmp_path_factory.mktemp("report")))
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Where a test is about something else: drawing takes seconds."""
+    monkeypatch.setattr(report, "draw_all", lambda results, output: [])
+
+
+def test_the_page_needs_nothing_else(page):
+    assert all(link.startswith(("#", "data:image/")) for link in page.links)
+    assert len(page.pictures) > 5
+    for picture in page.pictures:
+        kind, content = re.fullmatch(r"data:image/(png|jpeg);base64,(.+)", picture).groups()
+        assert Image.open(BytesIO(base64.b64decode(content))).format == kind.upper()
+
+
+def test_the_page_shows_every_table_figure_and_run(page):
+    for experiment in published().values():
+        assert f"{experiment.model} fine-tuned on {DATASETS[experiment.target].title}" in page.text
+        for row in experiment.rows.values():
+            assert f"{row.hscore:.2f}" in page.text
+            assert experiment.name in page.text
+    assert all(f"Figure {i}." in page.text for i in range(1, 6))
+    assert page.text.count('"versions"') == 26
+
+
+def test_smoke_is_marked(page, tmp_path, no_figures):
+    assert "SMOKE. All runs here are smoke runs" in page.text
+    assert "0 of the 26 published rows measured; 26 smoke runs." in page.text
+    real = read(write_report(write_results(tmp_path, [FLICKR], ["mdgd"]), tmp_path))
+    assert "SMOKE" not in real.text
+    assert "1 of the 26 published rows measured. 1.4 hours on a made-up GPU." in real.text
+
+
+def test_some_smoke_among_real_runs(tmp_path, no_figures):
+    experiment = published()[FLICKR]
+    write_run(tmp_path, experiment, experiment.rows["mdgd"])
+    write_run(tmp_path, experiment, experiment.rows["lora"], smoke=True)
+    text = read(write_report(tmp_path, tmp_path)).text
+    assert "1 of 2 runs here are smoke runs" in text
+    assert "1 of the 26 published rows measured; 1 smoke runs" in text
+
+
+def test_answers_stand_beside_their_picture(tmp_path, no_figures):
+    page = read(write_report(write_results(tmp_path, [FLICKR], ["zero-shot", "mdgd"]), tmp_path))
+    # Text from data sets and models is text, whatever is in it.
+    assert "Which colour & shape, " in page.text
+    assert "<no idea>" in page.text
+    tasks = len(published()[FLICKR].tasks)
+    assert len([p for p in page.pictures if "jpeg" in p]) == tasks * report.SHOWN
+
+
+def test_the_most_telling_examples_come_first(tmp_path, no_figures):
+    folder = write_results(tmp_path, [FLICKR], ["zero-shot", "mdgd"])
+    for method, right in (("zero-shot", (1, 5)), ("mdgd", (5,))):
+        line = {"answers": ["a"], "prediction": "p"}
+        lines = [line | {"id": str(i), "question": f"q{i}", "score": 100.0 * (i in right)} for i in range(12)]
+        path = folder / FLICKR / method / "evaluation" / "gqa.predictions.jsonl"
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = read(write_report(folder, tmp_path)).text
+    asked = re.findall(r"\bq(\d+)\b", text)
+    assert asked == ["1", "0", "2", "3"]
+
+
+def test_a_page_without_pictures_predictions_or_figures(tmp_path):
+    folder = write_results(tmp_path, [FLICKR], ["mdgd"])
+    for path in (folder / FLICKR / "mdgd").rglob("*"):
+        if path.suffix in (".jpg", ".jsonl", ".safetensors"):
+            path.unlink()
+    page = read(write_report(folder, tmp_path / "page.html"))
+    assert page.pictures == []
+    assert "No run has left data for a figure yet." in page.text
+
+
+def test_an_empty_folder_is_a_page_of_published_values(tmp_path):
+    path = write_report(tmp_path, tmp_path / "somewhere" / "new")
+    assert path == tmp_path / "somewhere" / "new" / "report.html"
+    text = read(path).text
+    assert "0 of the 26 published rows measured" in text
+    assert text.count("not run") == 26
+
+
+def test_pictures_are_kept_small(tmp_path):
+    def example(i):
+        return Example(str(i), lambda: Image.new("RGB", (800, 400), (i, 0, 0)), "?", ("a",), "a")
+
+    save_pictures([example(i) for i in range(KEPT + 3)], tmp_path / "gqa.pictures")
+    assert sorted(path.name for path in (tmp_path / "gqa.pictures").iterdir()) == sorted(
+        f"{i}.jpg" for i in range(KEPT)
+    )
+    assert Image.open(tmp_path / "gqa.pictures" / "0.jpg").size == (SIDE, SIDE // 2)
+
+
+def test_kept_pictures_are_not_decoded_again(tmp_path):
+    def broken():
+        raise AssertionError
+
+    (tmp_path / "0.jpg").write_text("kept")
+    save_pictures([Example("0", broken, "?", ("a",), "a")], tmp_path)
+    assert (tmp_path / "0.jpg").read_text() == "kept"

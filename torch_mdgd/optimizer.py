@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from torch_mdgd import distributed, equations, settings, sharded
@@ -225,7 +226,7 @@ class MDGDOptimizer(OptimizerWrapper):
         self._captures.refused = self._schedule.waits = False
         self._recall.use(None)
 
-    @torch._disable_dynamo
+    @_disable_dynamo
     @torch.no_grad()
     def combine(self) -> None:
         """Leave d in every ``.grad``, for clipping or a gradient scaler to see; :meth:`step` does it otherwise.
@@ -276,7 +277,7 @@ class MDGDOptimizer(OptimizerWrapper):
         self._captures.combined = [None if x is None else x.to(p.dtype) for p, x in zip(parameters, d, strict=True)]
         assign(parameters, self._captures.combined)
 
-    @torch._disable_dynamo
+    @_disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Combine what was captured, then one step of the wrapped optimizer.

@@ -117,10 +117,11 @@ class _refusals:  # noqa: N801
         from reproductions.paper.config import ConfigError
         from reproductions.paper.data import DataError
         from reproductions.paper.results import ResultError
+        from reproductions.paper.rows import RowsFailedError
 
-        if isinstance(error, ConfigError | DataError | ResultError):
+        if isinstance(error, ConfigError | DataError | ResultError | RowsFailedError):
             typer.secho(str(error), err=True, fg="red")
-            raise typer.Exit(2) from error
+            raise typer.Exit(1 if isinstance(error, RowsFailedError) else 2) from error
 
 
 def _console() -> "Console":

@@ -115,10 +115,12 @@ class Data:
     Attributes:
         source: folder with one folder a data set, named as the data sets are; the hub if empty.
         organisation: whose copies on the hub.
+        options: of data sets, by name: see the fields of each.
     """
 
     source: str = ""
     organisation: str = "lmms-lab"
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -283,7 +285,7 @@ def _lay_over(values: dict[str, Any], more: Mapping[str, Any]) -> None:
 
 
 def _check_names(experiment: Experiment, where: str) -> None:
-    from reproductions.paper.data import DATASETS
+    from reproductions.paper.data import DATASETS, DataError
     from reproductions.paper.methods import METHODS
 
     if not experiment.pretrained:
@@ -293,6 +295,13 @@ def _check_names(experiment: Experiment, where: str) -> None:
             raise ConfigError(f"{where}: {key}: no data set {name!r}; there are {', '.join(DATASETS)}")
     if DATASETS[experiment.target].training is None:
         raise ConfigError(f"{where}: target: {experiment.target} has no training split")
+    for name, values in experiment.data.options.items():
+        if name not in DATASETS:
+            raise ConfigError(f"{where}: data.options: no data set {name!r}; there are {', '.join(DATASETS)}")
+        try:
+            DATASETS[name].with_options(**values)
+        except (DataError, TypeError) as error:
+            raise ConfigError(f"{where}: data.options.{name}: {error}") from error
     for name, values in experiment.methods.items():
         if name not in METHODS:
             raise ConfigError(f"{where}: methods: no method {name!r}; there are {', '.join(METHODS)}")

@@ -139,7 +139,9 @@ def estimate(experiment: Experiment, name: str) -> Estimate:
     if learns:
         f, b = PASSES.get(name, (1, 1))
         one = tokens * (2 * size.language * (f + b * t.checkpointing) + b * 2 * (size.language + dense))
-        one = (one + 2 * size.vision * size.patches) / (OPERATIONS * UTILISATION) / 3600
+        # MiniCPM-V-2.0 looks at one slice after the other, of which the last alone is remembered.
+        looks = f if experiment.model == "minicpm-v-2" else 1
+        one = (one + 2 * size.vision * size.patches * looks) / (OPERATIONS * UTILISATION) / 3600
     # With a ratio of 1 everything is inside the mask.
     short = experiment.masking if name == "mdgd-gm" else None
     inside = round(dense * max(short.ratios)) if short else trained

@@ -1,6 +1,7 @@
 """Figures 3b and 3c: how well g̃ and g̃₀ agree, and how far vision has drifted, against the ratio of MDGD-GM."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -42,7 +43,7 @@ def analyse_masking(work: Workshop, method: MDGDGM, folder: Path, progress: bool
             train(short, type(method)(replace(method.settings, ratio=ratio)), run, progress=progress)
         found.append({"ratio": ratio, **measure(short, run / NAME)})
         write(path, json.dumps(found, indent=1))
-        (run / NAME).unlink()
+        shutil.rmtree(run)
     return found
 
 

@@ -17,6 +17,10 @@ Rows = Mapping[str, Sequence[str]]
 """Methods by experiment."""
 
 
+class RowsFailedError(RuntimeError):
+    """Some rows failed; the message names them."""
+
+
 def chosen(
     experiment: str | None, method: str | None, all_rows: bool, beyond: bool, smoke: bool, overrides: Sequence[str]
 ) -> Rows:
@@ -59,11 +63,23 @@ def run_rows(rows: Rows, overrides: Sequence[str], results: Path, *, smoke: bool
 
         assets = Assets(results / "assets").write()
     # What was imported lives on; the collections after each training need not look through it.
+    failed: list[str] = []
     gc.freeze()
-    for name, methods in rows.items():
-        experiment: Experiment = assets.experiment(name, overrides) if assets else load_experiment(name, overrides)
-        for method in methods:
-            run_row(experiment, method, results, smoke=smoke, console=console)
+    try:
+        for name, methods in rows.items():
+            experiment: Experiment = assets.experiment(name, overrides) if assets else load_experiment(name, overrides)
+            for method in methods:
+                try:
+                    run_row(experiment, method, results, smoke=smoke, console=console)
+                except Exception:
+                    if sum(map(len, rows.values())) == 1:
+                        raise
+                    # The others can still be done; this one is taken up by the next call.
+                    console.print_exception()
+                    failed.append(f"{name} {method}")
+    finally:
+        gc.unfreeze()
+    _report(failed)
 
 
 def visible_devices() -> list[str]:
@@ -121,12 +137,17 @@ def _beside(rows: Rows, overrides: Sequence[str], results: Path, devices: Sequen
                     continue
                 del running[device]
                 if code:
-                    failed.append(f"GPU {device}: {' '.join(map(str, process.args[3:]))}")  # type: ignore[index]
+                    what = " ".join(map(str, process.args[4:7]))  # type: ignore[index]
+                    failed.append(f"{what}: see {results}/gpu-{device}.log")
     finally:
         for process in running.values():
             process.terminate()
+    _report(failed)
+
+
+def _report(failed: Sequence[str]) -> None:
     if failed:
-        raise ConfigError(f"{len(failed)} rows failed; see {results}/gpu-*.log:\n" + "\n".join(failed))
+        raise RowsFailedError(f"{len(failed)} rows failed, and are taken up by the next call:\n" + "\n".join(failed))
 
 
 def _quiet() -> None:

@@ -2,9 +2,11 @@
 
 import json
 import platform
+import shutil
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from reproductions.paper.evaluate import evaluate, write
 from reproductions.paper.masking import analyse_masking
 from reproductions.paper.methods import Method
 from reproductions.paper.methods.mdgd_gm import MDGDGM
-from reproductions.paper.train import method_of, train
+from reproductions.paper.train import CHECKPOINTS, method_of, train
 from reproductions.paper.weights import NAME, load_changes
 from reproductions.paper.work import Workshop
 
@@ -76,12 +78,14 @@ def run_row(
             load_changes(work.network, folder / NAME)
         else:
             with status.during("training"):
-                changed = train(work, method, folder, callbacks, begin, progress=show)
+                changed = train(work, method, folder, [Ticking(status), *callbacks], begin, progress=show)
             console.print(f"  {changed:,} numbers changed")
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     columns = TextColumn("  {task.description:12}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with status.during("evaluation"), Progress(*columns, console=console, disable=not show) as bars:
         for task in experiment.tasks:
             found = evaluate(work, task, folder, bars)
+            status.tick()
             console.print(f"  {task:12} {found['scores']['score']:6.2f}   rank {found['effective_rank']:.1f}")
     if isinstance(method, MDGDGM):
         # Its models are loaded one after the other.
@@ -100,28 +104,38 @@ class Status:
         found = json.loads(path.read_text()) if path.is_file() else {}
         self.stage = str(found.get("stage", "new"))
         self.seconds = float(found.get("wall_seconds", 0.0))
+        self.since = time.perf_counter()
 
     def set(self, stage: str) -> None:
         """Write a stage."""
         self.stage = stage
-        write(self.path, json.dumps({"stage": stage, "wall_seconds": round(self.seconds, 3)}))
+        self.tick()
 
-    def during(self, stage: str) -> "_Timed":
+    def tick(self) -> None:
+        """Write the seconds up to now, for a kill leaves no time to."""
+        now = time.perf_counter()
+        self.seconds, self.since = self.seconds + now - self.since, now
+        write(self.path, json.dumps({"stage": self.stage, "wall_seconds": round(self.seconds, 3)}))
+
+    @contextmanager
+    def during(self, stage: str) -> Iterator[None]:
         """Write the stage now, and its seconds when it ends, also by an exception."""
-        return _Timed(self, stage)
+        self.set(stage)
+        try:
+            yield
+        finally:
+            self.tick()
 
 
-class _Timed:
-    def __init__(self, status: Status, stage: str) -> None:
-        self.status, self.stage = status, stage
+class Ticking(TrainerCallback):
+    """Writes the seconds whenever a checkpoint is written."""
 
-    def __enter__(self) -> None:
-        self.status.set(self.stage)
-        self.began = time.perf_counter()
+    def __init__(self, status: Status) -> None:
+        self.status = status
 
-    def __exit__(self, *exception: object) -> None:
-        self.status.seconds += time.perf_counter() - self.began
-        self.status.set(self.stage)
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write."""
+        self.status.tick()
 
 
 def _trained_by(
@@ -140,8 +154,11 @@ def _trained_by(
     _write_config(experiment, other, folder, smoke, device)
     if not (folder / NAME).is_file():
         console.print(f"{experiment.name} {name}: training, for what begins with it")
-        with Status(folder / "status.json").during("training"):
-            train(Workshop(experiment, device), other, folder, callbacks, progress=not console.quiet)
+        status = Status(folder / "status.json")
+        with status.during("training"):
+            train(
+                Workshop(experiment, device), other, folder, [Ticking(status), *callbacks], progress=not console.quiet
+            )
     return folder / NAME
 
 

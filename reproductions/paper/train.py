@@ -1,6 +1,7 @@
 """Fine-tuning with transformers' Trainer, taken up where a killed run left its last checkpoint."""
 
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -122,9 +123,7 @@ def train(
     for name, p in network.named_parameters():
         p.data = p.data.to(published[name].dtype)
     network.requires_grad_(False).eval()
-    count = save_changes(network, published, folder / NAME)
-    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-    return count
+    return save_changes(network, published, folder / NAME)
 
 
 def _train(
@@ -149,9 +148,13 @@ def _train(
     trainer: PaperTrainer | PaperMDGDTrainer
     if wrapper is None:
         trainer = PaperTrainer(**common)
-        trainer.penalty = method.penalty(work, module)
+        # Some weights are float32 by now and some are not.
+        with torch.autocast(work.device.type, torch.bfloat16, enabled=e.dtype == "bfloat16"):
+            trainer.penalty = method.penalty(work, module)
     else:
         trainer = PaperMDGDTrainer(**common, mdgd=wrapper, tap=work.model.tap())
+    # Where transformers' TensorBoard callback writes to; the Trainer's arguments do not say.
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
     if not progress:
         trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=last_checkpoint(folder / CHECKPOINTS))

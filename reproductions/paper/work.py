@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from reproductions.paper.config import Data, Experiment
+from reproductions.paper.config import Experiment
 from reproductions.paper.data import DATASETS, Example
 from reproductions.paper.models import MODELS, Batch, load_model, to_device
 
@@ -48,7 +48,9 @@ class Workshop:
 
     def examples(self, task: str, split: str, limit: int = 0) -> Sequence[Example]:
         """Examples of a data set; 0 for all."""
-        return _open(self.experiment.data, task, split, limit)
+        data = self.experiment.data
+        options = tuple(data.options.get(task, {}).items())
+        return _open(task, split, data.source, data.organisation, limit, options)
 
     def training_examples(self) -> Sequence[Example]:
         """What the target task teaches with."""
@@ -106,6 +108,8 @@ class _Chained(Sequence[Example]):
 
 
 @lru_cache(maxsize=64)
-def _open(data: Data, task: str, split: str, limit: int) -> Sequence[Example]:
-    source = Path(data.source) / task if data.source else None
-    return DATASETS[task].load(split, source=source, limit=limit or None, organisation=data.organisation)
+def _open(
+    task: str, split: str, source: str, organisation: str, limit: int, options: tuple[tuple[str, Any], ...]
+) -> Sequence[Example]:
+    data, folder = DATASETS[task].with_options(**dict(options)), Path(source) / task if source else None
+    return data.load(split, source=folder, limit=limit or None, organisation=organisation)

@@ -1,5 +1,6 @@
 """Model Tailor: what fine-tuning found, but for a tenth of it, goes back."""
 
+import sys
 from dataclasses import dataclass
 
 from torch import nn
@@ -37,7 +38,6 @@ class ModelTailor(base.Method):
     def finish(self, work: base.Work, module: nn.Module) -> None:
         """Tailor the fine-tuned weights."""
         s = self.settings
-        batches = work.target_batches(s.samples)
-        tailor_(
-            module, work.pretrained, batches, fraction=s.fraction, omega=s.omega, sign=s.sign, samples=s.samples
-        )  # fmt: skip
+        # Each batch is one sample, and stays whole: rows of pictures are not rows of samples in every family.
+        batches, every = work.target_batches(s.samples), sys.maxsize
+        tailor_(module, work.pretrained, batches, fraction=s.fraction, omega=s.omega, sign=s.sign, samples=every)

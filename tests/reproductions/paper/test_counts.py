@@ -1,0 +1,89 @@
+"""The published counts of trained numbers, from networks of the published shapes on the meta device."""
+
+import pytest
+
+from reproductions.paper.config import experiment_names, load_experiment
+from reproductions.paper.estimate import estimate, size_of, trained_numbers
+from reproductions.paper.methods import METHODS, methods_of
+from reproductions.paper.published import published
+from reproductions.paper.rows import commands
+from reproductions.paper.train import method_of
+from reproductions.paper.work import skeleton
+from torch_mdgd import connector, last_decoder_layers
+
+COUNTS = {
+    "llava-1.5-7b": {"fine-tune": 1_235_279_872, "lora": 29_368_320, "mdgd-gm": 123_527_987},
+    "minicpm-v-2": {"fine-tune": 517_777_920, "lora": 35_265_024, "mdgd-gm": 51_777_792},
+}
+LIKE_FINE_TUNE = ("model-tailor", "mdgd", "mdgd-no-align", "fine-tune-lv", "l2-sp", "ewc", "replay")
+
+
+@pytest.mark.parametrize("name", ["llava-okvqa", "minicpm-pathvqa"])
+def test_every_method_trains_the_published_count(name):
+    experiment = load_experiment(name)
+    wanted = COUNTS[experiment.model]
+    for method in METHODS:
+        if method == "osf":
+            continue
+        count = trained_numbers(experiment, method_of(experiment, method))
+        expected = (
+            {"zero-shot": 0, "corda": wanted["lora"]} | wanted | dict.fromkeys(LIKE_FINE_TUNE, wanted["fine-tune"])
+        )
+        assert count == expected[method], method
+    for method, row in published()[name].rows.items():
+        if row.trained is not None:
+            assert trained_numbers(experiment, method_of(experiment, method)) == row.trained
+
+
+@pytest.mark.parametrize(
+    ("model", "layers", "layer", "connecting"),
+    [("llava-1.5-7b", 6, 202_383_360, 20_979_712), ("minicpm-v-2", 8, 61_051_392, 29_366_784)],
+)
+def test_the_parts_have_the_published_sizes(model, layers, layer, connecting):
+    network = skeleton(model)
+    assert {p.device.type for p in network.parameters()} == {"meta"}
+    for part in last_decoder_layers(network, layers):
+        assert sum(p.numel() for p in part.parameters()) == layer
+    assert sum(p.numel() for p in connector(network).parameters() if p.requires_grad) == connecting
+
+
+def test_whole_models_have_the_sizes_that_their_weights_have():
+    # As the hub shows them: 7.06 and 3.43 billion.
+    assert round(size_of("llava-1.5-7b").total / 1e9, 2) == 7.06
+    assert round(size_of("minicpm-v-2").total / 1e9, 2) == 3.43
+    llava = size_of("llava-1.5-7b")
+    assert llava.language == 32 * 202_383_360 + 4096 + 32064 * 4096
+    assert llava.total == llava.language + 32064 * 4096 + llava.vision + 20_979_712
+
+
+def test_estimates_follow_the_passes():
+    experiment = load_experiment("llava-flickr30k")
+    found = {name: estimate(experiment, name) for name in methods_of(experiment.model)}
+    plain = found["fine-tune"].training_hours
+    assert found["zero-shot"].training_hours == found["model-tailor"].training_hours == 0
+    assert 3 * plain < found["mdgd"].training_hours < 4 * plain
+    assert plain < found["mdgd-gm"].training_hours < 2.1 * plain
+    assert found["lora"].training_hours < plain
+    # φ and two more gradients of float32.
+    assert found["mdgd"].memory - found["fine-tune"].memory == 12 * 1_235_279_872
+    assert all(f.memory < 80e9 for f in found.values())
+    assert found["mdgd"].disk == 2 * 1_235_279_872
+
+
+def test_longer_training_takes_longer_in_proportion():
+    once, twice = (estimate(load_experiment("minicpm-textcaps", [f"training.epochs={n}"]), "mdgd") for n in (1, 2))
+    assert twice.training_hours == pytest.approx(2 * once.training_hours)
+    short = estimate(load_experiment("minicpm-textcaps", ["training.steps=10"]), "mdgd")
+    examples = 10 * 64 / 21953
+    assert short.training_hours == pytest.approx(examples * once.training_hours)
+
+
+def test_two_devices_share_the_experiments(tmp_path):
+    rows = {name: methods_of(load_experiment(name).model) for name in experiment_names()}
+    first, second = commands(rows, ["seed=1"], tmp_path, ["0", "1"])
+    assert {c[4] for c in first} == {"llava-flickr30k", "minicpm-pathvqa"}
+    assert {c[4] for c in second} == {"llava-okvqa", "minicpm-textcaps"}
+    assert len(first) + len(second) == 26
+    assert first[1][3:] == [
+        "run", "llava-flickr30k", "--method", "fine-tune", "--results", str(tmp_path), "--set", "seed=1",
+    ]  # fmt: skip

@@ -9,13 +9,13 @@ from tempfile import TemporaryDirectory
 
 from reproductions.paper.data import DATASETS
 from reproductions.paper.figures import draw_all
-from reproductions.paper.pictures import KEPT
+from reproductions.paper.findings import Finding, findings
 from reproductions.paper.published import published
 from reproductions.paper.results import Result, read_results
 from reproductions.paper.tables import Comparison, Line, comparisons, trained_cell
 
-SHOWN = 4
-"""Examples of each task on the page."""
+SHOWN, AMONG = 4, 12
+"""Examples of each task on the page, and how many of the first they are chosen from: runs keep pictures of those."""
 
 CAPTIONS = {
     "figure1": "Figure 1. Effective rank of visual features before and after fine-tuning. Published: fine-tuning "
@@ -54,12 +54,16 @@ def write_report(results: Path, output: Path) -> Path:
 
 def _page(runs: Mapping[str, Mapping[str, Result]], tables: Sequence[Comparison], figures: str) -> str:
     everything = [run for methods in runs.values() for run in methods.values()]
+    sections = ("Findings", "Tables", "Figures", "Answers", "Runs")
+    links = "".join(f'<a href="#{name.lower()}">{name}</a>' for name in sections)
     parts = [
         "<h1>Modality-decoupled gradient descent: the paper's experiments</h1>",
         f'<p class="faint">{_overview(everything)}</p>',
         _banner(everything),
-        '<nav><a href="#tables">Tables</a><a href="#figures">Figures</a><a href="#answers">Answers</a>'
-        '<a href="#runs">Runs</a></nav>',
+        f"<nav>{links}</nav>",
+        '<h2 id="findings">Findings</h2>',
+        "<p>What the paper found, and whether the runs here agree. Smoke runs are no evidence.</p>",
+        f'<ul class="findings">{"".join(map(_finding, findings(runs)))}</ul>',
         '<h2 id="tables">Tables</h2>',
         "<p>Each system as published, as measured here, and the difference in percentage points. Hscore is the "
         "harmonic mean that the table used; H(P, T) weighs what was kept against what was learned.</p>",
@@ -105,6 +109,15 @@ def _banner(runs: Sequence[Result]) -> str:
     return (
         f'<div class="banner">SMOKE. {which} smoke runs: tiny random models on a few drawn pictures. '
         "Their numbers show that everything runs, and say nothing about the methods.</div>"
+    )
+
+
+def _finding(finding: Finding) -> str:
+    mark, kind = {True: ("✓", "up"), False: ("✗", "down"), None: ("–", "faint")}[finding.holds]
+    evidence = "".join(f"<div>{html.escape(line)}</div>" for line in finding.evidence or ("not measured yet",))
+    return (
+        f'<li><span class="mark {kind}">{mark}</span><div>{html.escape(finding.statement)}'
+        f'<div class="faint">{evidence}</div></div></li>'
     )
 
 
@@ -167,7 +180,7 @@ def _answers(name: str, runs: Mapping[str, Result], opened: bool) -> str:
 
 def _cards(task: str, runs: Mapping[str, Result]) -> Iterable[str]:
     """Examples whose scores lie furthest apart, in their own order among equals."""
-    answers = {method: run.predictions(task)[:KEPT] for method, run in runs.items()}
+    answers = {method: run.predictions(task)[:AMONG] for method, run in runs.items()}
     answers = {method: lines for method, lines in answers.items() if lines}
     count = min(map(len, answers.values()), default=0)
     scores = {i: [float(lines[i]["score"] or 0) for lines in answers.values()] for i in range(count)}

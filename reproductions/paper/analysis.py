@@ -63,12 +63,13 @@ def embed(runs: Mapping[str, Result], methods: Sequence[str], task: str, kind: K
 
 
 def curve(run: Result) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Learning curve, empty without a log: steps, losses, and means of each loss with its neighbours on both sides."""
+    """Learning curve, empty without a log: steps, losses, and running means, NaN where those would pass an end."""
     lines = [line for line in run.training if "loss" in line]
     steps = np.array([line["step"] for line in lines], dtype=float)
     losses = np.array([line["loss"] for line in lines], dtype=float)
-    reach = [min(i, len(losses) - 1 - i, len(losses) // 25) for i in range(len(losses))]
-    smooth = np.array([losses[i - r : i + r + 1].mean() for i, r in enumerate(reach)])
+    smooth, reach = np.full(len(losses), np.nan), len(losses) // 25
+    if len(losses):
+        smooth[reach : len(losses) - reach] = np.convolve(losses, np.full(2 * reach + 1, 1 / (2 * reach + 1)), "valid")
     return steps, losses, smooth
 
 

@@ -51,8 +51,6 @@ def draw_all(results: Path, output: Path) -> list[Path]:
         figure = draw(runs)
         if figure is None:
             continue
-        if any(run.smoke for methods in runs.values() for run in methods.values()):
-            _mark_smoke(figure)
         path = output / f"{name}.png"
         figure.savefig(path, dpi=130)
         plt.close(figure)
@@ -88,7 +86,8 @@ def draw_features(runs: Runs, names: Sequence[str]) -> Figure | None:
                 points[:, 0], points[:, 1], s=9, alpha=0.65, linewidths=0, color=COLOURS[method], label=LABELS[method]
             )
         token = "last image token" if kind == "visual" else "last instruction token"
-        axis.set_title(f"({letter}) {_target(published()[name])}, {kind}: {token}", fontsize=10)
+        axis.set_title(f"({letter}) {DATASETS[published()[name].target].title}, {kind}: {token}", fontsize=10)
+        _mark(axis, runs[name])
         axis.set_xticks([])
         axis.set_yticks([])
     _legend(figure, axes[0])
@@ -118,8 +117,10 @@ def draw_training(runs: Runs) -> Figure | None:
         if curves:
             left.legend(frameon=False)
         _label(left, f"(a) {_place(experiment)}", "optimizer step", "task loss")
+        _mark(left, runs[experiment.name])
         for axis, key, letter, label in ((middle, "cos", "b", "cos(g̃, g̃₀)"), (right, "visual_loss", "c", "$L_v$")):
             _label(axis, f"({letter}) {_place(experiment)}", "numbers that may move, %", label)
+            _mark(axis, runs[experiment.name])
             if ratios:
                 axis.plot(100 * ratios["ratio"], ratios[key], "o-", color=COLOURS["mdgd-gm"], markersize=4)
             else:
@@ -146,6 +147,7 @@ def _rank_panels(runs: Runs, methods: Sequence[str], title: str) -> Figure | Non
         axis.set_xticks(range(len(names)), names, fontsize=8.5)
         letter = "a" if experiment.name in LLAVA else "b"
         _label(axis, f"({letter}) {_place(experiment)}", "", "effective rank")
+        _mark(axis, runs[experiment.name])
     _legend(figure, axes[0])
     figure.suptitle(title, fontsize=12)
     return figure
@@ -172,14 +174,12 @@ def _label(axis: Axes, title: str, x: str, y: str) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _target(experiment: PublishedExperiment) -> str:
-    return DATASETS[experiment.target].title
-
-
 def _place(experiment: PublishedExperiment) -> str:
-    return f"{experiment.model} on {_target(experiment)}"
+    return f"{experiment.model} on {DATASETS[experiment.target].title}"
 
 
-def _mark_smoke(figure: Figure) -> None:
-    figure.text(0.5, 0.5, "SMOKE", fontsize=90, color="#D55E00", alpha=0.13, ha="center", va="center", rotation=20)
-    figure.text(0.995, 0.995, "smoke run: tiny random models", fontsize=8, color="#D55E00", ha="right", va="top")
+def _mark(axis: Axes, runs: Mapping[str, Result]) -> None:
+    """Say across the panel that it shows tiny random models, where it does."""
+    if any(run.smoke for run in runs.values()):
+        axis.text(0.5, 0.5, "SMOKE", transform=axis.transAxes, fontsize=42, color="#D55E00", alpha=0.2, ha="center",
+                  va="center", rotation=18)  # fmt: skip

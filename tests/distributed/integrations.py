@@ -159,6 +159,10 @@ class Automatic(MDGDModuleMixin, LightningModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         return self.mdgd_backward(self.model, batch, alignment="mse")
 
+    def on_train_batch_end(self, *args: object) -> None:
+        # A step that does not go through mdgd_backward may follow.
+        assert self.trainer.world_size == 1 or self.trainer.model.require_backward_grad_sync
+
 
 class Manual(Automatic):
     """Manual optimization; ``told`` says whether the optimizer knows of the other processes."""

@@ -18,6 +18,7 @@ FORMS = {
     "regularize": {},
     "project": {"update": "project", "align": 0.5},
     "step": {"update": "project", "space": "step", "restore": 0.1},
+    "history": {"update": "project", "space": "step", "history": 2},
     "masked": {"mask": TopK(0.3)},
 }
 network = partial(networks.network, torch.float32, bias=False)

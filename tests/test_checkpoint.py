@@ -19,6 +19,9 @@ FORMS = {
     "masked reference": {"update": "reference", "mask": TopK(0.3)},
     "step": {"update": "project", "space": "step", "restore": 0.1},
     "masked step": {"update": "project", "space": "step", "mask": TopK(0.3)},
+    "history": {"update": "project", "space": "step", "history": 3, "restore": 0.1},
+    "masked history": {"update": "project", "space": "step", "history": 3, "mask": TopK(0.3), "scope": "global"},
+    "compact history": {"update": "project", "space": "step", "history": 3, "mask": TopK(0.3), "compact": True},
 }
 BASES = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.02),
@@ -292,5 +295,7 @@ def test_the_first_step_of_distributed_checkpoint_does_nothing(name):
     assert all(torch.equal(bits(p), x) for p, x in zip(model.parameters(), before, strict=True))
     assert optimizer.param_groups[0]["lr"] == 0.02
     # dcp.load fills in what this state has, and nothing else: the mask needs its place before it is chosen.
-    mask = {"mdgd_mask"} if "mask" in (FORMS[name] or {}) else set()
-    assert set(saved["state"]["0.weight"]) == {"step", "exp_avg", "exp_avg_sq", "mdgd_reference"} | mask
+    form = FORMS[name] or {}
+    own = {"mdgd_positions"} if "compact" in form else {"mdgd_reference"} | ({"mdgd_mask"} if "mask" in form else set())
+    own |= {"mdgd_history_left", "mdgd_history_right"} if "history" in form else set()
+    assert set(saved["state"]["0.weight"]) == {"step", "exp_avg", "exp_avg_sq"} | own

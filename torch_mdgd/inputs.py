@@ -131,8 +131,8 @@ class VisualInputs:
             raise ValueError(
                 "protect=VisualInputs mixes the numbers of a row, and so would move some outside a mask: leave out one"
             )
-        if any(group["space"] != "step" or group["restore"] for group in groups):
-            raise ValueError("protect=VisualInputs works with update='project', space='step' and restore=0")
+        if any(group["space"] != "step" or group["restore"] or group["history"] > 1 for group in groups):
+            raise ValueError("protect=VisualInputs works with update='project', space='step', restore=0 and history=1")
         for group in groups:
             self.extend(group)
         if not self.names:

@@ -39,6 +39,8 @@ class MDGDOptimizer(OptimizerWrapper):
         update: "regularize" is d = g + αv + βr (9); "reference" is r + αv; "project" is g~ + αv, which needs no
             gradients at φ. Under a mask, "regularize" is M ⊙ (g + αv) (11).
         space: "gradient" changes what the wrapped optimizer gets; "step" (with ``update="project"``) gives it g and
+        history: k ≥ 1, how many visual gradients are taken out of a move, this step's and those before: 1 removes what
+            raises the visual loss, more remove all components along them; see :mod:`torch_mdgd.history`. Step space.
             takes the drift out of the move it makes: see :mod:`torch_mdgd.decoupling`.
         align: α ≥ 0, the weight of the visual gradient. Gradient space only.
         regularize: β ≥ 0, the weight of r. With 0 no gradients at φ are needed. Only ``update="regularize"``.
@@ -67,6 +69,7 @@ class MDGDOptimizer(OptimizerWrapper):
         space: settings.Space = "gradient",
         align: float = 1.0,
         regularize: float = 1.0,
+        history: int = 1,
         restore: float = 0.0,
         scope: settings.Scope = "tensor",
         mask: Mask | None = None,
@@ -78,14 +81,14 @@ class MDGDOptimizer(OptimizerWrapper):
         super().__init__(base)
         self._settings: dict[str, Any] = {
             "update": update, "space": space, "scope": scope,
-            "align": align, "regularize": regularize, "restore": restore,
+            "align": align, "regularize": regularize, "restore": restore, "history": history,
         }  # fmt: skip
         for group in base.param_groups:
             settings.complete(group, self._settings)
         parameters = [p for group in base.param_groups for p in group["params"]]
         self._storage = storage_for(parameters, base, mask, compact)
         self._inputs = protect.attached(base.param_groups, mask is not None) if protect is not None else None
-        self._decoupling: Decoupling = self._inputs or VisualDrift()
+        self._decoupling: Decoupling = self._inputs or VisualDrift(base.param_groups, mask is not None, compact)
         self._schedule = MaskSchedule(mask, base.param_groups)
         self._recall = Recall(reference_every, base.param_groups)
         self._budget = DriftBudget(drift_budget, base.param_groups)

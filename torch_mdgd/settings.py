@@ -16,7 +16,7 @@ Group: TypeAlias = dict[str, Any]
 
 CHOICES = {"update": get_args(Update), "space": get_args(Space), "scope": get_args(Scope)}
 WEIGHTS = ("align", "regularize", "restore")
-SETTINGS = (*CHOICES, *WEIGHTS)
+SETTINGS = (*CHOICES, *WEIGHTS, "history")
 
 
 def complete(group: Group, defaults: Group) -> None:
@@ -33,6 +33,11 @@ def complete(group: Group, defaults: Group) -> None:
         value = merged[name]
         if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
             raise ValueError(f"{name} must be a finite number ≥ 0, got {value!r}")
+    history = merged["history"]
+    if not isinstance(history, int) or isinstance(history, bool) or history < 1:
+        raise ValueError(f"history must be a whole number from 1, got {history!r}")
+    if history > 1 and merged["space"] == "gradient":
+        raise ValueError("history is of directions in step space: pass space='step'")
     if merged["space"] == "step" and merged["update"] != "project":
         raise ValueError(f"space='step' works with update='project' alone, got update={merged['update']!r}")
     if merged["space"] == "gradient" and merged["restore"]:

@@ -24,6 +24,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "reference": {"update": "reference", "align": 0.5},
     "project, global": {"update": "project", "scope": "global"},
     "step": {"update": "project", "space": "step", "restore": 0.1},
+    "history": {"update": "project", "space": "step", "history": 3, "restore": 0.1},
+    "history, global": {"update": "project", "space": "step", "history": 3, "scope": "global"},
     "step, global": {"update": "project", "space": "step", "scope": "global"},
     "masked": {"mask": TopK(0.3, warmup=2, refresh=2)},
     "masked per tensor": {"mask": TopK(0.3, scope="tensor")},

@@ -35,7 +35,7 @@ from torch_mdgd.equations import product
 
 WORLD = 2
 EXAMPLE = Path(__file__).parents[2] / "examples" / "ddp.py"
-CHECKPOINTED = {"masked": setups.FORMS["masked"], "regularize": {}}
+CHECKPOINTED = {"masked": setups.FORMS["masked"], "regularize": {}, "history": setups.FORMS["history"]}
 COMPACT = {name: setups.FORMS[f"{name}, compact"] for name in ("masked per tensor", "masked by ties", "masked step")}
 CHECKPOINTED |= {f"{name}, compact": form for name, form in COMPACT.items()}
 DELTAS = ("masked step, compact", "regularize")

@@ -398,6 +398,31 @@ def test_a_vision_language_model_step_runs_forward_and_backward_once():
     assert torch.allclose(c, 0.05 * x.T @ x / len(x), rtol=1e-12)
 
 
+def test_layers_that_see_the_same_tensor_count_it_each():
+    model, optimizer = vlm()
+    attention, entered = model.model.language_model.layers[1].self_attn, []
+    attention.q_proj.register_forward_pre_hook(lambda _, args: entered.append(args[0].detach()))
+    batches = [double(llava_batch(0)), double(llava_batch(1, images=1))]
+    for i, data in enumerate(batches):
+        mdgd_backward(model, optimizer, data, combine=i == 1)
+    optimizer.step()
+    x = torch.cat([h[data["input_ids"] == IMAGE] for h, data in zip(entered, batches, strict=True)])
+    found = {name.rpartition(".")[2]: optimizer.inputs.covariances[i] for i, name in optimizer.inputs.names.items()}
+    for name in ("q_proj", "k_proj", "v_proj"):
+        assert torch.allclose(found[name], 0.05 * x.T @ x / len(x), rtol=1e-12)
+    assert not torch.allclose(found["o_proj"], found["q_proj"])
+
+
+def test_a_copy_trains_as_the_original():
+    model = Model()
+    optimizer = wrap(model)
+    train(model, optimizer, [0])
+    twin, copied = copy.deepcopy((model, optimizer))
+    train(model, optimizer, [1, 2])
+    train(twin, copied, [1, 2])
+    assert_same_bits(list(model.parameters()), list(twin.parameters()))
+
+
 def test_gradient_checkpointing_of_a_model_counts_once():
     found = []
     for recompute in (False, True):

@@ -119,6 +119,10 @@ class VisualInputs:
         self._counts: dict[int, Tensor] = {}
         self._groups: Sequence[Any] = ()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A process group belongs to its process.
+        return {**vars(self), "_groups": (), "_sums": {}, "_counts": {}}
+
     def attached(self, groups: Sequence[Group], masked: bool) -> "VisualInputs":
         """This, with its layers found among the parameters of an optimizer.
 
@@ -177,14 +181,14 @@ class VisualInputs:
             ValueError: a layer of the decoder sees another sequence than that of the mask.
             RuntimeError: there are image tokens, and no layer was run: hooks that ``torch.compile`` has left out.
         """
-        ran: set[int] = set()
+        last: list[Any] = []
         handles = [
-            module.register_forward_pre_hook(self._hook(i, name, mask, in_text, ran))
+            module.register_forward_pre_hook(self._hook(i, name, mask, in_text, last))
             for i, name, module, in_text in self._layers
         ]
         try:
             yield
-            if not ran and bool(mask.any()):
+            if not last and bool(mask.any()):
                 raise RuntimeError("VisualInputs: no protected layer was run inside observe, or hooks do not reach it")
         except BaseException:
             self._sums, self._counts = {}, {}
@@ -193,27 +197,32 @@ class VisualInputs:
             for handle in handles:
                 handle.remove()
 
-    def _hook(self, i: int, name: str, mask: Tensor, in_text: bool, ran: set[int]) -> Any:
+    def _hook(self, i: int, name: str, mask: Tensor, in_text: bool, last: list[Any]) -> Any:
         def see(module: nn.Module, args: tuple[Any, ...]) -> None:
             # Inside a backward pass it is gradient checkpointing that runs the layer again.
-            if torch._C._current_graph_task_id() == -1:
-                ran.add(i)
-                self._add(i, args[0].detach(), _tokens(args[0], mask, in_text, name))
+            if torch._C._current_graph_task_id() != -1:
+                return
+            x = args[0]
+            kind = in_text, i in self._biases, self._on(x.device, i).dtype, x._version
+            # Those of q, k and v, and of a gate and what it multiplies, are one.
+            if not last or last[0] is not x or last[1] != kind:
+                last[:] = x, kind, *self._products(i, x.detach(), _tokens(x, mask, in_text, name))
+            for held, new in zip((self._sums, self._counts), last[2:], strict=True):
+                held[i] = held[i] + new if i in held else new
 
         return see
 
     @torch.no_grad()
-    def _add(self, i: int, x: Tensor, tokens: Tensor | None) -> None:
-        like = self._on(x.device, i)
+    def _products(self, i: int, x: Tensor, tokens: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Σ x xᵀ and N."""
+        like = self.covariances[i]
         x = x.reshape(-1, x.shape[-1]).to(like)
         if i in self._biases:
             x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
         if tokens is not None:
             # A product would let NaN of other tokens through, and an index would wait for the device.
             x = torch.where(tokens.to(x.device).reshape(-1, 1), x, torch.zeros_like(x))
-        count = torch.full_like(like[0, 0], len(x)) if tokens is None else tokens.sum().to(like)
-        self._sums[i] = x.T @ x if i not in self._sums else self._sums[i].addmm_(x.T, x)
-        self._counts[i] = self._counts.get(i, 0) + count
+        return x.T @ x, torch.full_like(like[0, 0], len(x)) if tokens is None else tokens.sum().to(like)
 
     def of_step(self, directions: Role | None, groups: Sequence[Group]) -> Decouple | None:
         """Take in what the step has seen; see :class:`torch_mdgd.decoupling.Decoupling`, here and below."""
@@ -238,7 +247,10 @@ class VisualInputs:
         for i, c in self.covariances.items():
             x, n = self._sums.pop(i, None), self._counts.pop(i, None)
             if self._groups or x is not None:
-                x, n = torch.zeros_like(c) if x is None else x, c.new_zeros(()) if n is None else n
+                # Layers may share a sum.
+                x, n = (torch.zeros_like(c), c.new_zeros(())) if x is None or n is None else (x, n)
+                if self._groups:
+                    x, n = x.clone(), n.clone()
                 for group in self._groups:
                     torch.distributed.all_reduce(x, group=group)
                     torch.distributed.all_reduce(n, group=group)

@@ -39,9 +39,9 @@ class MDGDOptimizer(OptimizerWrapper):
         update: "regularize" is d = g + αv + βr (9); "reference" is r + αv; "project" is g~ + αv, which needs no
             gradients at φ. Under a mask, "regularize" is M ⊙ (g + αv) (11).
         space: "gradient" changes what the wrapped optimizer gets; "step" (with ``update="project"``) gives it g and
+            takes the drift out of the move it makes: see :mod:`torch_mdgd.decoupling`.
         history: k ≥ 1, how many visual gradients are taken out of a move, this step's and those before: 1 removes what
             raises the visual loss, more remove all components along them; see :mod:`torch_mdgd.history`. Step space.
-            takes the drift out of the move it makes: see :mod:`torch_mdgd.decoupling`.
         align: α ≥ 0, the weight of the visual gradient. Gradient space only.
         regularize: β ≥ 0, the weight of r. With 0 no gradients at φ are needed. Only ``update="regularize"``.
         restore: a ≥ 0, the length of the restoring move relative to the step's. Step space only.
@@ -69,8 +69,8 @@ class MDGDOptimizer(OptimizerWrapper):
         space: settings.Space = "gradient",
         align: float = 1.0,
         regularize: float = 1.0,
-        history: int = 1,
         restore: float = 0.0,
+        history: int = 1,
         scope: settings.Scope = "tensor",
         mask: Mask | None = None,
         drift_budget: float | None = None,

@@ -90,7 +90,7 @@ def draw_features(runs: Runs, names: Sequence[str]) -> Figure | None:
         _mark(axis, runs[name])
         axis.set_xticks([])
         axis.set_yticks([])
-    _legend(figure, axes[0])
+    _legend(figure)
     model = published()[names[0]].model
     figure.suptitle(f"t-SNE of features of {model} on its target task", fontsize=12)
     return figure
@@ -148,7 +148,7 @@ def _rank_panels(runs: Runs, methods: Sequence[str], title: str) -> Figure | Non
         letter = "a" if experiment.name in LLAVA else "b"
         _label(axis, f"({letter}) {_place(experiment)}", "", "effective rank")
         _mark(axis, runs[experiment.name])
-    _legend(figure, axes[0])
+    _legend(figure)
     figure.suptitle(title, fontsize=12)
     return figure
 
@@ -162,8 +162,12 @@ def _grid(count: int, columns: int, size: tuple[float, float]) -> tuple[Figure, 
     return figure, list(axes.flat)
 
 
-def _legend(figure: Figure, axis: Axes) -> None:
-    handles, labels = axis.get_legend_handles_labels()
+def _legend(figure: Figure) -> None:
+    found = {}
+    for axis in figure.axes:
+        found |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+    labels = [label for label in LABELS.values() if label in found]
+    handles = [found[label] for label in labels]
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, markerscale=2)
 
 

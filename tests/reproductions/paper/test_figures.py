@@ -115,6 +115,13 @@ def test_smoothing_follows_a_line_and_stills_noise(tmp_path):
     assert smooth([]).size == 0
 
 
+def test_the_legend_is_of_all_panels(tmp_path):
+    write_results(tmp_path, [FLICKR], ["zero-shot", "mdgd"])
+    found = read_results(write_results(tmp_path, ["llava-okvqa"], METHODS))
+    (legend,) = figures.draw_ranks(found).legends
+    assert [text.get_text() for text in legend.get_texts()] == ["pre-trained", "fine-tuned", "MDGD"]
+
+
 def test_without_masking_ratios_only_curves_are_drawn(tmp_path):
     found = read_results(write_results(tmp_path, [FLICKR], METHODS))
     assert masking(found[FLICKR]) == {}

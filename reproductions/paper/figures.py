@@ -8,6 +8,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -163,7 +164,7 @@ def _grid(count: int, columns: int, size: tuple[float, float]) -> tuple[Figure, 
 
 
 def _legend(figure: Figure) -> None:
-    found = {}
+    found: dict[str, Artist] = {}
     for axis in figure.axes:
         found |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
     labels = [label for label in LABELS.values() if label in found]

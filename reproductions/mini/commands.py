@@ -92,6 +92,42 @@ def tune(
     tuning.tune(output, names, target, steps, examples, _console())
 
 
+@app.command()
+def study(
+    output: Annotated[
+        Path, typer.Option(help="Folder for the results; those that are there are not run again.")
+    ] = Path("runs/mini/study"),
+    systems: Annotated[str, typer.Option(help="Which systems, separated by commas; all by default.")] = "",
+    seeds: Annotated[str, typer.Option(help="Test seeds; even ones begin with the first checkpoint.")] = "0,1,2,3,4,5",
+    target: Annotated[str, typer.Option(help="digits or caption; both by default.")] = "",
+    optimizer: Annotated[str, typer.Option(help="adamw or sgd; both by default.")] = "",
+    stages: Annotated[
+        str, typer.Option(help="tune, test, frontier: which parts, in this order.")
+    ] = "tune,test,frontier",
+    workers: Annotated[int, typer.Option(min=0, help="Processes of one thread each; 0 for one a core.")] = 0,
+    steps: Annotated[int, typer.Option(min=0, help="Steps of each fine-tuning; 0 for each target's own.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Examples a step.")] = 16,
+    examples: Annotated[int, typer.Option(min=1, help="Test examples a task.")] = 200,
+    tuning_examples: Annotated[int, typer.Option(min=1, help="Validation examples a task.")] = 150,
+) -> None:
+    """Run every system: choose its settings, test it, and draw its frontier. Resumes after a kill."""
+    from reproductions.mini import study as studying
+    from reproductions.mini.systems import CELLS
+
+    cells = [c for c in CELLS if target in ("", c.target) and optimizer in ("", c.base)]
+    if not cells:
+        raise typer.BadParameter(f"no cell has target {target!r} and optimizer {optimizer!r}")
+    wanted = stages.split(",")
+    for stage in wanted:
+        if stage not in studying.STAGES:
+            raise typer.BadParameter(f"stages must be some of {', '.join(studying.STAGES)}, got {stage!r}")
+    studying.study(
+        output, cells, systems.split(",") if systems else [], [int(seed) for seed in seeds.split(",")],
+        [stage for stage in studying.STAGES if stage in wanted],
+        studying.Size(steps or None, batch, tuning_examples, examples), _console(), workers or None,
+    )  # fmt: skip
+
+
 def _console() -> "Console":
     """Where to print; as wide as the table needs where the output is no terminal."""
     import sys

@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from reproductions.mini.figures import draw_demo
-from reproductions.mini.finetune import Run
 from reproductions.mini.methods import METHODS, PRETRAINED
 from reproductions.mini.parallel import Result, execute_all
 from reproductions.mini.questions import PRETRAINED_TASKS
+from reproductions.mini.run import Run
 
 # Settings are chosen on validation examples and seeds from 100 on; see `tune`.
 TEST_SEEDS = range(100)
@@ -38,12 +38,15 @@ def demo(
 
     Raises:
         ValueError: a seed is one of those that settings are chosen with.
+        FloatingPointError: a loss is not finite.
     """
     kept = [seed for seed in seeds if seed not in TEST_SEEDS]
     if kept:
         raise ValueError(f"seed {kept[0]} is kept for choosing settings; take one below {TEST_SEEDS.stop}")
     found: dict[str, list[Result]] = {name: [] for name in METHODS}
     for result in execute_all(runs(target, seeds, steps, examples), folder / "results.jsonl", console):
+        if "failed" in result:
+            raise FloatingPointError(result["failed"])
         found[result["method"]].append(result)
     scores = table(found, target)
     console.print(scores)

@@ -14,6 +14,9 @@ from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from reproductions.mini.data import TaskData, prompt_batch
 
+FORM_WORDS = ("a", "and", "on")
+"""Words of a caption that every caption has."""
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -41,6 +44,23 @@ class Evaluation:
     def restricted(self) -> float | None:
         """Percentage right among the task's own answers: knowledge kept, whatever became of the answers' form."""
         return None if self.restricted_predictions is None else _percentage(self.restricted_predictions, self.expected)
+
+    @property
+    def words(self) -> float:
+        """Percentage of content words that are right, each in its place: a caption is more than right or wrong.
+
+        Of each caption the words that carry content, in order; a wrong, missing or surplus one counts as wrong. An
+        answer that should be one word is right or wrong as a whole, as in `exact`.
+        """
+        pairs = zip(self.predictions, self.expected, strict=True)
+        return 100 * fmean(_agreement(given, wanted) for given, wanted in pairs)
+
+
+def _agreement(given: str, wanted: str) -> float:
+    if " " not in wanted:
+        return float(given == wanted)
+    words, right = ([word for word in answer.split() if word not in FORM_WORDS] for answer in (given, wanted))
+    return sum(a == b for a, b in zip(words, right, strict=False)) / max(len(words), len(right))
 
 
 def _percentage(given: tuple[str, ...], expected: tuple[str, ...]) -> float:

@@ -1,10 +1,9 @@
-"""Fine-tuning the small LLaVA on a target task, and the whole of one run: fine-tune, then measure."""
+"""Fine-tuning the small LLaVA on a target task."""
 
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,51 +11,44 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
-from reproductions.mini.data import TaskData, pretrained_task_data, prompt_batch, target_data, training_batch
-from reproductions.mini.evaluate import average, evaluate, harmonic, visual_features
+from reproductions.methods import PullTowards, Replay, lora, tailor_
+from reproductions.mini.data import Example, TaskData, pretrained_task_data, training_batch
 from reproductions.mini.methods import Method
-from reproductions.mini.model import CHECKPOINT, load_checkpoint
-from reproductions.mini.questions import PRETRAINED_TASKS, TARGET_TASKS
-from reproductions.mini.scenes import Split
-from torch_mdgd import MDGDOptimizer, effective_rank, mdgd_backward
+from reproductions.mini.questions import PRETRAINED_TASKS
+from torch_mdgd import MDGDOptimizer, mdgd_backward
 
 BATCH = 32
 WARM_UP = 10
-_RANK_EXAMPLES = 200
+TRACED_EVERY = 5
+# The first gradients are ten times as long as later ones: unclipped, SGD at a useful rate destroys the model at once.
+LONGEST_SGD_GRADIENT = 1.0
+# Of each pre-trained task; as many as there are digits to train on.
+_REMEMBERED = 170
+_CALIBRATION = 128
 
 OnStep = Callable[[int, float], None]
 """Is told of each step and its loss."""
 
 
-def _nothing(step: int, loss: float) -> None:
-    pass
+def nothing(step: int, loss: float) -> None:
+    """What is done after each step if nothing is asked for."""
 
 
-@dataclass(frozen=True)
-class Run:
-    """One fine-tuning and its measurement.
+@dataclass
+class Course:
+    """What was seen during a fine-tuning.
 
     Attributes:
-        method: how.
-        target: "digits" or "caption".
-        split: which examples measure it; "validation" to choose settings, "test" to report.
-        seed: draws the batches. The examples that measure are the same for every seed.
-        steps: optimizer steps.
-        examples: how many measure each task.
-        checkpoint: the pre-trained model.
+        trained: how many numbers could move.
+        losses: the task loss of each step.
+        seconds: of each step.
+        traces: every fifth step's diagnostics, by name; empty for a plain optimizer.
     """
 
-    method: Method
-    target: str
-    split: Split
-    seed: int
-    steps: int = 300
-    examples: int = 200
-    checkpoint: Path = CHECKPOINT
-
-    def __post_init__(self) -> None:
-        if self.target not in TARGET_TASKS:
-            raise ValueError(f"target must be one of {', '.join(TARGET_TASKS)}, got {self.target!r}")
+    trained: int = 0
+    losses: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    traces: dict[str, list[float]] = field(default_factory=dict)
 
 
 def trainable_parameters(model: LlavaForConditionalGeneration, layers: int = 2) -> list[torch.nn.Parameter]:
@@ -74,92 +66,76 @@ def finetune(
     *,
     seed: int,
     steps: int,
-    on_step: OnStep = _nothing,
-) -> list[float]:
+    batch_size: int = BATCH,
+    on_step: OnStep = nothing,
+) -> Course:
     """Train in place: 10 warm-up steps, then linear decay to zero.
 
-    Returns:
-        the task loss of each step.
+    Raises:
+        FloatingPointError: the loss is not finite.
     """
+    names = {id(p): name for name, p in model.named_parameters()}
+    adapted: Any = lora(model, method.lora) if method.lora else None
+    if adapted is None:
+        parameters = trainable_parameters(model)
+    else:
+        parameters = [p for p in adapted.parameters() if p.requires_grad]
+    pretrained = {names[id(p)]: p.detach().clone() for p in parameters} if method.tailor is not None else {}
+    course = Course(max(1, round(method.fraction * sum(p.numel() for p in parameters))))
+    _train(adapted or model, tokenizer, data, method, parameters, seed, steps, batch_size, on_step, course)
+    if adapted is not None:
+        adapted.merge_and_unload()
+    if method.tailor is not None:
+        rng = np.random.default_rng([seed, 1])
+        chosen = [data.examples[i] for i in rng.choice(len(data), _CALIBRATION, replace=False)]
+        model.eval()
+        tailor_(model, pretrained, [training_batch(chosen, tokenizer)], omega=method.tailor)
+    return course
+
+
+def _train(
+    model: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    data: TaskData,
+    method: Method,
+    parameters: list[torch.nn.Parameter],
+    seed: int,
+    steps: int,
+    batch_size: int,
+    on_step: OnStep,
+    course: Course,
+) -> None:
     rng = np.random.default_rng(seed)
-    optimizer = method.optimizer(trainable_parameters(model))
+    optimizer = method.optimizer(model, parameters)
+    pull = PullTowards(parameters, method.pull) if method.pull else None
+    replay = Replay(memory(seed), method.replay) if method.replay else None
     scheduler = LambdaLR(optimizer, lambda step: min(1, (step + 1) / WARM_UP) * (1 - step / steps))
-    losses = []
     model.train()
     for step in range(steps):
-        chosen = rng.choice(len(data), BATCH, replace=False)
-        batch = training_batch([data.examples[i] for i in chosen], tokenizer)
-        if isinstance(optimizer, MDGDOptimizer):
+        began = time.perf_counter()
+        examples: list[Example] = [data.examples[i] for i in rng.choice(len(data), batch_size, replace=False)]
+        batch = training_batch(replay(examples, rng) if replay else examples, tokenizer)
+        if isinstance(optimizer, MDGDOptimizer) and method.wrap is not None:
             loss = mdgd_backward(model, optimizer, batch)
         else:
             loss = model(**batch).loss
-            loss.backward()
+            (loss if pull is None else loss + pull()).backward()
+        if method.base == "sgd":
+            torch.nn.utils.clip_grad_norm_(parameters, LONGEST_SGD_GRADIENT)
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step()
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
-            raise FloatingPointError(f"{method.name}: the loss is {losses[-1]} at step {step}")
-        on_step(step, losses[-1])
-    return losses
+        course.losses.append(loss.item())
+        course.seconds.append(time.perf_counter() - began)
+        if not math.isfinite(course.losses[-1]):
+            raise FloatingPointError(f"{method.name}: the loss is {course.losses[-1]} at step {step}")
+        if step % TRACED_EVERY == TRACED_EVERY - 1 and isinstance(optimizer, MDGDOptimizer):
+            for name, value in optimizer.diagnostics.items():
+                course.traces.setdefault(name, []).append(value)
+        on_step(step, course.losses[-1])
 
 
-def measure(
-    model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, target: str, split: Split, examples: int
-) -> dict[str, Any]:
-    """Scores of all pre-trained tasks and the target, their means, and the effective rank of the visual features."""
-    tasks = {task: pretrained_task_data(task, split, examples) for task in PRETRAINED_TASKS}
-    goal = target_data(target, split)[:examples]  # type: ignore[arg-type]
-    answers = {task: evaluate(model, tokenizer, data) for task, data in (*tasks.items(), (target, goal))}
-    exact = {task: answer.exact for task, answer in answers.items()}
-    kept = {task: exact[task] for task in tasks}
-    restricted = {task: answer.restricted for task, answer in answers.items() if answer.restricted is not None}
-    model.eval()
-    rank = {
-        name: effective_rank(visual_features(model, prompt_batch(data.examples[:_RANK_EXAMPLES], tokenizer)))
-        for name, data in (("scenes", tasks["object"]), (target, goal))
-    }
-    return {
-        "exact": exact,
-        "restricted": restricted,
-        "P": average(kept),
-        "P_restricted": average({task: restricted[task] for task in tasks}),
-        "T": exact[target],
-        "Avg": average(exact),
-        "H": harmonic(average(kept), exact[target]),
-        "effective_rank": rank,
-        "answers": {task: answer.predictions for task, answer in answers.items()},
-    }
-
-
-def execute(run: Run, on_step: OnStep = _nothing) -> dict[str, Any]:
-    """Load the checkpoint, fine-tune it unless the method trains nothing, measure it.
-
-    Returns:
-        what `measure` returns, with the method's settings, the number of trained numbers, losses and seconds.
-    """
-    torch.set_num_threads(1)
-    torch.manual_seed(run.seed)
-    model, tokenizer = load_checkpoint(run.checkpoint)
-    began, losses, trained = time.perf_counter(), [], 0
-    if run.method.learning_rate is not None:
-        data = target_data(run.target, "train", seed=run.seed)  # type: ignore[arg-type]
-        losses = finetune(model, tokenizer, data, run.method, seed=run.seed, steps=run.steps, on_step=on_step)
-        count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        trained = max(1, round(run.method.fraction * count))
-    seconds = time.perf_counter() - began
-    result = measure(model, tokenizer, run.target, run.split, run.examples)
-    settings = {"learning_rate": run.method.learning_rate, **(run.method.wrap or {}), "fraction": run.method.fraction}
-    return {
-        "method": run.method.name,
-        "label": run.method.label,
-        "settings": settings,
-        "target": run.target,
-        "split": run.split,
-        "seed": run.seed,
-        "steps": run.steps,
-        "trained": trained,
-        "seconds": seconds,
-        "losses": losses,
-        **result,
-    }
+def memory(seed: int) -> list[Example]:
+    """Training examples of every pre-trained task: what replay has kept."""
+    tasks = (pretrained_task_data(task, "train", _REMEMBERED, seed) for task in PRETRAINED_TASKS)
+    return [example for data in tasks for example in data.examples]

@@ -1,24 +1,35 @@
-"""The ways of fine-tuning that are compared: each is AdamW at a learning rate, perhaps wrapped."""
+"""The ways of fine-tuning that are compared: an optimizer at a learning rate, perhaps wrapped, perhaps with help."""
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
 
 import torch
-from torch.optim import AdamW, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 
-from torch_mdgd import MDGDOptimizer, TopK
+from torch_mdgd import Magnitude, MDGDOptimizer, Random, TopK, VisualInputs
+
+Base = Literal["adamw", "sgd"]
 
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the table.
+    """One row of a table.
 
     Attributes:
         name: what the command line calls it.
         label: what tables and figures call it.
-        learning_rate: peak rate of AdamW; None trains nothing.
-        wrap: arguments of `MDGDOptimizer`, None for the plain optimizer.
+        learning_rate: peak rate; None trains nothing.
+        wrap: arguments of `MDGDOptimizer`; None captures no gradients.
         fraction: of the trainable numbers that may move.
+        mask: how those are chosen: "similarity" as in MDGD-GM, "random" or "magnitude".
+        inputs: in step space, the share of each layer's visual inputs that is kept from change, in place of the
+            visual gradient; see `VisualInputs`.
+        base: the optimizer, "adamw" (no weight decay) or "sgd" (momentum 0.9, gradients clipped to
+            length 1).
+        pull: weight of L2-SP's pull towards the pre-trained weights.
+        replay: share of each batch that is examples of the pre-trained tasks.
+        lora: rank of adapters on q and k of the language model, the connector being trained in full; 0 for none.
+        tailor: ω of Model Tailor after training; None for no tailoring.
     """
 
     name: str
@@ -26,20 +37,48 @@ class Method:
     learning_rate: float | None
     wrap: dict[str, Any] | None = None
     fraction: float = 1.0
+    mask: Literal["similarity", "random", "magnitude"] = "similarity"
+    inputs: float | None = None
+    base: Base = "adamw"
+    pull: float = 0.0
+    replay: float = 0.0
+    lora: int = 0
+    tailor: float | None = None
 
-    def optimizer(self, parameters: list[torch.nn.Parameter]) -> Optimizer:
-        """The optimizer over these parameters, wrapped at their present values."""
+    def optimizer(self, model: torch.nn.Module, parameters: list[torch.nn.Parameter]) -> Optimizer:
+        """The optimizer over these parameters of the model, wrapped at their present values."""
         assert self.learning_rate is not None
-        base = AdamW(parameters, lr=self.learning_rate, weight_decay=0.0)
-        if self.wrap is None:
+        base: Optimizer
+        if self.base == "sgd":
+            base = SGD(parameters, lr=self.learning_rate, momentum=0.9)
+        else:
+            base = AdamW(parameters, lr=self.learning_rate, weight_decay=0.0)
+        if self.wrap is None and self.fraction == 1:
             return base
-        mask = TopK(self.fraction) if self.fraction < 1 else None
-        return MDGDOptimizer(base, mask=mask, compact=mask is not None, **self.wrap)
+        masks = {"similarity": TopK, "random": Random, "magnitude": Magnitude}
+        mask = masks[self.mask](self.fraction) if self.fraction < 1 else None
+        protect = None if self.inputs is None else VisualInputs(model, self.inputs)
+        return MDGDOptimizer(base, mask=mask, compact=mask is not None, protect=protect, **(self.wrap or {}))
 
-    def with_settings(self, learning_rate: float, **wrap: Any) -> "Method":
-        """The same method with another learning rate and other arguments of the wrapper."""
-        return replace(self, learning_rate=learning_rate, wrap=None if self.wrap is None else self.wrap | wrap)
+    def with_settings(self, **settings: Any) -> "Method":
+        """The same method with other settings: its own fields, or arguments of the wrapper."""
+        own = {name: value for name, value in settings.items() if name in _FIELDS}
+        wrap = {name: value for name, value in settings.items() if name not in _FIELDS}
+        if wrap and self.wrap is None:
+            raise ValueError(f"{self.name} wraps no optimizer, so it has no setting {next(iter(wrap))!r}")
+        return replace(self, wrap=None if self.wrap is None else self.wrap | wrap, **own)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What was set, for tables: the learning rate, the wrapper's arguments, and the fields that are not default."""
+        told = ("name", "label", "learning_rate", "wrap", "fraction")
+        others = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in told}
+        default = {f.name: f.default for f in fields(self)}
+        changed = {name: value for name, value in others.items() if value != default[name]}
+        return {"learning_rate": self.learning_rate, **(self.wrap or {}), "fraction": self.fraction, **changed}
+
+
+_FIELDS = {f.name for f in fields(Method)}
 
 PRETRAINED = Method("zero-shot", "Pre-trained", None)
 # Chosen by `python -m reproductions mini tune`, which sees validation examples and its own seeds alone: the best

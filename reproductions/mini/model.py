@@ -18,6 +18,9 @@ from reproductions.mini.text import IMAGE, IMAGE_TOKENS
 CHECKPOINT = Path(__file__).parent / "checkpoints" / "pretrained"
 """The pre-trained model that comes with the repository."""
 
+SECOND_CHECKPOINT = CHECKPOINT.with_name("second")
+"""Another, pre-trained from other random weights on other pictures."""
+
 WIDTH = 128
 _PATCH = 12
 _LONGEST_ANSWER = 10

@@ -5,23 +5,18 @@ import multiprocessing
 import os
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import transformers
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from reproductions.mini.finetune import Run, execute
+from reproductions.mini.run import Run, execute
 
 Result = dict[str, Any]
+_FEW = 12
 _reports: Any = None
-
-
-def key(run: Run) -> str:
-    """What a result is found again by: everything that it depends on."""
-    return json.dumps({**asdict(run), "checkpoint": run.checkpoint.name}, sort_keys=True)
 
 
 def read_results(path: Path) -> dict[str, Result]:
@@ -39,49 +34,76 @@ def read_results(path: Path) -> dict[str, Result]:
 def execute_all(runs: Sequence[Run], path: Path, console: Console, workers: int | None = None) -> list[Result]:
     """Do the runs that the file does not hold yet; return the results of all, in order.
 
+    A run whose loss does not stay finite has a result too: its error under "failed", and no scores.
+
     Args:
-        runs: what to do.
+        runs: what to do, in this order.
         path: JSON lines. Each result is added as soon as it is there, so that a killed call is taken up again.
         console: for the progress bars.
         workers: processes; one a core by default.
     """
     done = read_results(path)
-    todo = [run for run in runs if key(run) not in done]
+    todo = list({run.key: run for run in runs if run.key not in done}.values())
     path.parent.mkdir(parents=True, exist_ok=True)
-    context = multiprocessing.get_context("spawn")
-    reports = context.Queue()
-    columns = TextColumn("{task.description:32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    processes = max(1, min(workers or os.cpu_count() or 1, len(todo)))
-    with (
-        ProcessPoolExecutor(processes, context, _attach, (reports,)) as pool,
-        Progress(*columns, TextColumn("{task.fields[doing]}"), console=console) as progress,
-    ):
-        bars = {
-            key(run): progress.add_task(
-                f"{run.method.label}, {run.target}, seed {run.seed}", total=run.steps, doing="waits", start=False
+    if todo:
+        context = multiprocessing.get_context("spawn")
+        reports = context.Queue()
+        processes = max(1, min(workers or os.cpu_count() or 1, len(todo)))
+        with ProcessPoolExecutor(processes, context, _attach, (reports,)) as pool, _Bars(todo, console) as bars:
+            pending = {pool.submit(_work, run) for run in todo}
+            while pending:
+                finished, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
+                while not reports.empty():
+                    bars.step(*reports.get())
+                for future in finished:
+                    result = future.result()
+                    done[result["key"]] = result
+                    with path.open("a") as file:
+                        file.write(json.dumps(result) + "\n")
+                    bars.finish(result)
+    return [done[run.key] for run in runs]
+
+
+class _Bars:
+    """A bar for all runs and one for each that has begun; of many runs, only those at work are shown."""
+
+    def __init__(self, runs: Sequence[Run], console: Console) -> None:
+        columns = TextColumn("{task.description:32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+        self.progress = Progress(*columns, TextColumn("{task.fields[doing]}"), console=console)
+        self.console = console
+        self.few = len(runs) <= _FEW
+        self.all = self.progress.add_task("runs", total=len(runs), doing="")
+        self.bars = {
+            run.key: self.progress.add_task(
+                f"{run.method.label}, {run.target}, seed {run.seed}",
+                total=run.steps, doing="waits", start=False, visible=self.few,
             )
-            for run in todo
-        }
-        pending = {pool.submit(_work, run) for run in todo}
-        while pending:
-            finished, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
-            while not reports.empty():
-                _show(progress, bars, *reports.get())
-            for future in finished:
-                result = future.result()
-                done[result["key"]] = result
-                with path.open("a") as file:
-                    file.write(json.dumps(result) + "\n")
-                progress.update(bars[result["key"]], completed=result["steps"], doing="done")
-                progress.stop_task(bars[result["key"]])
-    return [done[key(run)] for run in runs]
+            for run in runs
+        }  # fmt: skip
 
+    def __enter__(self) -> "_Bars":
+        self.progress.__enter__()
+        return self
 
-def _show(progress: Progress, bars: dict[str, TaskID], name: str, step: int, loss: float) -> None:
-    bar = bars[name]
-    if step == 0:
-        progress.start_task(bar)
-    progress.update(bar, completed=step + 1, doing=f"loss {loss:.3f}")
+    def __exit__(self, *exception: Any) -> None:
+        self.progress.__exit__(*exception)
+
+    def step(self, key: str, step: int, loss: float) -> None:
+        if step == 0:
+            self.progress.start_task(self.bars[key])
+        self.progress.update(self.bars[key], completed=step + 1, doing=f"loss {loss:.3f}", visible=True)
+
+    def finish(self, result: Result) -> None:
+        bar, outcome = self.bars[result["key"]], "failed" if "failed" in result else "done"
+        self.progress.update(bar, completed=result["steps"], doing=outcome, visible=self.few)
+        self.progress.stop_task(bar)
+        self.progress.advance(self.all)
+        if not self.few and not self.console.is_terminal:
+            task = self.progress.tasks[self.all]
+            self.console.print(
+                f"{task.completed:.0f} of {task.total:.0f}: {self.progress.tasks[bar].description}, {outcome}",
+                soft_wrap=True,
+            )
 
 
 def _attach(reports: Any) -> None:
@@ -91,6 +113,9 @@ def _attach(reports: Any) -> None:
 
 
 def _work(run: Run) -> Result:
-    name = key(run)
-    result = execute(run, lambda step, loss: _reports.put((name, step, loss)))
-    return {"key": name, **result}
+    try:
+        result = execute(run, lambda step, loss: _reports.put((run.key, step, loss)))
+    except FloatingPointError as error:
+        settings = {"settings": run.method.settings, "seed": run.seed, "steps": run.steps}
+        result = {"method": run.method.name, "label": run.method.label, **settings, "failed": str(error)}
+    return {"key": run.key, **result}

@@ -8,9 +8,9 @@ from statistics import fmean
 from rich.console import Console
 from rich.table import Table
 
-from reproductions.mini.finetune import Run
 from reproductions.mini.methods import METHODS, Method
 from reproductions.mini.parallel import Result, execute_all
+from reproductions.mini.run import Run
 
 SEEDS = (100, 101)
 # Four candidates a method, so that none is tuned harder than another.

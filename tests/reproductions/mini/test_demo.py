@@ -9,11 +9,12 @@ from rich.console import Console
 from reproductions.mini import demo, tune
 from reproductions.mini.data import target_data
 from reproductions.mini.figures import draw_demo, telling_examples
-from reproductions.mini.finetune import Run, execute, finetune, trainable_parameters
+from reproductions.mini.finetune import finetune, trainable_parameters
 from reproductions.mini.methods import METHODS
 from reproductions.mini.model import load_checkpoint
-from reproductions.mini.parallel import execute_all, key, read_results
+from reproductions.mini.parallel import execute_all, read_results
 from reproductions.mini.questions import PRETRAINED_TASKS
+from reproductions.mini.run import Run, execute
 from torch_mdgd import MDGDOptimizer
 
 
@@ -91,7 +92,7 @@ def test_a_result_cut_short_by_a_kill_is_run_again(finished, tmp_path):
     run = Run(METHODS["zero-shot"], "digits", "test", 0, 0, 12)
     (result,) = execute_all([run], path, Console(quiet=True))
     assert result["exact"] == results[0]["exact"]
-    assert set(read_results(path)) == {key(run)}
+    assert set(read_results(path)) == {run.key}
 
 
 def test_runs_are_reproducible(finished):
@@ -144,7 +145,7 @@ def test_every_candidate_differs_and_every_method_has_as_many():
     for name in tune.GRIDS:
         for method in tune.candidates(name):
             model, _ = load_checkpoint()
-            optimizer = method.optimizer(trainable_parameters(model))
+            optimizer = method.optimizer(model, trainable_parameters(model))
             assert optimizer.param_groups[0]["lr"] == method.learning_rate
             assert isinstance(optimizer, MDGDOptimizer) == (method.wrap is not None)
 

@@ -1,0 +1,243 @@
+"""The study: its systems train what they say, its settings are chosen by its rules, and it resumes."""
+
+import json
+from dataclasses import replace
+from queue import SimpleQueue
+
+import pytest
+import torch
+from rich.console import Console
+
+from reproductions.mini import parallel, study
+from reproductions.mini.data import target_data
+from reproductions.mini.evaluate import Evaluation
+from reproductions.mini.finetune import finetune
+from reproductions.mini.methods import METHODS
+from reproductions.mini.model import CHECKPOINT, load_checkpoint
+from reproductions.mini.parallel import read_results
+from reproductions.mini.questions import PRETRAINED_TASKS
+from reproductions.mini.run import Run, execute, rounded
+from reproductions.mini.scores import average, h_scores, kept, mean, rate_that_reaches, target_score
+from reproductions.mini.systems import CANDIDATES, CELLS, SYSTEMS, systems_of
+
+CELL = CELLS[0]
+SIZE = study.Size(steps=2, batch=4, tuning_examples=2, examples=2)
+
+
+@pytest.fixture(autouse=True)
+def one_checkpoint(monkeypatch):
+    monkeypatch.setattr(study, "checkpoint_of", lambda seed: CHECKPOINT)
+
+
+@pytest.mark.parametrize("name", [name for name in SYSTEMS if name != "zero-shot"])
+def test_every_system_moves_what_it_says(name):
+    model, tokenizer = load_checkpoint()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    method = SYSTEMS[name].candidates("adamw", 1.0)[-1]
+    course = finetune(model, tokenizer, target_data("digits", "train"), method, seed=0, steps=2, batch_size=4)
+    after = dict(model.named_parameters())
+    assert before.keys() == after.keys()
+    moved = {n: int((before[n] != after[n]).sum()) for n in before}
+    parts = {n.split(".")[1] for n, count in moved.items() if count}
+    if method.lora:
+        assert {n.split(".")[-2] for n, count in moved.items() if count} == {"q_proj", "k_proj", "linear_1", "linear_2"}
+    elif method.tailor is not None:
+        assert parts == {"language_model"}, "the projector goes back"
+        assert sum(moved.values()) < 0.2 * course.trained
+    else:
+        assert parts == {"language_model", "multi_modal_projector"}
+        assert 0.9 * course.trained <= sum(moved.values()) <= course.trained
+        assert course.trained == round(method.fraction * 459_520)
+    assert len(course.losses) == len(course.seconds) == 2
+
+
+def test_every_system_is_tuned_as_much_and_is_told_apart():
+    for system in SYSTEMS.values():
+        candidates = {str(method) for method in system.candidates("sgd", 7.0)}
+        assert len(candidates) == (CANDIDATES if system.grid else 1)
+        assert not system.grid or all(method.base == "sgd" for method in system.candidates("sgd", 7.0))
+        assert system.choose in ("H", "T", *SYSTEMS)
+    assert len({system.label for system in SYSTEMS.values()}) == len(SYSTEMS)
+    assert {c.name for c in CELLS} == {f"{t}-{b}" for t in ("digits", "caption") for b in ("adamw", "sgd")}
+    assert systems_of(CELLS[0]) == list(SYSTEMS.values())
+    assert all(system.core for system in systems_of(CELLS[1]))
+
+
+def test_learning_rates_of_another_cell_are_scaled_and_nothing_else_is():
+    plain = SYSTEMS["mdgd"].candidates("adamw", 1.0)
+    scaled = SYSTEMS["mdgd"].candidates("sgd", 50.0)
+    assert [replace(m, base="adamw", learning_rate=m.learning_rate / 50) for m in scaled] == plain
+
+
+def result(P, T, target="digits", **more):
+    return {"target": target, "P": P, "P_restricted": P + 1, "T": T, "T_words": T + 2, **more}
+
+
+def test_the_three_harmonic_means():
+    scores = h_scores(result(60.0, 20.0))
+    assert average(result(60.0, 20.0)) == 55.0
+    assert scores["H"] == pytest.approx(2 * 60 * 20 / 80)
+    assert scores["H LLaVA"] == pytest.approx(2 * 60 * 55 / 115)
+    assert scores["H MiniCPM"] == pytest.approx(2 * 55 * 20 / 75)
+    assert h_scores(result(60.0, 0.0))["H"] == 0
+
+
+def test_captions_count_words_and_restricted_answers():
+    assert (kept(result(60.0, 20.0)), target_score(result(60.0, 20.0))) == (60, 20)
+    assert (kept(result(60.0, 20.0, "caption")), target_score(result(60.0, 20.0, "caption"))) == (61, 22)
+
+
+@pytest.mark.parametrize(
+    ("given", "share"),
+    [
+        ("a fox and a bee on red", 1),
+        ("a fox and a cat on red", 2 / 3),
+        ("a bee and a fox on red", 1 / 3),
+        ("fox bee red", 1),
+        ("fox", 1 / 3),
+        ("a fox and a bee on red and a cat", 3 / 4),
+        ("", 0),
+    ],
+)
+def test_the_share_of_content_words(given, share):
+    assert Evaluation("caption", ("a fox and a bee on red",), (given,), None).words == pytest.approx(100 * share)
+
+
+def test_answers_of_one_word_are_right_or_wrong():
+    score = Evaluation("letter", ("a", "b"), ("a", "b b"), None)
+    assert score.words == score.exact == 50
+
+
+def test_the_lowest_rate_that_reaches_a_score():
+    assert rate_that_reaches([1e-3, 1e-1], [50, 70], 60) == pytest.approx(1e-2)
+    assert rate_that_reaches([1e-3, 1e-2, 1e-1], [50, 90, 70], 90) == pytest.approx(1e-2)
+    assert rate_that_reaches([1e-3, 1e-2, 1e-1], [60, 40, 80], 70) == pytest.approx(10**-1.5, rel=1e-3)
+    assert rate_that_reaches([1e-3, 1e-2], [50, 70], 40) == 1e-3
+    assert rate_that_reaches([1e-3, 1e-2], [50, 70], 99) == 1e-2
+
+
+def tuned(scores):
+    """Tuning results: of each system, P and T of every candidate, the same for each seed; None where it failed."""
+    found = {}
+    for name, pairs in scores.items():
+        system = SYSTEMS[name]
+        runs = study.tuning_runs(CELL, [system], SIZE)
+        assert len(runs) == 2 * len(pairs)
+        for method, pair in zip(system.candidates(CELL.base, CELL.rate), pairs, strict=True):
+            for run in runs:
+                if run.method == method:
+                    found[run.key] = {"failed": "nan"} if pair is None else result(*pair)
+    return found
+
+
+def test_settings_are_chosen_by_each_systems_rule():
+    results = tuned(
+        {
+            "fine-tune": [(99, 50), (90, 85), (60, 90), None],
+            "fine-tune-low": [(99, 50), (90, 85), (60, 90), None],
+            "fine-tune-matched": [(99, 50), (90, 85), (60, 90), None],
+            "mdgd": [(1, 1), (95, 87.5), (1, 1), (1, 1)],
+        }
+    )
+    chosen = {name: study.chosen(CELL, SYSTEMS[name], SIZE, results) for name in SYSTEMS if "fine-tune" in name}
+    assert chosen["fine-tune"].learning_rate == 2e-3
+    assert chosen["fine-tune-low"].learning_rate == 1e-3
+    assert chosen["fine-tune-matched"].learning_rate == pytest.approx(1e-3 * 2**0.5, rel=1e-3)
+    assert study.chosen(CELL, SYSTEMS["mdgd"], SIZE, results).wrap["align"] == 10.0
+    assert study.chosen(CELL, SYSTEMS["zero-shot"], SIZE, {}).learning_rate is None
+    with pytest.raises(ValueError, match="stage 'tune'"):
+        study.chosen(CELL, SYSTEMS["align"], SIZE, results)
+
+
+def test_a_failed_candidate_counts_as_nothing():
+    assert mean([result(60.0, 20.0), {"failed": "nan"}], kept) == 30
+
+
+def test_seeds_of_tuning_are_refused_for_tests(tmp_path):
+    with pytest.raises(ValueError, match="seed 101 is kept for choosing"):
+        study.study(tmp_path, [CELL], ["step"], [0, 101], ["test"], SIZE, Console(quiet=True))
+    with pytest.raises(ValueError, match="seed 100"):
+        study.test_runs(CELL, [SYSTEMS["zero-shot"]], [100], SIZE, {})
+    runs = study.test_runs(CELL, [SYSTEMS["zero-shot"]], range(6), SIZE, {})
+    assert [(run.seed, run.split) for run in runs] == [(0, "test"), (1, "test")], "once for each checkpoint"
+    assert all(run.split == "validation" for run in study.tuning_runs(CELL, [SYSTEMS["step"]], SIZE))
+
+
+def test_seeds_take_turns_with_the_checkpoints(monkeypatch):
+    monkeypatch.undo()
+    assert [study.checkpoint_of(seed).name for seed in (0, 1, 100, 101)] == ["pretrained", "second"] * 2
+
+
+def test_the_study_runs_and_resumes(tmp_path):
+    names, console = ["zero-shot", "restore"], Console(record=True, width=100)
+    arguments = tmp_path, [CELL], names, [0], study.STAGES, SIZE
+    study.study(*arguments, console, workers=1)
+    files = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert {name: len(text.splitlines()) for name, text in files.items()} == {
+        "tune.jsonl": 2 * CANDIDATES, "test.jsonl": 2, "frontier.jsonl": 2 * 4,
+    }  # fmt: skip
+    assert "restore" in console.export_text()
+    zero, step = (json.loads(line) for line in sorted(files["test.jsonl"].splitlines(), key=lambda x: "wrap" in x))
+    assert zero["trained"] == zero["peak_bytes"] == 0
+    assert step["trained"] == 459_520
+    # Weights, their moments and gradients are four times the trained bytes; the reference and the rest come on top.
+    assert step["peak_bytes"] > 4 * 4 * step["trained"]
+    for found in (zero, step):
+        for measured in ("rank", "drift", "relative_drift"):
+            assert set(found[measured]) == {*PRETRAINED_TASKS, "digits"}
+    assert set(zero["drift"].values()) == {0.0}
+    assert all(value > 0 for value in step["drift"].values())
+    # A kill in the middle of a line.
+    (tmp_path / "tune.jsonl").write_text(files["tune.jsonl"][:-50])
+    study.study(*arguments, console, workers=1)
+    assert read_results(tmp_path / "tune.jsonl").keys() == {
+        json.loads(x)["key"] for x in files["tune.jsonl"].splitlines()
+    }
+    assert (tmp_path / "test.jsonl").read_text() == files["test.jsonl"]
+
+
+def test_an_unknown_system_is_named(tmp_path):
+    with pytest.raises(ValueError, match="'stepp'"):
+        study.study(tmp_path, [CELL], ["stepp"], [0], ["test"], SIZE, Console(quiet=True))
+
+
+def test_traces_and_losses_are_every_fifth_steps():
+    threads = torch.get_num_threads()
+    method = SYSTEMS["mdgd"].method
+    found = execute(Run(method, "digits", "test", 0, 10, 1, batch=2, record="study"))
+    torch.set_num_threads(threads)
+    assert len(found["losses"]) == 2
+    for name in ("cos_task_visual", "cos_task_reference", "visual_loss"):
+        assert len(found["traces"][name]) == 2
+    assert all(len(answers) == 1 for answers in found["answers"].values())
+
+
+def test_a_run_that_diverges_is_a_result(monkeypatch):
+    monkeypatch.setattr(parallel, "_reports", SimpleQueue())
+    threads = torch.get_num_threads()
+    found = parallel._work(
+        Run(METHODS["fine-tune"].with_settings(learning_rate=1e30), "digits", "test", 0, 5, 1, batch=2)
+    )
+    torch.set_num_threads(threads)
+    assert "loss is" in found["failed"]
+    assert found["key"]
+
+
+def test_keys_hold_what_matters_and_nothing_else():
+    run = Run(METHODS["mdgd"], "digits", "test", 0)
+    assert json.loads(run.key) == {
+        "method": {"name": "mdgd", "learning_rate": 0.002, "wrap": {"align": 10.0, "regularize": 1.0}},
+        "target": "digits", "split": "test", "seed": 0,
+    }  # fmt: skip
+    assert replace(run, method=replace(run.method, label="other")).key == run.key
+    changes = {"seed": 1, "steps": 5, "batch": 7, "record": "study", "checkpoint": CHECKPOINT.with_name("second")}
+    assert len({replace(run, **{name: value}).key for name, value in changes.items()} | {run.key}) == 6
+
+
+def test_rounding_keeps_five_digits():
+    assert rounded({"a": [1.23456789, 3], "b": ("x", True)}) == {"a": [1.2346, 3], "b": ["x", True]}
+
+
+def test_a_setting_of_a_wrapper_needs_one():
+    with pytest.raises(ValueError, match="align"):
+        METHODS["fine-tune"].with_settings(align=1.0)

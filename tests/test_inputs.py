@@ -336,6 +336,8 @@ def test_what_it_cannot_protect_is_refused():
         MDGDOptimizer(base(), protect=inputs())
     with pytest.raises(ValueError, match="restore=0"):
         MDGDOptimizer(base(), protect=inputs(), restore=0.1, **step)
+    with pytest.raises(ValueError, match="history=1"):
+        MDGDOptimizer(base(), protect=inputs(), history=2, **step)
     with pytest.raises(ValueError, match=r"no nn\.Linear"):
         MDGDOptimizer(torch.optim.SGD(model.norm.parameters(), lr=0.1), protect=inputs(), **step)
     own = inputs()

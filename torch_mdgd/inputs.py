@@ -73,14 +73,15 @@ class VisualInputs:
     pass inside :meth:`observe`.
 
     A layer of the text decoder counts the marked tokens of its sequence; what enters any other layer, as in the
-    projector and the vision tower, is all of pictures. With LoRA, its two matrices are such layers themselves. Several
-    ranks add up their sums, and hold the same C and Q.
+    projector and the vision tower, is all of pictures. With LoRA, its two matrices are such layers themselves, the
+    second of so small a width that a lower ``energy`` leaves it more to learn with. Several ranks add up their sums,
+    and hold the same C and Q.
 
     Args:
         model: whose modules are looked at; in DistributedDataParallel or not.
         energy: the fraction of each layer's visual inputs that is kept from change, in [0, 1].
         decay: of the covariance per step that has image tokens, in [0, 1).
-        refresh: after how many steps Q is computed anew.
+        refresh: after how many steps Q is computed anew, which takes the cube of a width: raise it for wide layers.
         text_module: the decoder; that of a model of transformers if None.
 
     Raises:

@@ -6,11 +6,13 @@ what is left of a lower-case caption without punctuation; such scores come out a
 
 import re
 import shutil
+import subprocess
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import fmean
 
 from pycocoevalcap.cider.cider import Cider
-from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+from pycocoevalcap.tokenizer import ptbtokenizer
 
 from reproductions.paper.data.examples import Example
 from reproductions.paper.metrics.metric import Metric, require_pairs
@@ -63,8 +65,17 @@ def _split(captions: Captions) -> Captions:
 
 
 def _split_ptb(captions: Captions) -> Captions:
-    words = PTBTokenizer().tokenize({i: [{"caption": text} for text in texts] for i, texts in captions.items()})
-    complete = all(len(words.get(i, ())) == len(texts) for i, texts in captions.items())
-    if not complete or not any(map(any, words.values())):
-        raise RuntimeError("the Penn Treebank tokenizer failed: is the java on the path a working Java?")
-    return {i: list(words[i]) for i in captions}
+    """Words by the package's Java program. Its own wrapper for that writes into the package, which may be read-only."""
+    sent = [text for texts in captions.values() for text in texts]
+    jar = Path(ptbtokenizer.__file__).with_name(ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR)
+    command = ["java", "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"]
+    done = subprocess.run(command, input="\n".join(sent) + "\n", capture_output=True, encoding="utf-8", check=False)
+    back = done.stdout.split("\n")[:-1]
+    if done.returncode or len(back) != len(sent):
+        raise RuntimeError(f"the Penn Treebank tokenizer failed; is this a working Java? {done.stderr[-500:]}")
+    lines = iter(back)
+    kept = {i: [next(lines).rstrip().split(" ") for _ in texts] for i, texts in captions.items()}
+    return {
+        i: [" ".join(w for w in words if w not in ptbtokenizer.PUNCTUATIONS) for words in texts]
+        for i, texts in kept.items()
+    }

@@ -19,6 +19,7 @@ from reproductions.paper.data import Example
 from reproductions.paper.metrics import METRICS
 from reproductions.paper.metrics.choice import infer_option
 from reproductions.paper.metrics.cider import CIDEr
+from reproductions.paper.metrics.cider import _split_ptb as split_ptb
 from reproductions.paper.metrics.contractions import CONTRACTIONS
 from reproductions.paper.metrics.vqa import normalise, vqa_accuracy
 
@@ -304,6 +305,19 @@ def test_words_by_the_penn_treebank():
     assert expected != pytest.approx(CIDEr(ptb=False).score(PREDICTIONS, [example(*t) for t in REFERENCES])["score"])
 
 
+@java
+def test_the_penn_treebank_tokenizer_is_that_of_the_package():
+    texts = [
+        "A dog, sitting -- on the street!",
+        "",
+        "the man's can't (U.S.) 3.5\u00bd caf\u00e9 \u201cquoted\u201d",
+        "...",
+        "x",
+    ]
+    expected = PTBTokenizer().tokenize({0: [{"caption": text} for text in texts], 5: [{"caption": "Ends here."}]})
+    assert split_ptb({0: texts, 5: ["Ends here."]}) == expected
+
+
 def test_java_decides(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     assert CIDEr().key == "cider_no_ptb"
@@ -317,7 +331,7 @@ def test_a_java_that_fails_is_an_error(tmp_path, monkeypatch):
     broken.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     with pytest.raises(RuntimeError, match="working Java"):
-        CIDEr().score(["a dog"], [example("a dog")])
+        CIDEr(ptb=True).score(["a dog"], [example("a dog")])
 
 
 # Every metric.

@@ -3,7 +3,7 @@
 import json
 import multiprocessing
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -40,28 +40,27 @@ def execute_all(runs: Sequence[Run], path: Path, console: Console, workers: int 
         runs: what to do, in this order.
         path: JSON lines. Each result is added as soon as it is there, so that a killed call is taken up again.
         console: for the progress bars.
-        workers: processes; one a core by default.
+        workers: processes; one a core by default. One is this process itself.
     """
     done = read_results(path)
     todo = list({run.key: run for run in runs if run.key not in done}.values())
     path.parent.mkdir(parents=True, exist_ok=True)
     if todo:
-        context = multiprocessing.get_context("spawn")
-        reports = context.Queue()
-        processes = max(1, min(workers or os.cpu_count() or 1, len(todo)))
-        with ProcessPoolExecutor(processes, context, _attach, (reports,)) as pool, _Bars(todo, console) as bars:
-            pending = {pool.submit(_work, run) for run in todo}
-            while pending:
-                finished, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
-                while not reports.empty():
-                    bars.step(*reports.get())
-                for future in finished:
-                    result = future.result()
-                    done[result["key"]] = result
-                    with path.open("a") as file:
-                        file.write(json.dumps(result) + "\n")
-                    bars.finish(result)
+        _end_line(path)
+        with _Bars(todo, console) as bars:
+            for result in _results(todo, max(1, min(workers or os.cpu_count() or 1, len(todo))), bars):
+                done[result["key"]] = result
+                with path.open("a") as file:
+                    file.write(json.dumps(result) + "\n")
+                bars.finish(result)
     return [done[run.key] for run in runs]
+
+
+def _end_line(path: Path) -> None:
+    """Close a last line that a kill has cut short, so that what is added does not become part of it."""
+    if path.is_file() and not path.read_bytes().endswith(b"\n"):
+        with path.open("a") as file:
+            file.write("\n")
 
 
 class _Bars:
@@ -106,16 +105,37 @@ class _Bars:
             )
 
 
+def _results(runs: Sequence[Run], processes: int, bars: _Bars) -> Iterator[Result]:
+    if processes == 1:
+        for run in runs:
+            yield _work(run, bars.step)
+        return
+    context = multiprocessing.get_context("spawn")
+    reports = context.Queue()
+    with ProcessPoolExecutor(processes, context, _attach, (reports,)) as pool:
+        pending = {pool.submit(_work_there, run) for run in runs}
+        while pending:
+            finished, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
+            while not reports.empty():
+                bars.step(*reports.get())
+            for future in finished:
+                yield future.result()
+
+
+def _work(run: Run, report: Callable[[str, int, float], None]) -> Result:
+    try:
+        result = execute(run, lambda step, loss: report(run.key, step, loss))
+    except FloatingPointError as error:
+        told = {"settings": run.method.settings, "target": run.target, "seed": run.seed, "steps": run.steps}
+        result = {"method": run.method.name, "label": run.method.label, **told, "failed": str(error)}
+    return {"key": run.key, **result}
+
+
 def _attach(reports: Any) -> None:
     global _reports
     _reports = reports
     transformers.utils.logging.disable_progress_bar()
 
 
-def _work(run: Run) -> Result:
-    try:
-        result = execute(run, lambda step, loss: _reports.put((run.key, step, loss)))
-    except FloatingPointError as error:
-        settings = {"settings": run.method.settings, "seed": run.seed, "steps": run.steps}
-        result = {"method": run.method.name, "label": run.method.label, **settings, "failed": str(error)}
-    return {"key": run.key, **result}
+def _work_there(run: Run) -> Result:
+    return _work(run, lambda *report: _reports.put(report))

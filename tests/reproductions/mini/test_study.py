@@ -2,19 +2,18 @@
 
 import json
 from dataclasses import replace
-from queue import SimpleQueue
 
 import pytest
 import torch
 from rich.console import Console
 
-from reproductions.mini import parallel, study
+from reproductions.mini import study
 from reproductions.mini.data import target_data
 from reproductions.mini.evaluate import Evaluation
 from reproductions.mini.finetune import finetune
 from reproductions.mini.methods import METHODS
 from reproductions.mini.model import CHECKPOINT, load_checkpoint
-from reproductions.mini.parallel import read_results
+from reproductions.mini.parallel import execute_all, read_results
 from reproductions.mini.questions import PRETRAINED_TASKS
 from reproductions.mini.run import Run, execute, rounded
 from reproductions.mini.scores import average, h_scores, kept, mean, rate_that_reaches, target_score
@@ -212,12 +211,10 @@ def test_traces_and_losses_are_every_fifth_steps():
     assert all(len(answers) == 1 for answers in found["answers"].values())
 
 
-def test_a_run_that_diverges_is_a_result(monkeypatch):
-    monkeypatch.setattr(parallel, "_reports", SimpleQueue())
+def test_a_run_that_diverges_is_a_result(tmp_path):
     threads = torch.get_num_threads()
-    found = parallel._work(
-        Run(METHODS["fine-tune"].with_settings(learning_rate=1e30), "digits", "test", 0, 5, 1, batch=2)
-    )
+    wild = Run(METHODS["fine-tune"].with_settings(learning_rate=1e30), "digits", "test", 0, 5, 1, batch=2)
+    (found,) = execute_all([wild], tmp_path / "results.jsonl", Console(quiet=True), workers=1)
     torch.set_num_threads(threads)
     assert "loss is" in found["failed"]
     assert found["key"]

@@ -70,7 +70,7 @@ class Llava(VisionLanguageModel):
             patch_size=8, projection_dim=WIDTH,
         )  # fmt: skip
         text = LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=WIDTH, num_hidden_layers=7,
+            vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=WIDTH, num_hidden_layers=3,
             num_attention_heads=2, tie_word_embeddings=False, initializer_range=0.3,
             bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
         )  # fmt: skip

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, LlamaTokenizer, PreTrainedTokenizerFast
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -25,6 +26,7 @@ from reproductions.paper.models.tiny import WIDTH, byte_tokenizer
 from torch_mdgd import VisualTap
 
 PROMPT = "<用户>{picture}\n{question}<AI>"
+MARKS = {"im_start": IMAGE_START, "im_end": IMAGE_END, "slice_start": SLICE_START, "slice_end": SLICE_END}
 FILES = ["*.json", "*.safetensors", "*.model"]
 
 
@@ -133,19 +135,17 @@ class MiniCPMV2Model(VisionLanguageModel):
                     "--trust-remote-code to use this repository's implementation of it"
                 ) from error
             return cls(Adapter(remote), _tokenizer(folder))
-        network = MiniCPMV2(MiniCPMV2Settings.read(json.loads((folder / "config.json").read_text())))
-        _load_weights(network.to(dtype), folder)
+        settings = MiniCPMV2Settings.read(json.loads((folder / "config.json").read_text()))
+        with torch.device("meta"):
+            network = MiniCPMV2(settings)
+        _load_weights(network, folder, dtype)
         return cls(Adapter(network), _tokenizer(folder))
 
     @classmethod
     def write_tiny(cls, folder: Path, seed: int = 0) -> None:
         """Write a random network of a few ten thousand numbers."""
-        from safetensors.torch import save_file
-
         torch.manual_seed(seed)
-        tokenizer = byte_tokenizer(
-            {"im_start": IMAGE_START, "im_end": IMAGE_END, "slice_start": SLICE_START, "slice_end": SLICE_END}
-        )
+        tokenizer = byte_tokenizer(MARKS)
         settings = MiniCPMV2Settings(
             vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=WIDTH, num_hidden_layers=3,
             num_attention_heads=2, num_key_value_heads=2, dim_model_base=WIDTH // 2, query_num=4, resampler_head=8,
@@ -206,22 +206,27 @@ def _folder(source: str | Path) -> Path:
 
 def _tokenizer(folder: Path) -> Any:
     kind = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else LlamaTokenizer
-    return kind.from_pretrained(folder)
+    tokenizer = kind.from_pretrained(folder)
+    # Names that its own code knows them by.
+    for name, token in MARKS.items():
+        setattr(tokenizer, name, token)
+    return tokenizer
 
 
-def _load_weights(network: nn.Module, folder: Path) -> None:
-    from safetensors.torch import load_file
-
+def _load_weights(network: MiniCPMV2, folder: Path, dtype: torch.dtype) -> None:
+    """Give a network on the meta device its numbers."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ValueError(f"{folder} holds no weights (*.safetensors)")
-    lacking = set(network.state_dict())
+    wanted = {name: x.shape for name, x in network.state_dict().items()}
     for file in files:
-        weights = load_file(file)
-        strange = [name for name in weights if name not in network.state_dict()]
-        if strange:
-            raise ValueError(f"{file}: {strange[0]} is no weight of MiniCPM-V-2.0 as implemented here")
-        network.load_state_dict(weights, strict=False)
-        lacking -= set(weights)
-    if lacking:
-        raise ValueError(f"{folder} does not hold the weights of MiniCPM-V-2.0: it lacks {min(lacking)}")
+        weights = {name: x.to(dtype) for name, x in load_file(file).items()}
+        for name, x in weights.items():
+            if wanted.pop(name, None) != x.shape:
+                raise ValueError(f"{file}: {name} {tuple(x.shape)} is no weight of MiniCPM-V-2.0 as implemented here")
+        network.load_state_dict(weights, strict=False, assign=True)
+    if wanted:
+        raise ValueError(f"{folder} does not hold the weights of MiniCPM-V-2.0: it lacks {min(wanted)}")
+    # What no file holds: the frequencies of rotary positions.
+    rotary: Any = type(network.llm.model.rotary_emb)
+    network.llm.model.rotary_emb = rotary(network.llm.config)

@@ -1,0 +1,161 @@
+"""The command line: every row of both tables on tiny models and small files, and what is made of the results."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from reproductions.__main__ import app
+from reproductions.paper import rows
+from reproductions.paper.config import ConfigError, experiment_names
+from reproductions.paper.methods import METHODS
+from reproductions.paper.published import published
+
+
+def call(*arguments):
+    return CliRunner().invoke(app, [str(x) for x in arguments])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """All rows, by one command."""
+    folder = tmp_path_factory.mktemp("smoke")
+    done = call("run", "--smoke", "--all", "--results", folder)
+    assert done.exit_code == 0, done.output
+    return folder
+
+
+def test_every_row_of_both_tables_ran_and_every_other_method_once(finished):
+    ran = {(path.parent.parent.name, path.parent.name) for path in finished.glob("*/*/status.json")}
+    for name, table in published().items():
+        assert {(name, method) for method in table.rows} <= ran
+    assert {method for _, method in ran} == set(METHODS)
+    assert {path.parent.parent.name for path in finished.glob("*/*/status.json")} == set(experiment_names())
+    for path in finished.glob("*/*/status.json"):
+        status = json.loads(path.read_text())
+        assert status["stage"] == "done"
+        assert status["wall_seconds"] > 0
+        tasks = {file.stem for file in (path.parent / "evaluation").glob("*.json")}
+        assert tasks == set(published()[path.parent.parent.name].tasks)
+        assert (path.parent / "training.jsonl").exists() == (path.parent.name not in ("zero-shot", "model-tailor"))
+        assert (path.parent / "analysis" / "masking.json").exists() == (path.parent.name == "mdgd-gm")
+
+
+def test_a_second_call_has_nothing_to_do(finished):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
+    again = call("run", "--smoke", "--all", "--results", finished)
+    assert again.exit_code == 0
+    assert again.output.count("done already") == len(list(finished.glob("*/*/status.json")))
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_tables_figures_and_report_come_from_it(finished, tmp_path):
+    printed = call("table", "--results", finished)
+    assert printed.exit_code == 0
+    assert printed.output.count("published") >= 26
+    assert printed.output.count("smoke") >= 26
+    drawn = call("figures", "--results", finished, "--output", tmp_path / "figures")
+    assert drawn.exit_code == 0
+    assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == [f"figure{i}.png" for i in range(1, 6)]
+    written = call("report", "--results", finished, "--output", tmp_path / "page.html")
+    assert written.exit_code == 0
+    page = (tmp_path / "page.html").read_text()
+    assert "Smoke" in page
+    assert page.count("data:image/png;base64") >= 5
+
+
+def test_list_shows_counts_needs_and_what_has_run(finished):
+    shown = call("list", "--results", finished)
+    assert shown.exit_code == 0
+    for count in ("1,235,279,872", "517,777,920", "29,368,320", "35,265,024", "123,527,987", "51,777,792"):
+        assert count in shown.output
+    assert shown.output.count("done, 0.0 h") == 26
+    for word in ("GPU hours", "Flickr30k", "PathVQA", "Figure 3", "GB to fetch", "corda"):
+        assert word in shown.output
+
+
+def test_one_row_and_settings_of_ones_own(tmp_path):
+    done = call(
+        "run", "llava-okvqa", "--method", "mdgd", "--smoke", "--results", tmp_path, "--set", "training.steps=1",
+        "--set", 'pretrained=["pope"]', "--set", "methods.mdgd.align=7",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    config = json.loads((tmp_path / "llava-okvqa" / "mdgd" / "config.json").read_text())["configuration"]
+    assert (config["training"]["steps"], config["methods"]["mdgd"]["align"]) == (1, 7)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run"], "name an experiment (llava-flickr30k, "),
+        (["run", "llava-okvqa"], "pass --method (zero-shot, "),
+        (["run", "llava-okvqa", "--method", "mgdg"], "no method 'mgdg'"),
+        (["run", "llava", "--all"], "no experiment 'llava'"),
+        (["run", "llava-okvqa", "--all", "--set", "training.step=1"], "llava-okvqa.toml: unknown key training.step"),
+        (["table", "--results", "nowhere"], "there is no folder nowhere"),
+    ],
+)
+def test_a_request_that_makes_no_sense_is_answered_in_a_line(arguments, message):
+    done = call(*arguments)
+    assert done.exit_code == 2
+    assert message in done.output
+    assert "Traceback" not in done.output
+
+
+def test_a_row_that_fails_does_not_stop_the_others(tmp_path, monkeypatch):
+    from reproductions.paper import run
+
+    def fails(experiment, name, *args, **kwargs):
+        asked.append(name)
+        if name == "lora":
+            raise RuntimeError("out of memory")
+
+    asked = []
+    monkeypatch.setattr(run, "run_row", fails)
+    done = call("run", "minicpm-pathvqa", "--all", "--results", tmp_path)
+    assert done.exit_code == 1
+    assert asked == ["zero-shot", "fine-tune", "lora", "mdgd", "mdgd-no-align", "mdgd-gm"]
+    assert "1 rows failed" in done.output
+    assert "minicpm-pathvqa lora" in done.output
+
+
+def test_every_gpu_runs_its_experiments_one_row_after_the_other(tmp_path, monkeypatch):
+    def commands(found, overrides, results, devices):
+        code = "import os, sys; print(os.environ['CUDA_VISIBLE_DEVICES'], sys.argv[1]); sys.exit(sys.argv[1] == 'b')"
+        return [[[sys.executable, "-c", code, x] for x in part] for part in (["a", "b"], ["c"])]
+
+    monkeypatch.setattr(rows, "visible_devices", lambda: ["0", "1"])
+    monkeypatch.setattr(rows, "commands", commands)
+    with pytest.raises(rows.RowsFailedError, match="1 rows failed") as caught:
+        rows.run_rows({"x": ["a"], "y": ["c"]}, [], tmp_path, smoke=False, console=rows.Console(quiet=True))
+    assert "gpu-0.log" in str(caught.value)
+    assert (tmp_path / "gpu-0.log").read_text().splitlines() == ["0 a", "0 b"]
+    assert (tmp_path / "gpu-1.log").read_text().splitlines() == ["1 c"]
+
+
+def test_devices_are_those_that_the_process_may_use(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, 5")
+    assert rows.visible_devices() == ["3", "5"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert rows.visible_devices() == ["0", "1"]
+
+
+def test_rows_beyond_the_paper_on_request():
+    found = rows.chosen("llava-okvqa", None, True, True, False, [])
+    assert list(found["llava-okvqa"]) == list(METHODS)
+    assert "ewc" not in rows.chosen("llava-okvqa", None, True, False, True, [])["llava-okvqa"]
+    with pytest.raises(ConfigError):
+        rows.chosen(None, "mdgd", False, False, False, [])
+
+
+def test_help_needs_no_torch():
+    code = (
+        "import sys; from typer.testing import CliRunner; from reproductions.__main__ import app; "
+        "assert CliRunner().invoke(app, ['run', '--help']).exit_code == 0; "
+        "sys.exit(bool({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

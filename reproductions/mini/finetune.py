@@ -41,7 +41,7 @@ class Course:
     Attributes:
         trained: how many numbers could move.
         losses: the task loss of each step.
-        seconds: of each step.
+        seconds: of processor time, each step; the machine's other work does not count.
         traces: every fifth step's diagnostics, by name; empty for a plain optimizer.
     """
 
@@ -112,7 +112,7 @@ def _train(
     scheduler = LambdaLR(optimizer, lambda step: min(1, (step + 1) / WARM_UP) * (1 - step / steps))
     model.train()
     for step in range(steps):
-        began = time.perf_counter()
+        began = time.process_time()
         examples: list[Example] = [data.examples[i] for i in rng.choice(len(data), batch_size, replace=False)]
         batch = training_batch(replay(examples, rng) if replay else examples, tokenizer)
         if isinstance(optimizer, MDGDOptimizer) and method.wrap is not None:
@@ -126,7 +126,7 @@ def _train(
         optimizer.zero_grad()
         scheduler.step()
         course.losses.append(loss.item())
-        course.seconds.append(time.perf_counter() - began)
+        course.seconds.append(time.process_time() - began)
         if not math.isfinite(course.losses[-1]):
             raise FloatingPointError(f"{method.name}: the loss is {course.losses[-1]} at step {step}")
         if step % TRACED_EVERY == TRACED_EVERY - 1 and isinstance(optimizer, MDGDOptimizer):

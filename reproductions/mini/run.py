@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any, Literal
@@ -109,6 +110,7 @@ def execute(run: Run, on_step: OnStep = nothing) -> dict[str, Any]:
         "checkpoint": run.checkpoint.name,
         "trained": course.trained,
         "seconds": seconds,
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "numpy")},
         "losses": course.losses,
         **measure(model, tokenizer, run.target, run.split, run.examples),
     }

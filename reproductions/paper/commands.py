@@ -25,6 +25,7 @@ def register(app: typer.Typer) -> None:
     app.command("table")(table)
     app.command("figures")(figures)
     app.command("report")(report)
+    app.command("harness")(harness)
 
 
 def list_rows(overrides: Overrides = None, results: Results = None) -> None:
@@ -101,6 +102,24 @@ def report(
         page = output or folder / "report.html"
         write_report(folder, page)
         _console().print(f"wrote {page}")
+
+
+def harness(
+    folder: Annotated[Path, typer.Argument(help="Folder of a run, such as runs/paper/llava-okvqa/mdgd.")],
+    tasks: Annotated[str, typer.Option(help="Tasks of lmms-eval, separated by commas, such as gqa,pope.")],
+    tasks_folder: Annotated[Path | None, typer.Option(help="Task files of one's own, in place of lmms-eval's.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Examples of each task.")] = None,
+) -> None:
+    """Measure a run's model with lmms-eval, which has to be installed beside this."""
+    import json
+
+    import torch
+
+    from reproductions.paper import harness as outer
+
+    model = outer.load_run(folder, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    found = outer.measure(model, tasks.split(","), tasks_folder=tasks_folder, limit=limit)
+    _console().print_json(json.dumps(found, default=str))
 
 
 def _folder(results: Path | None, smoke: bool) -> Path:

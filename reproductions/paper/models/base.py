@@ -20,9 +20,17 @@ Batch = dict[str, Any]
 class Question(Protocol):
     """What a model needs of an example."""
 
-    image: Any
-    question: str
-    target: str
+    @property
+    def image(self) -> Any:
+        """A picture of PIL."""
+
+    @property
+    def question(self) -> str:
+        """The instruction, without a chat template."""
+
+    @property
+    def target(self) -> str:
+        """What training teaches to answer."""
 
 
 @dataclass(frozen=True)

@@ -184,7 +184,18 @@ class MiniCPMV2Model(VisionLanguageModel):
         # A question may name these tokens too; the pictures come before it.
         starts = [i + 1 for i, token in enumerate(tokens) if token == start][:slices]
         ends = [i for i, token in enumerate(tokens) if token == end][:slices]
+        if len(starts) != slices or any(end - start != self.queries for start, end in zip(starts, ends, strict=True)):
+            raise ValueError(
+                f"{self.name}: the tokenizer does not keep {IMAGE_START}, {IMAGE_END} and {self.queries} times "
+                f"{self.tokenizer.unk_token} between them whole, so pictures have no place to go"
+            )
         return torch.tensor([starts, ends]).T
+
+    @property
+    def queries(self) -> int:
+        """Tokens of a slice."""
+        model: Any = self.network.model
+        return int(model.config.query_num)
 
 
 def image_tokens(batch: Mapping[str, Any]) -> Tensor:

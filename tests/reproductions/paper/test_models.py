@@ -180,6 +180,12 @@ def test_image_bound_marks_every_slice_whatever_is_written_in_the_question(minic
     assert [len(slices) for slices in batch["pixel_values"]] == [3, 1 + 2 * (20 * 30 > 24**2)]
 
 
+def test_a_tokenizer_that_takes_the_marks_apart_is_refused(minicpm, assets):
+    minicpm.tokenizer = load_model("llava-1.5-7b", assets.model("llava-1.5-7b"), "float32", CPU).tokenizer
+    with pytest.raises(ValueError, match="does not keep <image>, </image> and 4 times <unk> between them whole"):
+        minicpm.collate(examples(), answers=False)
+
+
 def test_its_language_model_is_minicpm():
     """Scaled embeddings, scaled residuals, scaled logits, as MiniCPM-2.4B has them and Llama does not."""
     settings = MiniCPMV2Settings(

@@ -104,7 +104,7 @@ class Masking:
     """
 
     ratios: tuple[float, ...] = limited((0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0), least=1e-6, most=1)
-    steps: int = limited(50, least=1)
+    steps: int = limited(25, least=1)
     batches: int = limited(8, least=1)
 
 

@@ -34,9 +34,10 @@ def print_list(overrides: Sequence[str], results: Path, console: Console) -> Non
             table.add_row(*cells(method, found), stage(results / name / method))
             rows.append(found)
         console.print(table)
-        fetched |= downloads(experiment)
-        sizes = ", ".join(f"{DATASETS[task].title} {fetched[task]:.1f}" for task in experiment.tasks)
-        weights = f"{experiment.model} {fetched[experiment.model]:.1f}"
+        own = downloads(experiment)
+        fetched |= {what: max(size, fetched.get(what, 0.0)) for what, size in own.items()}
+        sizes = ", ".join(f"{DATASETS[task].title} {own[task]:.1f}" for task in experiment.tasks)
+        weights = f"{experiment.model} {own[experiment.model]:.1f}"
         console.print(
             f"{size_of(experiment.model).total:,} parameters. To fetch, GB: {weights}, {sizes}\n", soft_wrap=True
         )

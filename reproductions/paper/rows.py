@@ -51,7 +51,7 @@ def chosen(
 def run_rows(rows: Rows, overrides: Sequence[str], results: Path, *, smoke: bool, console: Console) -> None:
     """Do rows; experiments are dealt out to the GPUs if there are several of both."""
     devices = visible_devices()
-    if len(devices) > 1 and len(rows) > 1:
+    if len(devices) > 1 and len(rows) > 1 and not smoke:
         _beside(rows, overrides, results, devices, console)
         return
     _quiet()

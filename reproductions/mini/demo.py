@@ -44,10 +44,11 @@ def demo(
     if kept:
         raise ValueError(f"seed {kept[0]} is kept for choosing settings; take one below {TEST_SEEDS.stop}")
     found: dict[str, list[Result]] = {name: [] for name in METHODS}
-    for result in execute_all(runs(target, seeds, steps, examples), folder / "results.jsonl", console):
+    wanted = runs(target, seeds, steps, examples)
+    for run, result in zip(wanted, execute_all(wanted, folder / "results.jsonl", console), strict=True):
         if "failed" in result:
             raise FloatingPointError(result["failed"])
-        found[result["method"]].append(result)
+        found[run.method.name].append(result)
     scores = table(found, target)
     console.print(scores)
     if len(seeds) > 1:

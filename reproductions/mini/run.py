@@ -62,10 +62,10 @@ class Run:
         """What a result is found again by: all that it depends on.
 
         Fields at their defaults are left out, so that one that is added later does not disown the results there are;
-        so is the label.
+        so are name and label, so that systems which come to the same settings share their runs.
         """
         told = _changed(self)
-        del told["method"]["label"]
+        del told["method"]["label"], told["method"]["name"]
         return json.dumps(told, sort_keys=True)
 
 

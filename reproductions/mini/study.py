@@ -127,7 +127,7 @@ def study(
 ) -> None:
     """Run what the folder does not hold yet; writes `tune.jsonl`, `test.jsonl` and `frontier.jsonl`.
 
-    The core systems of every cell come first, cell by cell, then the others of the first.
+    The core systems of every cell come first, cell by cell, then the others of the first cell, then the frontiers.
 
     Args:
         folder: for the results.
@@ -146,20 +146,32 @@ def study(
     if unknown:
         raise ValueError(f"unknown system {unknown[0]!r}; there are {', '.join(SYSTEMS)}")
     require_test_seeds(seeds)
-    for core in (True, False):
-        for cell in cells:
-            systems = [s for s in systems_of(cell) if s.core == core and (not names or s.name in names)]
+    parts = [
+        (cell, [s for s in systems_of(cell) if s.core == core and (not names or s.name in names)])
+        for core in (True, False)
+        for cell in cells
+    ]
+    for stage in ("test", "frontier"):
+        for cell, systems in parts:
             if not systems:
                 continue
-            console.print(f"{cell.name}: {', '.join(system.name for system in systems)}", soft_wrap=True)
-            if "tune" in stages:
-                needed = [*systems, *(SYSTEMS[s.choose] for s in systems if s.choose in SYSTEMS)]
+            needed = [*systems, *(SYSTEMS[s.choose] for s in systems if s.choose in SYSTEMS)]
+            if "tune" in stages and stage == "test":
+                console.print(f"settings, {cell.name}: {_names(systems)}", soft_wrap=True)
                 execute_all(tuning_runs(cell, needed, size), folder / "tune.jsonl", console, workers)
-            tuned = read_results(folder / "tune.jsonl")
-            if "test" in stages:
-                execute_all(test_runs(cell, systems, seeds, size, tuned), folder / "test.jsonl", console, workers)
-            if "frontier" in stages:
-                execute_all(frontier_runs(cell, systems, size, tuned), folder / "frontier.jsonl", console, workers)
+            if stage in stages:
+                console.print(f"{stage}, {cell.name}: {_names(systems)}", soft_wrap=True)
+                tuned = read_results(folder / "tune.jsonl")
+                runs = (
+                    test_runs(cell, systems, seeds, size, tuned)
+                    if stage == "test"
+                    else frontier_runs(cell, systems, size, tuned)
+                )
+                execute_all(runs, folder / f"{stage}.jsonl", console, workers)
+
+
+def _names(systems: Sequence[System]) -> str:
+    return ", ".join(system.name for system in systems)
 
 
 def _run(method: Method, cell: Cell, seed: int, size: Size, stage: Stage) -> Run:

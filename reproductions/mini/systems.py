@@ -80,9 +80,9 @@ class Cell:
 
 CELLS: tuple[Cell, ...] = (
     Cell("digits", "adamw", 200, full=True),
-    Cell("caption", "adamw", 300),
+    Cell("caption", "adamw", 300, rate=2),
     Cell("digits", "sgd", 200, rate=50),
-    Cell("caption", "sgd", 300, rate=50),
+    Cell("caption", "sgd", 300, rate=100),
 )
 
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)

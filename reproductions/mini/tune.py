@@ -44,8 +44,8 @@ def tune(
         for method in candidates(name)
     ]
     grouped: dict[str, dict[str, list[Result]]] = defaultdict(lambda: defaultdict(list))
-    for result in execute_all(runs, folder / "tune.jsonl", console):
-        grouped[result["method"]][str(result["settings"])].append(result)
+    for run, result in zip(runs, execute_all(runs, folder / "tune.jsonl", console), strict=True):
+        grouped[run.method.name][str(run.method.settings)].append(result)
     ranked = {
         name: sorted(found.values(), key=lambda results: -fmean(r["H"] for r in results))
         for name, found in grouped.items()

@@ -130,14 +130,7 @@ def tuned(scores):
 
 
 def test_settings_are_chosen_by_each_systems_rule():
-    results = tuned(
-        {
-            "fine-tune": [(99, 50), (90, 85), (60, 90), None],
-            "fine-tune-low": [(99, 50), (90, 85), (60, 90), None],
-            "fine-tune-matched": [(99, 50), (90, 85), (60, 90), None],
-            "mdgd": [(1, 1), (95, 87.5), (1, 1), (1, 1)],
-        }
-    )
+    results = tuned({"fine-tune": [(99, 50), (90, 85), (60, 90), None], "mdgd": [(1, 1), (95, 87.5), (1, 1), (1, 1)]})
     chosen = {name: study.chosen(CELL, SYSTEMS[name], SIZE, results) for name in SYSTEMS if "fine-tune" in name}
     assert chosen["fine-tune"].learning_rate == 2e-3
     assert chosen["fine-tune-low"].learning_rate == 1e-3
@@ -223,10 +216,10 @@ def test_a_run_that_diverges_is_a_result(tmp_path):
 def test_keys_hold_what_matters_and_nothing_else():
     run = Run(METHODS["mdgd"], "digits", "test", 0)
     assert json.loads(run.key) == {
-        "method": {"name": "mdgd", "learning_rate": 0.002, "wrap": {"align": 10.0, "regularize": 1.0}},
+        "method": {"learning_rate": 0.002, "wrap": {"align": 10.0, "regularize": 1.0}},
         "target": "digits", "split": "test", "seed": 0,
     }  # fmt: skip
-    assert replace(run, method=replace(run.method, label="other")).key == run.key
+    assert replace(run, method=replace(run.method, label="other", name="other")).key == run.key
     changes = {"seed": 1, "steps": 5, "batch": 7, "record": "study", "checkpoint": CHECKPOINT.with_name("second")}
     assert len({replace(run, **{name: value}).key for name, value in changes.items()} | {run.key}) == 6
 

@@ -170,7 +170,7 @@ def test_a_budget_out_of_range_is_refused(budget):
 def test_a_budget_that_could_set_nothing_is_refused():
     with pytest.raises(ValueError, match="align above 0"):
         wrap(network(), align=0.0)
-    with pytest.raises(ValueError, match="in step space, pass restore"):
+    with pytest.raises(ValueError, match="with space='step', pass restore"):
         wrap(network(), update="project", space="step")
 
 

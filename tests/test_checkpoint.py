@@ -218,7 +218,7 @@ def broken(state, how):
         ("another shape", r"'mdgd_reference' of parameter 2 has shape \(7,\), needed is \(3, 5\)"),
         ("a mask of another shape", r"'mdgd_mask' of parameter 1 has shape \(7,\)"),
         ("partly lost", "'mdgd_reference' for some parameters but not for parameter 3"),
-        ("more groups", "different number of parameter groups"),
+        ("more groups", "has 2 parameter groups, this optimizer 1"),
         ("a setting out of range", "align must be a finite number"),
     ],
 )

@@ -9,10 +9,11 @@ from torch import nn
 from tests.networks import capture_both, network
 from tests.properties import assert_close, assert_same_bits, expected
 from tests.strategies import make_case
-from torch_mdgd import MDGDOptimizer, TopK
+from torch_mdgd import Given, MDGDOptimizer, TopK, VisualInputs
 
 F64 = (torch.float64,)
 TWO = {"update": "project"}
+STEP = {"update": "project", "space": "step"}
 
 
 def sgd(model: nn.Module, **settings) -> MDGDOptimizer:
@@ -29,6 +30,13 @@ def sgd(model: nn.Module, **settings) -> MDGDOptimizer:
         ({"regularize": math.nan}, "regularize must be a finite number ≥ 0"),
         ({"restore": math.inf, "space": "step", "update": "project"}, "restore must be a finite number ≥ 0"),
         ({"align": "1"}, "align must be a finite number ≥ 0"),
+        ({"align": True}, "align must be a finite number ≥ 0"),
+        ({"history": 0, **STEP}, "history must be a whole number from 1, got 0"),
+        ({"history": 1.5, **STEP}, "history must be a whole number from 1, got 1.5"),
+        ({"reference_every": 2.0}, r"reference_every must be a whole number from 1, got 2\.0"),
+        ({"drift_budget": -1}, "drift_budget must be a finite number > 0 or None, got -1"),
+        ({"drift_budget": "0.1"}, "drift_budget must be a finite number > 0 or None, got '0.1'"),
+        ({"drift_budget": 0.1, **STEP}, "drift_budget sets align, .* with space='step'"),
         ({"space": "step"}, "space='step' works with update='project' alone"),
         ({"restore": 0.1}, "restore is a move in step space"),
     ],
@@ -36,6 +44,83 @@ def sgd(model: nn.Module, **settings) -> MDGDOptimizer:
 def test_settings_out_of_range_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         sgd(network(), **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"protect": object(), **STEP}, "protect must be a VisualInputs or None, got object"),
+        ({"protect": VisualInputs, **STEP}, "protect must be a VisualInputs or None, got type"),
+        ({"mask": 0.1}, "mask must be such as TopK\\(0.1\\), or None, got 0.1"),
+        ({"mask": TopK}, "mask must be such as TopK"),
+        ({"compact": 0.1, "mask": TopK(0.1)}, "compact must be True or False, got 0.1"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused(settings, message):
+    with pytest.raises(TypeError, match=message):
+        sgd(network(), **settings)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"align": -1.0}, "align"),
+        ({"align": 0.0, "drift_budget": 0.1}, "drift_budget multiplies align"),
+        ({"mask": Given([]), "scope": "global"}, "0 masks for 4 parameters"),
+        ({"space": "step", "update": "project", "history": 2, "mask": TopK(0.5), "compact": 1}, "compact"),
+    ],
+)
+def test_what_was_refused_leaves_no_settings_behind(bad, message):
+    base = torch.optim.SGD(network().parameters(), lr=0.1)
+    before = [set(group) for group in base.param_groups]
+    with pytest.raises((TypeError, ValueError), match=message):
+        MDGDOptimizer(base, **bad)
+    assert [set(group) for group in base.param_groups] == before
+    assert MDGDOptimizer(base).param_groups[0]["align"] == 1.0
+
+
+def protecting(model):
+    return VisualInputs(model, text_module=model)
+
+
+CONFLICTS = [
+    (lambda m: {**STEP, "history": 2, "scope": "global"}, {"history": 3}, r"history must be the same .* got \[2, 3\]"),
+    (lambda m: {"drift_budget": 0.1}, STEP, "drift_budget sets align, .* with space='step'"),
+    (lambda m: {**STEP, "protect": protecting(m)}, {"space": "gradient"}, "space='step' alone, got space='gradient'"),
+    (lambda m: {**STEP, "protect": protecting(m)}, {"restore": 0.1}, "restore=0 alone, got restore=0.1"),
+    (lambda m: {**STEP, "protect": protecting(m)}, {"history": 2}, "history=1 alone, got history=2"),
+    (lambda m: {**STEP, "protect": protecting(m)}, {"scope": "global"}, "scope='tensor' alone, got scope='global'"),
+    (lambda m: STEP, {"history": 1.5}, "history must be a whole number from 1, got 1.5"),
+]
+
+
+@pytest.mark.parametrize(("make", "bad", "message"), CONFLICTS)
+def test_a_group_whose_settings_exclude_an_option_is_refused_when_given(make, bad, message):
+    model = network()
+    groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), **bad}]
+    with pytest.raises(ValueError, match=message):
+        MDGDOptimizer(torch.optim.SGD(groups, lr=0.1), **make(model))
+
+
+@pytest.mark.parametrize(("make", "bad", "message"), CONFLICTS)
+def test_a_group_whose_settings_exclude_an_option_is_refused_when_added(make, bad, message):
+    model = network()
+    optimizer = MDGDOptimizer(torch.optim.SGD(model[0].parameters(), lr=0.1), **make(model))
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group({"params": model[2].parameters(), **bad})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize(("make", "bad", "message"), CONFLICTS)
+def test_a_group_whose_settings_exclude_an_option_is_refused_when_loaded(make, bad, message):
+    model = network()
+    groups = [{"params": model[0].parameters()}, {"params": model[2].parameters()}]
+    optimizer = MDGDOptimizer(torch.optim.SGD(groups, lr=0.1), **make(model))
+    before, state_dict = optimizer.state_dict(), optimizer.state_dict()
+    state_dict["param_groups"][1].update(bad)
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(state_dict)
+    assert optimizer.state_dict()["param_groups"] == before["param_groups"]
 
 
 def test_settings_live_in_the_groups_and_a_group_may_have_its_own():

@@ -344,7 +344,8 @@ def test_what_it_cannot_protect_is_refused():
     MDGDOptimizer(base(), protect=own, **step)
     with pytest.raises(ValueError, match="another optimizer"):
         MDGDOptimizer(base(), protect=own, **step)
-    for bad in ({"energy": 1.1}, {"energy": -0.1}, {"decay": 1.0}, {"refresh": 0}):
+    wrong = [{"energy": x} for x in (1.1, -0.1, 2, "0.9", True)] + [{"decay": x} for x in (1.0, None)]
+    for bad in (*wrong, {"refresh": 0}, {"refresh": 1.5}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             inputs(**bad)
     with pytest.raises(TypeError, match="not a model of transformers"):

@@ -45,8 +45,11 @@ def test_fraction_out_of_range_is_refused(fraction):
     ("make", "message"),
     [
         (lambda: TopK(0.1, scope="layer"), "scope must be"),
-        (lambda: TopK(0.1, refresh=0), "refresh must be at least 1"),
-        (lambda: TopK(0.1, warmup=0), "warmup must be at least 1"),
+        (lambda: TopK(0.1, refresh=0), "refresh must be a whole number from 1"),
+        (lambda: TopK(0.1, warmup=0), "warmup must be a whole number from 1"),
+        (lambda: TopK(0.1, refresh=1.5), "refresh must be a whole number from 1, got 1.5"),
+        (lambda: TopK("a"), "fraction must lie in"),
+        (lambda: Magnitude(0.1, scope="layer"), "Magnitude: scope must be"),
         (lambda: Random(0.0), "fraction must lie in"),
         (lambda: Magnitude(2.0), "fraction must lie in"),
     ],

@@ -1,5 +1,7 @@
 """What is released: one package, which needs torch alone and works where nothing else is installed."""
 
+import inspect
+import re
 import subprocess
 import sys
 import venv
@@ -11,6 +13,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+import torch_mdgd
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -117,3 +121,12 @@ def test_wheel_works_beside_torch_alone(wheel: Path, tmp_path: Path) -> None:
     # With its dependencies and no index: pip itself refuses if anything but what was lent is needed.
     run(sys.executable, "-m", "pip", "--python", python, "--isolated", "install", "--no-index", wheel, cwd=tmp_path)
     run(python, "-I", "-c", USE, cwd=tmp_path)
+
+
+@pytest.mark.parametrize("name", torch_mdgd.__all__)
+def test_docstrings_list_every_argument_in_the_order_of_the_signature(name: str) -> None:
+    documented = getattr(torch_mdgd, name)
+    signature = list(inspect.signature(documented).parameters)
+    section = re.search(r"^Args:\n(.*?)(?:\n\n(?=\S)|\Z)", inspect.getdoc(documented) or "", re.DOTALL | re.MULTILINE)
+    assert section is not None
+    assert re.findall(r"^    (\w+):", section[1], re.MULTILINE) == signature

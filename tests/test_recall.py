@@ -214,16 +214,20 @@ def flatten(tensors):
     return [x.flatten() for x in tensors]
 
 
-def test_nothing_is_kept_for_an_update_without_reference():
+@pytest.mark.parametrize("settings", [{"update": "project"}, {"regularize": 0.0}, {"mask": TopK(0.5)}])
+def test_nothing_to_share_is_refused_and_where_it_is_so_later_nothing_is_kept(settings):
     steps = cases(2)
-    for settings in ({"update": "project"}, {"regularize": 0.0}, {"mask": TopK(0.5)}):
-        optimizer = wrapped(steps[0], 3, **settings)
-        optimizer.set_gradients(**steps[0].gradients)
-        optimizer.step()
-        optimizer.zero_grad()
-        state = optimizer.state_dict()["state"][0]
-        assert not state["mdgd_recalled"].any()
-        assert optimizer.required_roles == ROLES[:2]
+    with pytest.raises(ValueError, match="reference_every shares gradients at the reference, which this update does"):
+        wrapped(steps[0], 3, **settings)
+    if "mask" in settings:
+        return
+    optimizer = wrapped(steps[0], 3)
+    optimizer.param_groups[0].update(settings)
+    optimizer.set_gradients(**steps[0].gradients)
+    optimizer.step()
+    optimizer.zero_grad()
+    assert not optimizer.state_dict()["state"][0]["mdgd_recalled"].any()
+    assert optimizer.required_roles == ROLES[:2]
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ def mdgd_backward(
     wrapped = find_optimizer(optimizer)
     if schedule not in ("sequential", "together"):
         raise ValueError(f"mdgd_backward: schedule must be 'sequential' or 'together', got {schedule!r}")
-    ranks = Ranks(model, wrapped._captures.group)
+    ranks = Ranks(model, wrapped.averaged_over)
     ranks.require_averaging(optimizer)
     if ranks.sharded and schedule == "together":
         raise ValueError("mdgd_backward: schedule='together' is not for sharded parameters: use 'sequential'")

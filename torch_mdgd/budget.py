@@ -12,7 +12,6 @@ The factor q is a spring, which damps what s alone would let swing; s finds the 
 Neither changes if the losses, or z, are multiplied by a constant. This is ours, not the paper's.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from torch_mdgd.equations import ratio
 from torch_mdgd.roles import Captures
-from torch_mdgd.settings import Group
+from torch_mdgd.settings import Group, is_finite
 
 PULL = "drift_pull"
 SPAN = 4.0
@@ -48,13 +47,19 @@ class DriftBudget:
         self.recorded: dict[str, Tensor] = {}
         if budget is None:
             return
-        if not isinstance(budget, int | float) or not math.isfinite(budget) or budget <= 0:
+        if not is_finite(budget) or budget <= 0:
             raise ValueError(f"drift_budget must be a finite number > 0 or None, got {budget!r}")
+        self.check_groups(groups)
+        groups[0].setdefault(PULL, torch.ones((), dtype=torch.float64))
+
+    def check_groups(self, groups: Sequence[Group]) -> None:
+        """Raise a ValueError if a group is in step space, or none has an α to multiply."""
+        if self.budget is None:
+            return
         if any(group["space"] == "step" for group in groups):
-            raise ValueError("drift_budget sets align, which is of gradient space: in step space, pass restore")
+            raise ValueError("drift_budget sets align, which is of gradient space: with space='step', pass restore")
         if not any(group["align"] for group in groups):
             raise ValueError("drift_budget multiplies align: pass an align above 0, such as 1")
-        groups[0].setdefault(PULL, torch.ones((), dtype=torch.float64))
 
     def drift(self, captures: Captures) -> Tensor | None:
         """The drift that this step's captures tell of; None without a budget or without pictures.

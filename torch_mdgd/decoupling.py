@@ -42,6 +42,9 @@ ROUNDS = 4
 class Decoupling(Protocol):
     """What step space takes out of the wrapped optimizer's moves, with all that it remembers for that."""
 
+    def check_groups(self, groups: Sequence[Group]) -> None:
+        """Raise a ValueError if settings of these groups are not for it, naming them."""
+
     def of_step(self, directions: Role | None, groups: Sequence[Group]) -> Decouple | None:
         """What to do to the moves of the step that is about to be made; None leaves them alone, without a snapshot.
 

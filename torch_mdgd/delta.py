@@ -97,6 +97,10 @@ def apply_delta(model: nn.Module, path: str | os.PathLike[str]) -> AppliedDelta:
 
     Everything is checked before the first number is written.
 
+    Args:
+        model: the base model, whole on this process.
+        path: what :func:`save_delta` wrote.
+
     Returns:
         what was replaced; its ``undo()`` puts it back.
 

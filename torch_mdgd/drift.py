@@ -43,8 +43,14 @@ class VisualDrift:
         self.memories: list[Memory | None] = []
         self._fit(groups)
 
+    def check_groups(self, groups: Sequence[Group]) -> None:
+        """See :class:`torch_mdgd.decoupling.Decoupling`, here and below."""
+        lengths = {group["history"] for group in groups if group["space"] == "step" and group["scope"] == "global"}
+        if len(lengths) > 1:
+            raise ValueError(f"history must be the same in all groups of scope 'global', got {sorted(lengths)}")
+
     def _fit(self, groups: Sequence[Group]) -> None:
-        _refuse_mixed(groups)
+        self.check_groups(groups)
         rows = [(p, group["history"]) for group in groups for p in group["params"]]
         held = self.memories + [None] * (len(rows) - len(self.memories))
         self.memories = [self._fitting(p, k, memory) for (p, k), memory in zip(rows, held, strict=True)]
@@ -53,7 +59,7 @@ class VisualDrift:
             groups[0].setdefault(AGE, 0)
 
     def of_step(self, directions: Role | None, groups: Sequence[Group]) -> Decouple | None:
-        """See :class:`torch_mdgd.decoupling.Decoupling`, here and below."""
+        """See above."""
         if directions is None:
             return None
         # Parameters may have been sharded, or a group's settings changed, since the last step.
@@ -154,12 +160,10 @@ class VisualDrift:
 
     def check(self, state_dict: dict[str, Any], parameters: Sequence[Tensor]) -> None:
         """See above."""
-        groups = state_dict["param_groups"]
-        _refuse_mixed(groups)
         found = checkpoint.unpack(state_dict, parameters)[1]
         if LEFT not in found:
             return
-        lengths = [group["history"] - 1 for group in settings.per_parameter(groups)]
+        lengths = [group["history"] - 1 for group in settings.per_parameter(state_dict["param_groups"])]
         like = found.get("positions", parameters) if self.compact else parameters
         wanted = [history.shapes(p, k, self.masked) if k else ((0,), (0,)) for p, k in zip(like, lengths, strict=True)]
         for name, shapes in zip((LEFT, RIGHT), zip(*wanted, strict=True), strict=True):
@@ -187,10 +191,3 @@ def _products(memories: Sequence[Memory], v: Sequence[Tensor], moves: Sequence[T
         rows[:k, most:] = found[:, k:]
         rows[most:, :k] = found[:, k:].T
     return table
-
-
-def _refuse_mixed(groups: Sequence[Group]) -> None:
-    """Raise a ValueError if parameters that are one vector remember differently much of it."""
-    lengths = {group["history"] for group in groups if group["space"] == "step" and group["scope"] == "global"}
-    if len(lengths) > 1:
-        raise ValueError(f"history must be the same in all groups of scope 'global', got {sorted(lengths)}")

@@ -26,9 +26,11 @@ from torch_mdgd import checkpoint, sharded
 from torch_mdgd.decoupling import Decouple
 from torch_mdgd.kernels import Role
 from torch_mdgd.parts import text_decoder
-from torch_mdgd.settings import Group
+from torch_mdgd.settings import Group, is_finite, require_whole
 
 AGE = "inputs_age"
+# What groups must be set to: its moves are of layers, and it knows no visual gradient.
+ALONE = {"space": "step", "restore": 0, "history": 1, "scope": "tensor"}
 # How many numbers of covariances are decomposed together.
 BATCH = 1 << 26
 
@@ -98,12 +100,11 @@ class VisualInputs:
         refresh: int = 10,
         text_module: nn.Module | None = None,
     ) -> None:
-        if not 0 <= energy <= 1:
-            raise ValueError(f"VisualInputs: energy must lie in [0, 1], got {energy}")
-        if not 0 <= decay < 1:
-            raise ValueError(f"VisualInputs: decay must lie in [0, 1), got {decay}")
-        if refresh < 1:
-            raise ValueError(f"VisualInputs: refresh must be at least 1 step, got {refresh}")
+        if not is_finite(energy) or not 0 <= energy <= 1:
+            raise ValueError(f"VisualInputs: energy must lie in [0, 1], got {energy!r}")
+        if not is_finite(decay) or not 0 <= decay < 1:
+            raise ValueError(f"VisualInputs: decay must lie in [0, 1), got {decay!r}")
+        require_whole("VisualInputs: refresh", refresh)
         self.energy, self.decay, self.refresh = energy, decay, refresh
         inside = set((text_decoder(model) if text_module is None else text_module).modules())
         self._modules = [(name, m, m in inside) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
@@ -136,14 +137,19 @@ class VisualInputs:
             raise ValueError(
                 "protect=VisualInputs mixes the numbers of a row, and so would move some outside a mask: leave out one"
             )
-        if any(group["space"] != "step" or group["restore"] or group["history"] > 1 for group in groups):
-            raise ValueError("protect=VisualInputs works with update='project', space='step', restore=0 and history=1")
+        self.check_groups(groups)
         for group in groups:
             self.extend(group)
         if not self.names:
             raise ValueError("protect=VisualInputs: the optimizer holds the weight of no nn.Linear of the model")
         groups[0].setdefault(AGE, 0)
         return self
+
+    def check_groups(self, groups: Sequence[Group]) -> None:
+        """See :class:`torch_mdgd.decoupling.Decoupling`, here and below."""
+        for name, needed in ALONE.items():
+            for value in (group[name] for group in groups if group[name] != needed):
+                raise ValueError(f"protect=VisualInputs works with {name}={needed!r} alone, got {name}={value!r}")
 
     def extend(self, group: Group) -> None:
         """Look for layers whose weights are in a new group."""
@@ -226,7 +232,7 @@ class VisualInputs:
         return x.T @ x, torch.full_like(like[0, 0], len(x)) if tokens is None else tokens.sum().to(like)
 
     def of_step(self, directions: Role | None, groups: Sequence[Group]) -> Decouple | None:
-        """Take in what the step has seen; see :class:`torch_mdgd.decoupling.Decoupling`, here and below."""
+        """Take in what the step has seen; see above."""
         if self._sums or self._groups:
             self._follow()
         age = int(groups[0].get(AGE, 0))

@@ -6,15 +6,17 @@ optimizer does with momentum or weight decay.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from torch_mdgd import kernels, sharded
 from torch_mdgd.equations import Similarity, product
+from torch_mdgd.settings import is_finite, require_whole
 
 
+@runtime_checkable
 class Mask(Protocol):
     """Chooses which numbers may move."""
 
@@ -73,12 +75,10 @@ class TopK:
 
     def __post_init__(self) -> None:
         _require_fraction("TopK", self.fraction)
-        if self.scope not in ("global", "tensor"):
-            raise ValueError(f"TopK: scope must be 'global' or 'tensor', got {self.scope!r}")
-        if self.refresh is not None and self.refresh < 1:
-            raise ValueError(f"TopK: refresh must be at least 1 step or None, got {self.refresh}")
-        if self.warmup < 1:
-            raise ValueError(f"TopK: warmup must be at least 1 step, got {self.warmup}")
+        _require_scope("TopK", self.scope)
+        if self.refresh is not None:
+            require_whole("TopK: refresh", self.refresh)
+        require_whole("TopK: warmup", self.warmup)
 
     def choose(self, parameters: Sequence[Tensor], gradients: ScoreInputs | None) -> list[Tensor]:
         """The mask of these gradients, which hold no NaN or Inf."""
@@ -110,6 +110,7 @@ class Magnitude:
 
     def __post_init__(self) -> None:
         _require_fraction("Magnitude", self.fraction)
+        _require_scope("Magnitude", self.scope)
 
     def choose(self, parameters: Sequence[Tensor], gradients: ScoreInputs | None) -> list[Tensor]:
         """The mask of these parameters."""
@@ -204,5 +205,10 @@ def _filled(x: Tensor | None, like: Tensor) -> Tensor:
 
 
 def _require_fraction(name: str, fraction: float) -> None:
-    if not 0 < fraction <= 1:
-        raise ValueError(f"{name}: fraction must lie in (0, 1], got {fraction}")
+    if not is_finite(fraction) or not 0 < fraction <= 1:
+        raise ValueError(f"{name}: fraction must lie in (0, 1], got {fraction!r}")
+
+
+def _require_scope(name: str, scope: str) -> None:
+    if scope not in ("global", "tensor"):
+        raise ValueError(f"{name}: scope must be 'global' or 'tensor', got {scope!r}")

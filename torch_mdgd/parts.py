@@ -36,6 +36,9 @@ def last_decoder_layers(model: nn.Module, n: int) -> list[nn.Module]:
 def connector(model: nn.Module) -> nn.Module:
     """What maps the vision tower's features into the text decoder: found by name, see ``CONNECTOR_NAMES``.
 
+    Args:
+        model: a vision-language model, as it is or in DistributedDataParallel.
+
     Returns:
         the module; for several, as in Qwen3-VL, a ``ModuleList`` of them. A parameter beside it, such as the
         ``image_newline`` of LLaVA-NeXT, is not part of it.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_mdgd import checkpoint, sharded
+from torch_mdgd import checkpoint, settings, sharded
 from torch_mdgd.kernels import Role
 from torch_mdgd.settings import Group
 
@@ -29,14 +29,19 @@ class Recall:
     Args:
         every: steps that share one g~0.
         groups: the parameter groups.
+        masked: whether a mask is chosen at some time.
 
     Raises:
-        ValueError: ``every`` is no whole number from 1.
+        ValueError: ``every`` is no whole number from 1, or more than 1 where no step takes gradients at φ.
     """
 
-    def __init__(self, every: int, groups: Sequence[Group]) -> None:
-        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
-            raise ValueError(f"reference_every must be a whole number from 1, got {every!r}")
+    def __init__(self, every: int, groups: Sequence[Group], masked: bool) -> None:
+        settings.require_whole("reference_every", every)
+        if every > 1 and not settings.needs_reference(groups, masked):
+            raise ValueError(
+                "reference_every shares gradients at the reference, which this update does not take: it is for "
+                "update='reference' and, without a mask, update='regularize' with a regularize above 0"
+            )
         self.every = every
         self.held: list[Tensor | None] | None = None
         self.used: list[Tensor | None] | None = None
@@ -56,7 +61,6 @@ class Recall:
         age = (int(groups[0].get(AGE, 0)) if again else 0) + 1
         groups[0][AGE] = age % self.every
         self.held = self.used if age < self.every else None
-        self.used = None
 
     def save(self, state_dict: dict[str, Any], parameters: Sequence[Tensor]) -> dict[str, Any]:
         """The state dict with g~0 in it, zeros if none is kept now."""
@@ -68,7 +72,7 @@ class Recall:
 
     def load(self, state_dict: dict[str, Any], parameters: Sequence[Tensor], groups: Sequence[Group]) -> None:
         """The opposite of :meth:`save`; without a g~0 in it, the next step takes one."""
-        self.held = self.used = None
+        self.held = None
         found = checkpoint.unpack(state_dict, parameters)[1].get(NAME)
         if self.every == 1:
             groups[0].pop(AGE, None)

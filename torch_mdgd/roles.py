@@ -29,11 +29,9 @@ class Captures:
         self.drift: Tensor | None = None
         self.recording = False
         self.at_reference = False
-        # What combine leaves for the step: visual directions in step space; every ``.grad``; whether no mask could be
-        # chosen.
+        # What combine leaves for the step: visual directions in step space; every ``.grad``.
         self.directions: list[Tensor | None] | None = None
         self.combined: list[Tensor | None] | None = None
-        self.refused = False
         # And for the diagnostics, until the next: inner products, and which parameters' are summed.
         self.products: tuple[Tensor, Tensor] | None = None
         self.group: distributed.Group | None = None
@@ -87,8 +85,9 @@ class Captures:
         return list(taken.values())
 
     def require(self, roles: Sequence[str]) -> None:
-        """Raise a RuntimeError that names the roles which are not there."""
-        missing = [role for role in roles if role not in self.gradients]
+        """Raise a RuntimeError that names the roles which are not there, themselves or in g~0."""
+        there = {*self.gradients, *(ROLES[2:] if DECOUPLED_REFERENCE in self.gradients else ())}
+        missing = [role for role in roles if role not in there]
         if missing:
             hint = ""
             if missing[0] in ROLES[2:]:

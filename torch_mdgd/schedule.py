@@ -31,7 +31,7 @@ class MaskSchedule:
         if mask is not None and mask.scored:
             # From the start: torch.distributed.checkpoint loads what a fresh optimizer has, and nothing else.
             groups[0].setdefault(AGE, 0)
-        self.waits = False
+        self.waits = self.refused = False
         self.steps = 0
         self.sums: list[list[Tensor | None]] = []
 
@@ -63,7 +63,10 @@ class MaskSchedule:
         parameters: Sequence[Tensor],
         groups: Sequence[Group],
     ) -> list[Tensor] | None:
-        """The masks of these gradients and those of the warm-up, or None while it lasts; ``waits`` then says so.
+        """The masks of these gradients and those of the warm-up, or None, and then one of two attributes says why.
+
+        ``waits``: the warm-up lasts. ``refused``: there is NaN or Inf, d will be NaN, and a gradient scaler that skips
+        the step leaves the choice to the next one.
 
         Args:
             roles: g, v and g~0.
@@ -73,6 +76,9 @@ class MaskSchedule:
             groups: the parameter groups.
         """
         assert self.mask is not None
+        self.refused = not bool(products.isfinite().all())
+        if self.refused:
+            return None
         self.steps += 1
         if self.steps < self.mask.warmup or self.sums:
             self._add(roles)

@@ -19,8 +19,19 @@ WEIGHTS = ("align", "regularize", "restore")
 SETTINGS = (*CHOICES, *WEIGHTS, "history")
 
 
-def complete(group: Group, defaults: Group) -> None:
-    """Give a parameter group the settings that it does not set itself, and check them all.
+def require_whole(name: str, value: Any) -> None:
+    """Raise a ValueError that names the argument unless it is a whole number from 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be a whole number from 1, got {value!r}")
+
+
+def is_finite(value: Any) -> bool:
+    """Whether an argument is a number, and not NaN or Inf."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def complete(group: Group, defaults: Group) -> Group:
+    """A copy of a parameter group with the settings that it does not set itself, all of them checked.
 
     Raises:
         ValueError: a value out of range, or two that exclude each other, naming them.
@@ -30,13 +41,10 @@ def complete(group: Group, defaults: Group) -> None:
         if merged[name] not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {merged[name]!r}")
     for name in WEIGHTS:
-        value = merged[name]
-        if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-            raise ValueError(f"{name} must be a finite number ≥ 0, got {value!r}")
-    history = merged["history"]
-    if not isinstance(history, int) or isinstance(history, bool) or history < 1:
-        raise ValueError(f"history must be a whole number from 1, got {history!r}")
-    if history > 1 and merged["space"] == "gradient":
+        if not is_finite(merged[name]) or merged[name] < 0:
+            raise ValueError(f"{name} must be a finite number ≥ 0, got {merged[name]!r}")
+    require_whole("history", merged["history"])
+    if merged["history"] > 1 and merged["space"] == "gradient":
         raise ValueError("history is of directions in step space: pass space='step'")
     if merged["space"] == "step" and merged["update"] != "project":
         raise ValueError(f"space='step' works with update='project' alone, got update={merged['update']!r}")
@@ -44,21 +52,27 @@ def complete(group: Group, defaults: Group) -> None:
         raise ValueError("restore is a move in step space: pass space='step', or use align in gradient space")
     if group.get("maximize") and merged["space"] == "gradient":
         raise ValueError("maximize=True would raise the visual loss as well: minimise the negative of your objective")
-    group.update(merged)
+    return {**group, **merged}
 
 
 def complete_saved(saved: Sequence[Group], groups: Sequence[Group]) -> list[Group]:
-    """Copies of the groups of a state dict, with the present settings where they have none; see :func:`complete`."""
-    copies = [dict(group) for group in saved]
-    for copy, group in zip(copies, groups, strict=False):
-        complete(copy, group)
-    return copies
+    """Copies of the groups of a state dict, with the present settings where they have none; see :func:`complete`.
+
+    Raises:
+        ValueError: as there; or there is another number of groups.
+    """
+    if len(saved) != len(groups):
+        raise ValueError(f"the loaded state dict has {len(saved)} parameter groups, this optimizer {len(groups)}")
+    return [complete(copy, group) for copy, group in zip(saved, groups, strict=True)]
 
 
-def needs_reference(group: Group, masked: bool) -> bool:
-    """Whether the update of this group takes gradients at φ; under a mask it is (11), which does not."""
-    regularized = group["update"] == "regularize" and group["regularize"] != 0 and not masked
-    return regularized or group["update"] == "reference"
+def needs_reference(groups: Sequence[Group], masked: bool) -> bool:
+    """Whether an update takes gradients at φ at every step; under a mask (11) takes the place of (9), and does not."""
+    return any(
+        group["update"] == "reference" or (group["update"] == "regularize" and group["regularize"] and not masked)
+        for group in groups
+        if group["params"]
+    )
 
 
 def per_parameter(groups: Sequence[Group]) -> list[Group]:

@@ -20,8 +20,13 @@ def storage_for(parameters: Sequence[Tensor], base: Optimizer, mask: Mask | None
 
     Raises:
         ValueError: compact without a mask.
-        TypeError: compact with an optimizer that it is not for; see :class:`torch_mdgd.compact.CompactStorage`.
+        TypeError: an argument of another kind, naming it; compact with an optimizer that it is not for, see
+            :class:`torch_mdgd.compact.CompactStorage`.
     """
+    if mask is not None and (isinstance(mask, type) or not isinstance(mask, Mask)):
+        raise TypeError(f"mask must be such as TopK(0.1), or None, got {mask!r}")
+    if not isinstance(compact, bool):
+        raise TypeError(f"compact must be True or False, got {compact!r}")
     if compact and mask is None:
         raise ValueError("compact=True keeps the numbers inside a mask: pass one, such as mask=TopK(0.1)")
     storage: Storage = (

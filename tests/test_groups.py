@@ -33,6 +33,8 @@ def sgd(model: nn.Module, **settings) -> MDGDOptimizer:
         ({"align": True}, "align must be a finite number ≥ 0"),
         ({"history": 0, **STEP}, "history must be a whole number from 1, got 0"),
         ({"history": 1.5, **STEP}, "history must be a whole number from 1, got 1.5"),
+        ({"history": True, **STEP}, "history must be a whole number from 1"),
+        ({"history": 2}, "history is of directions in step space: pass space='step'"),
         ({"reference_every": 2.0}, r"reference_every must be a whole number from 1, got 2\.0"),
         ({"drift_budget": -1}, "drift_budget must be a finite number > 0 or None, got -1"),
         ({"drift_budget": "0.1"}, "drift_budget must be a finite number > 0 or None, got '0.1'"),

@@ -325,26 +325,6 @@ def test_groups_with_their_own_history_and_groups_that_come_later():
         assert torch.allclose(p.detach(), 1 + move, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        ({"history": 0}, "history must be a whole number from 1, got 0"),
-        ({"history": 2.0}, "history must be a whole number from 1"),
-        ({"history": True}, "history must be a whole number from 1"),
-        ({"history": 2, "space": "gradient"}, "history is of directions in step space"),
-    ],
-)
-def test_refused(more, message):
-    with pytest.raises(ValueError, match=message):
-        MDGDOptimizer(torch.optim.SGD([torch.ones(2)], lr=1.0), **{"update": "project", "space": "step", **more})
-
-
-def test_different_histories_of_one_vector_are_refused():
-    groups = [{"params": [torch.ones(2)], "history": k} for k in (2, 3)]
-    with pytest.raises(ValueError, match=r"history must be the same in all groups of scope 'global', got \[2, 3\]"):
-        sgd(groups, scope="global")
-
-
 def test_a_history_of_another_length_takes_its_place_when_loaded():
     case, other = make_case([(6, 5), (4,)], F64 * 2, 0), make_case([(6, 5), (4,)], F64 * 2, 0)
     optimizer = sgd(case.parameters, history=4)

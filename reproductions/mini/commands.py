@@ -128,6 +128,61 @@ def study(
     )  # fmt: skip
 
 
+Results = Annotated[Path, typer.Option(help="Folder of the study's results; they need not be complete.")]
+STUDY = Path("reproductions/mini/results/study")
+
+
+@app.command()
+def report(
+    results: Results = STUDY,
+    output: Annotated[Path, typer.Option(help="Folder for the page, the tables and the figures.")] = Path(
+        "runs/mini/report"
+    ),
+) -> None:
+    """Tables, verdicts, figures and answers of the study, on one page."""
+    from reproductions.mini.report import write_report
+
+    _require(results)
+    console = _console()
+    page = write_report(results, output, console)
+    console.print(f"wrote {page}, tables.md, verdicts.md and figures beside it", soft_wrap=True)
+
+
+@app.command()
+def figures(
+    results: Results = STUDY,
+    output: Annotated[Path, typer.Option(help="Folder for the PNGs.")] = Path("runs/mini/report/figures"),
+    tsne: Annotated[bool, typer.Option("--tsne", help="Fine-tune for t-SNE first; kept in the results.")] = False,
+    masking: Annotated[
+        bool, typer.Option("--masking", help="Fine-tune at every masking ratio first; kept in the results.")
+    ] = False,
+    target: Annotated[str, typer.Option(help="digits or caption, for what is run; both by default.")] = "",
+    optimizer: Annotated[str, typer.Option(help="adamw or sgd, for what is run.")] = "adamw",
+) -> None:
+    """Draw the study's figures."""
+    from reproductions.mini.embedding import embed_cells
+    from reproductions.mini.masking import mask_cells
+    from reproductions.mini.outcomes import load
+    from reproductions.mini.report import draw_figures
+
+    _require(results)
+    console, cells = _console(), load(results)
+    wanted = [c for c in cells if target in ("", c.cell.target) and optimizer in ("", c.cell.base)]
+    if not wanted:
+        raise typer.BadParameter(f"no cell has target {target!r} and optimizer {optimizer!r}")
+    if tsne:
+        embed_cells(results, wanted, console)
+    if masking:
+        mask_cells(results, wanted, console)
+    for path in draw_figures(results, cells, output):
+        console.print(f"wrote {path}", soft_wrap=True)
+
+
+def _require(results: Path) -> None:
+    if not results.is_dir():
+        raise typer.BadParameter(f"there is no folder {results}; `mini study --output {results}` makes it")
+
+
 def _console() -> "Console":
     """Where to print; as wide as the table needs where the output is no terminal."""
     import sys

@@ -1,0 +1,79 @@
+"""Labels beside points of a plot, placed so that they cover neither each other nor the points."""
+
+import math
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.transforms import Bbox
+
+_RADII = (7, 13, 21, 31, 43, 57, 73)
+_ANGLES = tuple(math.radians(angle) for angle in (0, 180, 90, 270, 35, 145, 215, 325))
+_HALF_MARKER = 4.0
+_LINE_FROM = 18
+
+
+def label_points(
+    axis: Axes,
+    points: Sequence[tuple[float, float]],
+    texts: Sequence[str],
+    colours: Sequence[str],
+    avoid: Sequence[tuple[float, float]] = (),
+    size: float = 8,
+) -> None:
+    """Write each text at the nearest free place to its point, with a thin line where that is not beside it.
+
+    Args:
+        axis: its limits, and the figure's layout, have to be final.
+        points: in data coordinates.
+        texts: one a point.
+        colours: of the texts.
+        avoid: other points that no text may cover.
+        size: of the font, in points.
+    """
+    figure = axis.figure.get_figure(root=True)
+    assert figure is not None
+    renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
+    pixels = figure.dpi / 72
+    places = [axis.transData.transform(point) for point in points]
+    reach = _HALF_MARKER * pixels
+    covered = [*places, *(axis.transData.transform(point) for point in avoid)]
+    taken = [Bbox.from_extents(x - reach, y - reach, x + reach, y + reach) for x, y in covered]
+    for text, point, (x, y), colour in zip(texts, points, places, colours, strict=True):
+        note = axis.annotate(text, point, fontsize=size, color=colour, ha="center", va="center")
+        extent = note.get_window_extent(renderer)
+        best: tuple[float, Bbox, int] | None = None
+        for radius in _RADII:
+            for angle in _ANGLES:
+                box = _beside(x, y, radius * pixels, angle, extent.width, extent.height)
+                cost = sum(_overlap(box, other) for other in taken) + 3 * _outside(box, axis.bbox)
+                if best is None or cost < best[0] - 1e-9:
+                    best = cost, box, radius
+            if best is not None and best[0] == 0:
+                break
+        assert best is not None
+        box = best[1]
+        taken.append(box)
+        note.remove()
+        centre = ((box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2)
+        line = {"arrowstyle": "-", "color": colour, "linewidth": 0.5, "alpha": 0.6, "shrinkA": 0, "shrinkB": 3}
+        axis.annotate(
+            text, point, ((centre[0] - x) / pixels, (centre[1] - y) / pixels), textcoords="offset points",
+            fontsize=size, color=colour, ha="center", va="center", arrowprops=line if best[2] >= _LINE_FROM else None,
+        )  # fmt: skip
+
+
+def _beside(x: float, y: float, radius: float, angle: float, width: float, height: float) -> Bbox:
+    """A box of this size whose nearest edge is about `radius` from the point, in this direction."""
+    towards = math.cos(angle), math.sin(angle)
+    x, y = x + towards[0] * (radius + width / 2), y + towards[1] * (radius + height / 2)
+    return Bbox.from_bounds(x - width / 2, y - height / 2, width, height)
+
+
+def _overlap(a: Bbox, b: Bbox) -> float:
+    width, height = min(a.x1, b.x1) - max(a.x0, b.x0), min(a.y1, b.y1) - max(a.y0, b.y0)
+    return max(0.0, width) * max(0.0, height)
+
+
+def _outside(box: Bbox, frame: Bbox) -> float:
+    inside = _overlap(box, frame)
+    return max(0.0, box.width * box.height - inside)

@@ -1,0 +1,136 @@
+"""Figures 3b and 3c: how well g̃ and g̃₀ agree, and how far vision has drifted, against the ratio of MDGD-GM."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from reproductions.mini.axes import grid, label, save
+from reproductions.mini.data import target_data, training_batch
+from reproductions.mini.finetune import finetune, trainable_parameters
+from reproductions.mini.methods import Method
+from reproductions.mini.model import load_checkpoint
+from reproductions.mini.outcomes import CellOutcomes
+from reproductions.mini.plots import COLOURS
+from reproductions.mini.study import checkpoint_of
+from reproductions.mini.systems import SYSTEMS
+from torch_mdgd import MDGDOptimizer, mdgd_backward
+
+RATIOS = (0.05, 0.1, 0.3, 0.5, 0.7, 1.0)
+SEEDS = (0, 1)
+_BATCHES = 8
+_ROLES = ("task", "visual", "reference_task", "reference_visual")
+_FILE = "masking.jsonl"
+
+
+def mask_cells(results: Path, cells: Sequence[CellOutcomes], console: Console) -> None:
+    """Train MDGD-GM at every ratio with MDGD's chosen settings, and measure; resumes from `masking.jsonl`.
+
+    The learning rate stays the same, since it is the ratio that is asked about: MDGD-GM's own is ten times as high,
+    which destroys a model all of whose numbers move.
+
+    Args:
+        results: folder of the study.
+        cells: those with MDGD tested are run.
+        console: for progress.
+    """
+    done = {(line["cell"], line["ratio"], line["seed"]) for line in _read(results)}
+    for cell in cells:
+        outcome = cell.systems.get("mdgd")
+        if outcome is None or outcome.method is None:
+            continue
+        size = next(iter(outcome.runs.values()))
+        settings = {
+            **(outcome.method.wrap or {}),
+            "learning_rate": outcome.method.learning_rate,
+            "base": cell.cell.base,
+        }
+        for seed in SEEDS:
+            for ratio in RATIOS:
+                if (cell.cell.name, ratio, seed) in done:
+                    continue
+                console.print(f"masking, {cell.title}: ratio {ratio:g}, seed {seed}", soft_wrap=True)
+                method = SYSTEMS["mdgd-gm"].method.with_settings(**settings, fraction=ratio)
+                found = agreement(method, cell.cell.target, seed, size["steps"], size["batch"])
+                with (results / _FILE).open("a") as file:
+                    file.write(json.dumps({"cell": cell.cell.name, "ratio": ratio, "seed": seed, **found}) + "\n")
+
+
+def agreement(method: Method, target: str, seed: int, steps: int, batch: int) -> dict[str, float]:
+    """Fine-tune, then measure on batches of the target's validation examples.
+
+    Returns:
+        "cos": cos(M ⊙ g̃, M ⊙ g̃₀), M the numbers that moved; "visual_loss": L_v. Means over batches.
+    """
+    torch.manual_seed(seed)
+    model, tokenizer = load_checkpoint(checkpoint_of(seed))
+    parameters = trainable_parameters(model)
+    # Never stepped: it holds φ, the pre-trained weights, and captures gradients.
+    observer = MDGDOptimizer(torch.optim.SGD(parameters, lr=0.0))
+    before = [p.detach().clone() for p in parameters]
+    train = target_data(target, "train", seed=seed)  # type: ignore[arg-type]
+    finetune(model, tokenizer, train, method, seed=seed, steps=steps, batch_size=batch)
+    moved = [p.detach() != x for p, x in zip(parameters, before, strict=True)]
+    examples = target_data(target, "validation").examples  # type: ignore[arg-type]
+    found = []
+    for i in range(min(_BATCHES, len(examples) // batch)):
+        chosen = training_batch(examples[i * batch : (i + 1) * batch], tokenizer)
+        mdgd_backward(model, observer, chosen, combine=False)
+        cos = masked_cosine([observer.captured[role] for role in _ROLES], moved)
+        found.append({"cos": cos, "visual_loss": float(observer.diagnostics["visual_loss"])})
+        observer.zero_grad()
+    return {name: fmean(each[name] for each in found) for name in ("cos", "visual_loss")}
+
+
+def masked_cosine(roles: Sequence[Sequence[Tensor | None]], moved: Sequence[Tensor]) -> float:
+    """The cosine of M ⊙ g̃ (6) and M ⊙ g̃₀ (7), of gradients g, v, g₀, v₀ by parameter; 0 if one is zero."""
+    sums = torch.zeros(3, dtype=torch.float64)
+    for g, v, g0, v0, mask in zip(*roles, moved, strict=True):
+        if g is None or g0 is None:
+            continue
+        a, b = (_without(x, y)[mask] for x, y in ((g, v), (g0, v0)))
+        sums += torch.stack([a @ b, a @ a, b @ b])
+    length = (sums[1] * sums[2]).sqrt()
+    return float(sums[0] / length) if length > 0 else 0.0
+
+
+def _without(g: Tensor, v: Tensor | None) -> Tensor:
+    g = g.double()
+    if v is None or not v.any():
+        return g
+    v = v.double()
+    return g - (g * v).sum() / (v * v).sum() * v
+
+
+def _read(results: Path) -> list[dict]:
+    path = results / _FILE
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def draw_cached(results: Path, output: Path) -> list[Path]:
+    """Draw `masking-<cell>.png` for every cell that `masking.jsonl` holds."""
+    found: dict[str, list[dict]] = {}
+    for line in _read(results):
+        found.setdefault(line["cell"], []).append(line)
+    output.mkdir(parents=True, exist_ok=True)
+    return [_draw(cell, lines, output / f"masking-{cell}.png") for cell, lines in found.items()]
+
+
+def _draw(cell: str, lines: Sequence[dict], path: Path) -> Path:
+    figure, axes = grid(2, (5.2, 3.0))
+    ratios = sorted({line["ratio"] for line in lines})
+    percent = [100 * ratio for ratio in ratios]
+    words = {"cos": "cos(M ⊙ g̃, M ⊙ g̃₀)", "visual_loss": "$L_v$"}
+    for axis, (quantity, name), letter in zip(axes, words.items(), "bc", strict=True):
+        groups = [[line[quantity] for line in lines if line["ratio"] == ratio] for ratio in ratios]
+        axis.plot(percent, [np.mean(group) for group in groups], "o-", color=COLOURS["mdgd-gm"], markersize=4)
+        for at, group in zip(percent, groups, strict=True):
+            axis.plot([at] * len(group), group, ".", color="0.3", markersize=3)
+        label(axis, f"({letter}) {name}", "numbers that may move, %", "")
+    figure.suptitle(f"MDGD-GM against its masking ratio: {cell.replace('-', ', ')}; line: mean, dots: seeds")
+    return save(figure, path)

@@ -1,0 +1,141 @@
+"""The study's figures: effective ranks, learning curves, and what the gradients did; all of them in one call."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from reproductions.mini.axes import grid, label, one_legend, save
+from reproductions.mini.finetune import TRACED_EVERY
+from reproductions.mini.frontier import draw_frontier
+from reproductions.mini.outcomes import CellOutcomes
+from reproductions.mini.parallel import Result
+from reproductions.mini.questions import PRETRAINED_TASKS
+from reproductions.mini.stats import estimate
+from reproductions.mini.systems import SYSTEMS
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart.
+COLOURS = {
+    "zero-shot": "#999999", "fine-tune": "#D55E00", "fine-tune-low": "#E69F00", "mdgd": "#0072B2",
+    "align": "#56B4E9", "history": "#009E73", "inputs": "#8A9A00", "project": "#44397D", "mdgd-gm": "#CC79A7",
+    "no-align": "#7A4B2A", "replay": "#222222",
+}  # fmt: skip
+
+
+def draw_study(cells: Sequence[CellOutcomes], output: Path) -> list[Path]:
+    """Draw what the results suffice for: `frontier-<cell>.png`, `ranks.png`, `curves.png` and `gradients.png`.
+
+    Args:
+        cells: of `outcomes.load`.
+        output: folder; made if it is not there.
+
+    Returns:
+        the files written.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    drawings: dict[str, Callable[[], Figure | None]] = {
+        f"frontier-{cell.cell.name}": lambda cell=cell: draw_frontier(cell) for cell in cells
+    }  # type: ignore[misc]
+    drawings |= {
+        "ranks": lambda: draw_ranks(cells),
+        "curves": lambda: draw_curves(cells),
+        "gradients": lambda: draw_gradients(cells),
+    }
+    written = []
+    for name, draw in drawings.items():
+        figure = draw()
+        if figure is not None:
+            written.append(save(figure, output / f"{name}.png"))
+    return written
+
+
+def draw_ranks(cells: Sequence[CellOutcomes]) -> Figure | None:
+    """Figures 1 and 4: effective rank of every task's visual features before and after fine-tuning."""
+    shown = ("zero-shot", "fine-tune", "mdgd", "history")
+    cells = [c for c in cells if len(_measured(c, shown)) > 1]
+    if not cells:
+        return None
+    figure, axes = grid(len(cells), (7.2, 3.1))
+    for axis, cell in zip(axes, cells, strict=False):
+        systems = _measured(cell, shown)
+        tasks = (*PRETRAINED_TASKS, cell.cell.target)
+        width = 0.82 / len(systems)
+        for i, name in enumerate(systems):
+            runs = [run for run in cell.systems[name].runs.values() if "failed" not in run]
+            found = [estimate([run["rank"][task] for run in runs]) for task in tasks]
+            places = np.arange(len(tasks)) + (i - (len(systems) - 1) / 2) * width
+            bars = [each.half if len(runs) > 1 and name != "zero-shot" else 0.0 for each in found]
+            axis.bar(
+                places, [each.mean for each in found], width, yerr=bars, color=COLOURS[name],
+                label=SYSTEMS[name].label, error_kw={"elinewidth": 0.8, "ecolor": "0.3"},
+            )  # fmt: skip
+        axis.set_xticks(range(len(tasks)), [*PRETRAINED_TASKS, f"target:\n{cell.cell.target}"], fontsize=8.5)
+        axis.axvline(len(PRETRAINED_TASKS) - 0.5, color="0.7", linewidth=0.8)
+        label(axis, cell.title, "", "effective rank")
+    figure.suptitle("Effective rank of the last hidden layer at image tokens, before and after fine-tuning")
+    one_legend(figure)
+    return figure
+
+
+def draw_curves(cells: Sequence[CellOutcomes]) -> Figure | None:
+    """Figure 3a: the task loss, means over seeds."""
+    shown = ("fine-tune", "fine-tune-low", "mdgd", "align", "no-align", "mdgd-gm", "history", "inputs")
+    cells = [c for c in cells if _measured(c, shown)]
+    if not cells:
+        return None
+    figure, axes = grid(len(cells), (6.4, 3.3))
+    for axis, cell in zip(axes, cells, strict=False):
+        for name in _measured(cell, shown):
+            _line(axis, cell, name, lambda run: run["losses"])
+        axis.set_yscale("log")
+        label(axis, cell.title, "optimizer step", "task loss, mean of five steps")
+    figure.suptitle("Learning curves")
+    one_legend(figure)
+    return figure
+
+
+def draw_gradients(cells: Sequence[CellOutcomes]) -> Figure | None:
+    """How the task's gradient lies to the visual and the reference's, and L_v, over the training."""
+    shown = ("mdgd", "no-align", "align", "project", "mdgd-gm", "history")
+    quantities = {
+        "cos_task_reference": "cos(g̃, g̃₀)", "cos_task_visual": "cos(g, v)", "visual_to_task": "‖v‖ / ‖g‖",
+        "visual_loss": "$L_v$ of the batch",
+    }  # fmt: skip
+    cells = [c for c in cells if any(_traced(c, name, q) for name in shown for q in quantities)]
+    if not cells:
+        return None
+    figure, axes = plt.subplots(
+        len(cells), len(quantities), figsize=(15, 3.1 * len(cells) + 0.7), squeeze=False, layout="constrained"
+    )
+    for row, cell in zip(axes, cells, strict=True):
+        for axis, (quantity, words) in zip(row, quantities.items(), strict=True):
+            for name in (n for n in shown if _traced(cell, n, quantity)):
+                _line(axis, cell, name, lambda run, quantity=quantity: run["traces"][quantity])  # type: ignore[misc]
+            if quantity.startswith("cos"):
+                axis.axhline(0, color="0.7", linewidth=0.8)
+            label(axis, f"{cell.title}: {words}", "optimizer step", words)
+    figure.suptitle("What the gradients did during fine-tuning, means over seeds")
+    one_legend(figure)
+    return figure
+
+
+def _line(axis: Axes, cell: CellOutcomes, name: str, values: Callable[[Result], Sequence[float]]) -> None:
+    found = [values(run) for run in cell.systems[name].runs.values() if "failed" not in run]
+    curve = np.mean([line[: min(map(len, found))] for line in found], axis=0)
+    steps = TRACED_EVERY * (1 + np.arange(len(curve)))
+    axis.plot(steps, curve, color=COLOURS[name], label=SYSTEMS[name].label, linewidth=1.4)
+
+
+def _measured(cell: CellOutcomes, names: Sequence[str]) -> list[str]:
+    return [n for n in names if n in cell.systems and any("failed" not in run for run in cell.systems[n].runs.values())]
+
+
+def _traced(cell: CellOutcomes, name: str, quantity: str) -> bool:
+    runs = cell.systems[name].runs.values() if name in cell.systems else ()
+    return bool(runs) and all("failed" in run or quantity in run["traces"] for run in runs)

@@ -1,0 +1,205 @@
+"""The study's tables, for a terminal, a text file and the page."""
+
+import html
+import math
+from dataclasses import dataclass
+from statistics import fmean
+
+from rich.table import Table as RichTable
+
+from reproductions.mini.outcomes import CellOutcomes, Outcome
+from reproductions.mini.stats import Difference, estimate, holm
+from reproductions.mini.systems import SYSTEMS
+
+NONE = "–"
+SCORED = ("T", "P exact", "P restricted", "Avg", "H", "H LLaVA", "H MiniCPM")
+RIVALS = ("fine-tune-low", "align")
+COMPARED = ("T", "P", "H")
+SHORT = {
+    "learning_rate": "rate",
+    "align": "α",
+    "pull": "weight",
+    "tailor": "ω",
+    "inputs": "energy",
+    "drift_budget": "budget",
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells of text.
+
+    Attributes:
+        title: above it.
+        columns: heads; the first column is left-aligned.
+        rows: as many cells each.
+        notes: below it.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def markdown(self) -> str:
+        head, *rows = ["| " + " | ".join(cells) + " |" for cells in (self.columns, *self.rows)]
+        rule = "|---|" + "---:|" * (len(self.columns) - 1)
+        return "\n".join([f"### {self.title}", "", head, rule, *rows, "", *(f"{note}\n" for note in self.notes)])
+
+    @property
+    def rich(self) -> RichTable:
+        table = RichTable(title=self.title, caption="\n".join(self.notes), title_justify="left", caption_justify="left")
+        for i, column in enumerate(self.columns):
+            table.add_column(column, justify="right" if i else "left")
+        for row in self.rows:
+            table.add_row(*row)
+        return table
+
+    @property
+    def html(self) -> str:
+        head = "".join(f"<th>{html.escape(column)}</th>" for column in self.columns)
+        rows = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in self.rows)
+        notes = "".join(f'<p class="faint">{html.escape(note)}</p>' for note in self.notes)
+        return (
+            f'<h3>{html.escape(self.title)}</h3><div class="scroll"><table><thead><tr>{head}</tr></thead>'
+            f"<tbody>{rows}</tbody></table></div>{notes}"
+        )
+
+
+def tables(cell: CellOutcomes) -> list[Table]:
+    """All tables of a cell: scores, costs and features, differences from each rival that there is."""
+    if not cell.systems:
+        return []
+    rivals = [rival for rival in RIVALS if rival in cell.systems]
+    return [score_table(cell), cost_table(cell), *(difference_table(cell, rival) for rival in rivals)]
+
+
+def score_table(cell: CellOutcomes) -> Table:
+    """Scores of every system that was tested, mean ± 95 % interval over seeds."""
+    rows = [
+        (o.system.label, chosen_settings(o), *(_estimate(o, measure) for measure in SCORED), _seeds(o))
+        for o in cell.systems.values()
+    ]
+    caption = cell.cell.target == "caption"
+    notes = [
+        "Percent, mean ± half a 95 % t-interval over seeds. "
+        + (
+            "T is the share of right content words, and Avg and the H-scores take P restricted."
+            if caption
+            else "T is exact match, and Avg and the H-scores take P exact."
+        )
+        + " H of P and T; H LLaVA of P and Avg; H MiniCPM of Avg and T.",
+        *missing(cell),
+    ]
+    return Table(f"{cell.title}: scores", ("system", "settings", *SCORED, "seeds"), tuple(rows), tuple(notes))
+
+
+def cost_table(cell: CellOutcomes) -> Table:
+    """Ranks before and after, drift, and what the training cost beside plain fine-tuning."""
+    columns = ("system", "rank, scenes", f"rank, {cell.cell.target}", "drift, %", "trained", "step time", "memory")
+    rows = [
+        (
+            o.system.label,
+            _ranks(cell, o, "rank, scenes"),
+            _ranks(cell, o, "rank, target"),
+            _estimate(o, "drift"),
+            f"{max((run.get('trained', 0) for run in o.runs.values()), default=0):,}",
+            _ratio(cell, o, "step seconds"),
+            _ratio(cell, o, "peak bytes"),
+        )
+        for o in cell.systems.values()
+    ]
+    note = (
+        "Effective rank of the visual features: pre-trained → fine-tuned. Drift: mean |z − z_pre| over mean |z_pre|, "
+        "mean over all tasks. Step time (processor time) and peak memory beyond the weights are multiples of "
+        "Fine-tune's on the same seeds."
+    )
+    return Table(f"{cell.title}: features and costs", columns, tuple(rows), (note,))
+
+
+def difference_table(cell: CellOutcomes, rival: str) -> Table:
+    """Paired differences from a rival on the same seeds, with p-values corrected within each measure."""
+    others = [n for n in cell.systems if n not in (rival, "zero-shot") and not cell.same(n, rival)]
+    alike = [n for n in cell.systems if n not in (rival, "zero-shot") and cell.same(n, rival)]
+    found = {m: [cell.difference(m, name, rival) for name in others] for m in COMPARED}
+    adjusted = {m: holm([d.p if d else math.nan for d in found[m]]) for m in COMPARED}
+    rows = []
+    for i, name in enumerate(others):
+        cells = [part for m in COMPARED for part in (_difference(found[m][i]), _p(adjusted[m][i]))]
+        seeds = found["H"][i]
+        rows.append((SYSTEMS[name].label, *cells, str(seeds.n if seeds else 0)))
+    counted = sum(not math.isnan(p) for p in adjusted["H"])
+    notes = [
+        f"Difference on the same seeds ± half a 95 % interval; p of a two-sided paired t-test, Holm-corrected for the "
+        f"{counted} comparisons of this table, measure by measure. The intervals are not corrected."
+    ]
+    if alike:
+        notes.append(f"Chose the same settings, and so is the same: {', '.join(SYSTEMS[n].label for n in alike)}.")
+    columns = ("system", *(column for m in COMPARED for column in (f"Δ{m}", "p")), "seeds")
+    return Table(f"{cell.title}: differences from {SYSTEMS[rival].label}", columns, tuple(rows), tuple(notes))
+
+
+def missing(cell: CellOutcomes) -> list[str]:
+    """What the study has not run of a cell, and what diverged, a sentence each."""
+    told = []
+    if cell.untested:
+        told.append(f"Not tested yet: {', '.join(cell.untested)}.")
+    lacking: dict[tuple[int, ...], list[str]] = {}
+    for outcome in cell.systems.values():
+        if outcome.missing:
+            lacking.setdefault(outcome.missing, []).append(outcome.system.label)
+    for seeds, labels in lacking.items():
+        told.append(f"Seeds {', '.join(map(str, seeds))} are missing of {', '.join(labels)}.")
+    for outcome in cell.systems.values():
+        if outcome.diverged:
+            seeds = ", ".join(map(str, outcome.diverged))
+            told.append(f"{outcome.system.label} diverged on seed {seeds}, which counts as zero.")
+    return told
+
+
+def chosen_settings(outcome: Outcome) -> str:
+    """What the system's grid left open, as it was chosen."""
+    if outcome.method is None or not outcome.system.grid:
+        return ""
+    settings = outcome.method.settings
+    open_ = [name for name, values in outcome.system.grid.items() if len(values) > 1]
+    return ", ".join(f"{SHORT.get(name, name)} {settings[name]:g}" for name in open_)
+
+
+def _seeds(outcome: Outcome) -> str:
+    if outcome.system.name == "zero-shot":
+        return f"{len({run['key'] for run in outcome.runs.values()})} models"
+    return str(len(outcome.runs))
+
+
+def _estimate(outcome: Outcome, measure: str) -> str:
+    values = list(outcome.values(measure).values())
+    if not values:
+        return NONE
+    # Two pre-trained models are what there is of a model that is not trained, and no sample.
+    return f"{fmean(values):.1f}" if outcome.system.name == "zero-shot" else f"{estimate(values)}"
+
+
+def _ranks(cell: CellOutcomes, outcome: Outcome, measure: str) -> str:
+    after = outcome.values(measure)
+    before = cell.systems["zero-shot"].values(measure) if "zero-shot" in cell.systems else {}
+    if not after or outcome.system.name == "zero-shot":
+        return _estimate(outcome, measure)
+    both = after.keys() & before.keys()
+    return (f"{fmean(before[seed] for seed in both):.1f} → " if both else "") + f"{estimate(list(after.values()))}"
+
+
+def _ratio(cell: CellOutcomes, outcome: Outcome, measure: str) -> str:
+    mine = outcome.values(measure)
+    plain = cell.systems["fine-tune"].values(measure) if "fine-tune" in cell.systems else {}
+    ratios = [mine[seed] / plain[seed] for seed in mine.keys() & plain.keys() if plain[seed]]
+    return f"{fmean(ratios):.2f} ×" if ratios and outcome.system.name != "zero-shot" else NONE
+
+
+def _difference(found: Difference | None) -> str:
+    return f"{found:+.1f}" if found else NONE
+
+
+def _p(p: float) -> str:
+    return NONE if math.isnan(p) else f"{p:.3f}" if p >= 0.001 else "< 0.001"

@@ -6,8 +6,11 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+_LEGEND_COLUMN = 1.9
 
 
 def save(figure: Figure, path: Path) -> Path:
@@ -31,10 +34,11 @@ def grid(count: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
 
 def one_legend(figure: Figure) -> None:
     """A legend of all panels below them."""
-    found = {}
+    found: dict[str, Artist] = {}
     for axis in figure.axes:
         found |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=min(8, len(found)), frameon=False)
+    columns = max(1, min(len(found), int(figure.get_figwidth() / _LEGEND_COLUMN)))
+    figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=columns, frameon=False)
 
 
 def label(axis: Axes, title: str, x: str, y: str) -> None:

@@ -19,6 +19,7 @@ from reproductions.mini.parallel import Result
 from reproductions.mini.scores import mean
 from reproductions.mini.stats import estimate
 from reproductions.mini.systems import SYSTEMS
+from reproductions.mini.verdicts import FEWEST_SEEDS
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 _FAMILIES = {
@@ -50,18 +51,22 @@ def draw_frontier(cell: CellOutcomes) -> Figure | None:
     best = max((_h(T.mean, P.mean) for T, P in points.values()), default=0.0)
     near = {name: pair for name, pair in points.items() if _h(pair[0].mean, pair[1].mean) > best - _FAR}
     for name, (T, P) in near.items():
-        left.errorbar(
-            T.mean, P.mean, P.half if P.n > 1 else None, T.half if T.n > 1 else None, "o", color=FAMILY_COLOURS[name],
-            markersize=6, elinewidth=0.8, alpha=0.85, ecolor=(*matplotlib.colors.to_rgb(FAMILY_COLOURS[name]), 0.35),
-        )  # fmt: skip
-    for name, line in curves.items():
+        # Of two seeds the interval is wider than the figure, and says no more than that they are two.
+        halves = {"xerr": T.half, "yerr": P.half} if P.n >= FEWEST_SEEDS else {}
+        left.errorbar(T.mean, P.mean, **halves, fmt="none", ecolor=FAMILY_COLOURS[name], elinewidth=0.8, alpha=0.35)
+        left.plot(T.mean, P.mean, "o", color=FAMILY_COLOURS[name], markersize=6)
+    # Candidates differ in two settings, which make no curve.
+    style = "-" if cell.frontier else ""
+    for i, (name, line) in enumerate(curves.items()):
         right.plot(
-            *zip(*line, strict=True), "o-", color=FAMILY_COLOURS[name], markersize=3.5, linewidth=1.2, alpha=0.85
-        )
+            *zip(*line, strict=True), linestyle=style, marker="osD^vP"[i % 6], color=FAMILY_COLOURS[name],
+            markersize=4.5, linewidth=1.2, alpha=0.85,
+        )  # fmt: skip
     far = [f"{SYSTEMS[n].label} ({T.mean:.0f}, {P.mean:.0f})" for n, (T, P) in points.items() if n not in near]
-    _frontier_axis(
-        left, "test, chosen settings, with 95 % intervals over seeds", [(T.mean, P.mean) for T, P in near.values()]
-    )
+    sure = [(T, P) for T, P in near.values() if P.n >= FEWEST_SEEDS]
+    ends = [(T.mean + side * T.half, P.mean + side * P.half) for T, P in sure for side in (-1, 1)]
+    means = [(T.mean, P.mean) for T, P in near.values()]
+    _frontier_axis(left, "test, chosen settings, with 95 % intervals over seeds", [*means, *ends])
     _frontier_axis(right, source, [point for line in curves.values() for point in line])
     _pretrained_line(cell, left)
     left.legend(
@@ -77,9 +82,9 @@ def draw_frontier(cell: CellOutcomes) -> Figure | None:
         left, [(T.mean, P.mean) for T, P in near.values()], [SYSTEMS[n].label for n in near],
         [FAMILY_COLOURS[n] for n in near],
     )  # fmt: skip
-    ends = {name: line[-1] if cell.frontier else max(line, key=lambda pair: _h(*pair)) for name, line in curves.items()}
+    last = {name: line[-1] if cell.frontier else max(line, key=lambda pair: _h(*pair)) for name, line in curves.items()}
     label_points(
-        right, list(ends.values()), [SYSTEMS[n].label for n in ends], [FAMILY_COLOURS[n] for n in ends],
+        right, list(last.values()), [SYSTEMS[n].label for n in last], [FAMILY_COLOURS[n] for n in last],
         avoid=[point for line in curves.values() for point in line],
     )  # fmt: skip
     return figure
@@ -117,6 +122,16 @@ def _frontier_axis(axis: Axes, title: str, points: Sequence[tuple[float, float]]
     for set_limits, values in ((axis.set_xlim, near[:, 0]), (axis.set_ylim, near[:, 1])):
         room = max(1.0, 0.12 * float(np.ptp(values)))
         set_limits(values.min() - room, min(101.0, values.max() + room))
+    _equal_h(axis)
+
+
+def _equal_h(axis: Axes) -> None:
+    """Lines of equal H(P, T), so that one sees what a point of the one is worth in the other."""
+    T, P = np.meshgrid(np.linspace(*axis.get_xlim(), 80), np.linspace(*axis.get_ylim(), 80))
+    lines = axis.contour(
+        T, P, 2 * T * P / (T + P), levels=np.arange(2, 101, 2), colors="0.85", linewidths=0.7, zorder=0
+    )
+    axis.clabel(lines, fmt="H %g", fontsize=6.5, colors="0.65")
 
 
 def _pretrained_line(cell: CellOutcomes, axis: Axes) -> None:

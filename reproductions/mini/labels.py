@@ -7,7 +7,8 @@ from matplotlib.axes import Axes
 from matplotlib.transforms import Bbox
 
 _RADII = (7, 13, 21, 31, 43, 57, 73)
-_ANGLES = tuple(math.radians(angle) for angle in (0, 180, 90, 270, 35, 145, 215, 325))
+# Diagonals first: error bars are drawn along the axes.
+_ANGLES = tuple(math.radians(angle) for angle in (30, 150, 330, 210, 90, 270, 0, 180))
 _HALF_MARKER = 4.0
 _LINE_FROM = 18
 

@@ -119,12 +119,14 @@ def load(folder: Path) -> list[CellOutcomes]:
 def _cell(cell: Cell, tuned: dict[str, Result], tested: dict[str, Result], varied: dict[str, Result]) -> CellOutcomes:
     size = _size(cell, tuned, tested)
     outcomes = {system.name: _outcome(cell, system, size, tuned, tested) for system in systems_of(cell)}
+    curves = {name: _frontier(cell, SYSTEMS[name], size, tuned, varied) for name in outcomes}
+    candidates = {name: _tuning(cell, SYSTEMS[name], size, tuned) for name in outcomes}
     return CellOutcomes(
         cell,
         {name: outcome for name, outcome in outcomes.items() if outcome.runs},
         tuple(outcome.system.label for outcome in outcomes.values() if not outcome.runs),
-        {name: found for name in outcomes if (found := _frontier(cell, SYSTEMS[name], size, tuned, varied))},
-        {name: found for name in outcomes if (found := _tuning(cell, SYSTEMS[name], size, tuned))},
+        {name: curve for name, curve in curves.items() if curve},
+        {name: tried for name, tried in candidates.items() if tried},
     )
 
 

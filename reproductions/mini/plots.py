@@ -1,7 +1,9 @@
 """The study's figures: effective ranks, learning curves, and what the gradients did; all of them in one call."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from statistics import fmean
 
 import matplotlib
 
@@ -19,6 +21,7 @@ from reproductions.mini.parallel import Result
 from reproductions.mini.questions import PRETRAINED_TASKS
 from reproductions.mini.stats import estimate
 from reproductions.mini.systems import SYSTEMS
+from reproductions.mini.verdicts import FEWEST_SEEDS
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 COLOURS = {
@@ -40,12 +43,12 @@ def draw_study(cells: Sequence[CellOutcomes], output: Path) -> list[Path]:
     """
     output.mkdir(parents=True, exist_ok=True)
     drawings: dict[str, Callable[[], Figure | None]] = {
-        f"frontier-{cell.cell.name}": lambda cell=cell: draw_frontier(cell) for cell in cells
-    }  # type: ignore[misc]
+        f"frontier-{cell.cell.name}": partial(draw_frontier, cell) for cell in cells
+    }
     drawings |= {
-        "ranks": lambda: draw_ranks(cells),
-        "curves": lambda: draw_curves(cells),
-        "gradients": lambda: draw_gradients(cells),
+        "ranks": partial(draw_ranks, cells),
+        "curves": partial(draw_curves, cells),
+        "gradients": partial(draw_gradients, cells),
     }
     written = []
     for name, draw in drawings.items():
@@ -61,26 +64,36 @@ def draw_ranks(cells: Sequence[CellOutcomes]) -> Figure | None:
     cells = [c for c in cells if len(_measured(c, shown)) > 1]
     if not cells:
         return None
-    figure, axes = grid(len(cells), (7.2, 3.1))
+    figure, axes = grid(len(cells), (8.0, 3.3))
     for axis, cell in zip(axes, cells, strict=False):
         systems = _measured(cell, shown)
         tasks = (*PRETRAINED_TASKS, cell.cell.target)
-        width = 0.82 / len(systems)
         for i, name in enumerate(systems):
-            runs = [run for run in cell.systems[name].runs.values() if "failed" not in run]
-            found = [estimate([run["rank"][task] for run in runs]) for task in tasks]
-            places = np.arange(len(tasks)) + (i - (len(systems) - 1) / 2) * width
-            bars = [each.half if len(runs) > 1 and name != "zero-shot" else 0.0 for each in found]
-            axis.bar(
-                places, [each.mean for each in found], width, yerr=bars, color=COLOURS[name],
-                label=SYSTEMS[name].label, error_kw={"elinewidth": 0.8, "ecolor": "0.3"},
+            runs = {seed: run for seed, run in cell.systems[name].runs.items() if "failed" not in run}
+            found = [_rank_and_change(cell, runs, task) for task in tasks]
+            axis.errorbar(
+                np.arange(len(tasks)) + 0.7 * (i / len(systems) - 0.5), [rank for rank, _ in found],
+                [change for _, change in found], fmt="o", color=COLOURS[name], markersize=5.5, elinewidth=1.2,
+                label=SYSTEMS[name].label,
             )  # fmt: skip
         axis.set_xticks(range(len(tasks)), [*PRETRAINED_TASKS, f"target:\n{cell.cell.target}"], fontsize=8.5)
         axis.axvline(len(PRETRAINED_TASKS) - 0.5, color="0.7", linewidth=0.8)
+        axis.grid(axis="y", alpha=0.2)
         label(axis, cell.title, "", "effective rank")
-    figure.suptitle("Effective rank of the last hidden layer at image tokens, before and after fine-tuning")
+    figure.suptitle("Effective rank of the last hidden layer at image tokens; bars: 95 % interval of its change")
     one_legend(figure)
     return figure
+
+
+def _rank_and_change(cell: CellOutcomes, runs: Mapping[int, Result], task: str) -> tuple[float, float]:
+    """Mean rank, and half the interval of its change from the pre-trained model's; 0 for fewer than three seeds.
+
+    The pre-trained models differ more from each other than training changes them, so ranks themselves vary too much.
+    """
+    before = cell.systems["zero-shot"].runs if "zero-shot" in cell.systems else {}
+    both = runs.keys() & before.keys()
+    change = estimate([runs[seed]["rank"][task] - before[seed]["rank"][task] for seed in both]) if both else None
+    return fmean(run["rank"][task] for run in runs.values()), change.half if change and change.n >= FEWEST_SEEDS else 0
 
 
 def draw_curves(cells: Sequence[CellOutcomes]) -> Figure | None:
@@ -89,7 +102,7 @@ def draw_curves(cells: Sequence[CellOutcomes]) -> Figure | None:
     cells = [c for c in cells if _measured(c, shown)]
     if not cells:
         return None
-    figure, axes = grid(len(cells), (6.4, 3.3))
+    figure, axes = grid(len(cells), (7.0, 3.4))
     for axis, cell in zip(axes, cells, strict=False):
         for name in _measured(cell, shown):
             _line(axis, cell, name, lambda run: run["losses"])
@@ -119,7 +132,7 @@ def draw_gradients(cells: Sequence[CellOutcomes]) -> Figure | None:
                 _line(axis, cell, name, lambda run, quantity=quantity: run["traces"][quantity])  # type: ignore[misc]
             if quantity.startswith("cos"):
                 axis.axhline(0, color="0.7", linewidth=0.8)
-            label(axis, f"{cell.title}: {words}", "optimizer step", words)
+            label(axis, f"{cell.title}: {words}", "optimizer step", "")
     figure.suptitle("What the gradients did during fine-tuning, means over seeds")
     one_legend(figure)
     return figure

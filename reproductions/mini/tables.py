@@ -10,6 +10,7 @@ from rich.table import Table as RichTable
 from reproductions.mini.outcomes import CellOutcomes, Outcome
 from reproductions.mini.stats import Difference, estimate, holm
 from reproductions.mini.systems import SYSTEMS
+from reproductions.mini.verdicts import FEWEST_SEEDS
 
 NONE = "–"
 SCORED = ("T", "P exact", "P restricted", "Avg", "H", "H LLaVA", "H MiniCPM")
@@ -111,9 +112,9 @@ def cost_table(cell: CellOutcomes) -> Table:
         for o in cell.systems.values()
     ]
     note = (
-        "Effective rank of the visual features: pre-trained → fine-tuned. Drift: mean |z − z_pre| over mean |z_pre|, "
-        "mean over all tasks. Step time (processor time) and peak memory beyond the weights are multiples of "
-        "Fine-tune's on the same seeds."
+        "Effective rank of the visual features: pre-trained → fine-tuned (change on the same seeds). Drift: mean "
+        "|z − z_pre| over mean |z_pre|, mean over all tasks. Step time (processor time) and peak memory beyond the "
+        "weights are multiples of Fine-tune's on the same seeds."
     )
     return Table(f"{cell.title}: features and costs", columns, tuple(rows), (note,))
 
@@ -123,7 +124,8 @@ def difference_table(cell: CellOutcomes, rival: str) -> Table:
     others = [n for n in cell.systems if n not in (rival, "zero-shot") and not cell.same(n, rival)]
     alike = [n for n in cell.systems if n not in (rival, "zero-shot") and cell.same(n, rival)]
     found = {m: [cell.difference(m, name, rival) for name in others] for m in COMPARED}
-    adjusted = {m: holm([d.p if d else math.nan for d in found[m]]) for m in COMPARED}
+    # Two differences are equal by chance now and then, as scores are counts, and that is no evidence.
+    adjusted = {m: holm([d.p if d and d.n >= FEWEST_SEEDS else math.nan for d in found[m]]) for m in COMPARED}
     rows = []
     for i, name in enumerate(others):
         cells = [part for m in COMPARED for part in (_difference(found[m][i]), _p(adjusted[m][i]))]
@@ -131,11 +133,12 @@ def difference_table(cell: CellOutcomes, rival: str) -> Table:
         rows.append((SYSTEMS[name].label, *cells, str(seeds.n if seeds else 0)))
     counted = sum(not math.isnan(p) for p in adjusted["H"])
     notes = [
-        f"Difference on the same seeds ± half a 95 % interval; p of a two-sided paired t-test, Holm-corrected for the "
-        f"{counted} comparisons of this table, measure by measure. The intervals are not corrected."
+        f"Difference on the same seeds ± half a 95 % interval; p of a two-sided paired t-test, from "
+        f"{FEWEST_SEEDS} seeds on, Holm-corrected for the {counted} comparisons of this table, measure by measure. "
+        "The intervals are not corrected."
     ]
     if alike:
-        notes.append(f"Chose the same settings, and so is the same: {', '.join(SYSTEMS[n].label for n in alike)}.")
+        notes.append(f"Chose the same settings, and so is the same: {'; '.join(SYSTEMS[n].label for n in alike)}.")
     columns = ("system", *(column for m in COMPARED for column in (f"Δ{m}", "p")), "seeds")
     return Table(f"{cell.title}: differences from {SYSTEMS[rival].label}", columns, tuple(rows), tuple(notes))
 
@@ -144,17 +147,17 @@ def missing(cell: CellOutcomes) -> list[str]:
     """What the study has not run of a cell, and what diverged, a sentence each."""
     told = []
     if cell.untested:
-        told.append(f"Not tested yet: {', '.join(cell.untested)}.")
+        told.append(f"Not tested yet: {'; '.join(cell.untested)}.")
     lacking: dict[tuple[int, ...], list[str]] = {}
     for outcome in cell.systems.values():
         if outcome.missing:
             lacking.setdefault(outcome.missing, []).append(outcome.system.label)
     for seeds, labels in lacking.items():
-        told.append(f"Seeds {', '.join(map(str, seeds))} are missing of {', '.join(labels)}.")
+        told.append(f"Seeds {', '.join(map(str, seeds))} are missing of {'; '.join(labels)}.")
     for outcome in cell.systems.values():
         if outcome.diverged:
-            seeds = ", ".join(map(str, outcome.diverged))
-            told.append(f"{outcome.system.label} diverged on seed {seeds}, which counts as zero.")
+            which = ", ".join(map(str, outcome.diverged))
+            told.append(f"{outcome.system.label} diverged on seed {which}, which counts as zero.")
     return told
 
 
@@ -187,7 +190,11 @@ def _ranks(cell: CellOutcomes, outcome: Outcome, measure: str) -> str:
     if not after or outcome.system.name == "zero-shot":
         return _estimate(outcome, measure)
     both = after.keys() & before.keys()
-    return (f"{fmean(before[seed] for seed in both):.1f} → " if both else "") + f"{estimate(list(after.values()))}"
+    mean = f"{fmean(after.values()):.1f}"
+    if not both:
+        return mean
+    change = estimate([after[seed] - before[seed] for seed in both])
+    return f"{fmean(before[seed] for seed in both):.1f} → {mean} ({change:+.1f})"
 
 
 def _ratio(cell: CellOutcomes, outcome: Outcome, measure: str) -> str:

@@ -83,7 +83,7 @@ def _condition(condition: Condition, cell: CellOutcomes) -> tuple[Outcome, str]:
     baseline = _best(cell, condition.system) if condition.baseline == BEST else condition.baseline
     lacking = [name for name in (condition.system, baseline) if name not in cell.systems]
     if lacking:
-        return "cannot tell", f"not measured: {', '.join(SYSTEMS[n].label if n in SYSTEMS else n for n in lacking)}"
+        return "cannot tell", f"not measured: {'; '.join(SYSTEMS[n].label if n in SYSTEMS else n for n in lacking)}"
     if cell.same(condition.system, baseline):
         return "cannot tell", f"{SYSTEMS[condition.system].label} and {SYSTEMS[baseline].label} chose the same settings"
     found = cell.difference(condition.measure, condition.system, baseline)

@@ -1,6 +1,7 @@
 """The demo and the choice of its settings, end to end on few steps."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -80,6 +81,15 @@ def test_a_second_call_runs_nothing_again(finished):
     again = demo.demo(folder, "digits", [0], steps=20, examples=12, console=Console(quiet=True))
     assert (folder / "results.jsonl").read_text() == lines
     assert [seeds[0]["key"] for seeds in again.values()] == [r["key"] for r in results]
+
+
+def test_committed_results_are_found_again():
+    folder = Path(demo.__file__).parent / "results"
+    found = read_results(folder / "demo" / "results.jsonl").keys()
+    assert {run.key for run in demo.runs("digits", [0, 1, 2], 300, 200)} == found
+    candidates = [method for name in tune.GRIDS for method in tune.candidates(name)]
+    wanted = {Run(m, "digits", "validation", seed, 300, 150).key for m in candidates for seed in tune.SEEDS}
+    assert wanted == read_results(folder / "tune.jsonl").keys()
 
 
 def test_a_result_cut_short_by_a_kill_is_run_again(finished, tmp_path):

@@ -30,9 +30,10 @@ def register(app: typer.Typer) -> None:
 
 def list_rows(overrides: Overrides = None, results: Results = None) -> None:
     """Every row of both tables and every figure: numbers trained, hours, memory, disk, data, and what has run."""
-    from reproductions.paper.listing import print_list
+    with _refusals():
+        from reproductions.paper.listing import print_list
 
-    print_list(overrides or [], results or RESULTS, _console())
+        print_list(overrides or [], results or RESULTS, _console())
 
 
 def run(
@@ -46,7 +47,9 @@ def run(
     beyond: Annotated[bool, typer.Option(help="With --all: the methods beyond the paper too.")] = False,
     smoke: Smoke = False,
     model: Annotated[str | None, typer.Option(help="Another model, such as minicpm-v-4.6.")] = None,
-    data: Annotated[Path | None, typer.Option(help="Folder with one folder a data set; the hub if not given.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder with one folder a data set; the hub for what it lacks.")
+    ] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run the code that comes with MiniCPM-V-2.0's weights.")
     ] = False,
@@ -54,23 +57,23 @@ def run(
     results: Results = None,
 ) -> None:
     """Fine-tune and measure; what is done is skipped, and what was killed is taken up where it stopped."""
-    from reproductions.paper import rows
-
     settings = list(overrides or [])
     settings += [f'model="{model}"'] * (model is not None) + [f'data.source="{data}"'] * (data is not None)
     settings += ["trust_remote_code=true"] * trust_remote_code
     with _refusals():
-        rows.run_rows(
-            rows.chosen(experiment, method, all_rows, beyond, smoke, settings),
-            settings, results or (SMOKE if smoke else RESULTS), smoke=smoke, console=_console(),
-        )  # fmt: skip
+        from reproductions.paper import rows
+
+        found, console = rows.chosen(experiment, method, all_rows, beyond, smoke, settings), _console()
+        if not smoke:
+            rows.say_what_is_lacking(found, settings, console)
+        rows.run_rows(found, settings, results or (SMOKE if smoke else RESULTS), smoke=smoke, console=console)
 
 
 def table(results: Results = None, smoke: Smoke = False) -> None:
     """The tables in the paper's layout: published, ours, and the difference."""
-    from reproductions.paper import tables
-
     with _refusals():
+        from reproductions.paper import tables
+
         for found in tables.rich_tables(_folder(results, smoke)):
             _console().print(found)
 
@@ -81,10 +84,10 @@ def figures(
     output: Annotated[Path | None, typer.Option(help="Folder for the figures; in the results if not given.")] = None,
 ) -> None:
     """Draw Figures 1 to 5 from the results."""
-    from reproductions.paper.figures import draw_all
-
     folder = _folder(results, smoke)
     with _refusals():
+        from reproductions.paper.figures import draw_all
+
         for path in draw_all(folder, output or folder / "figures"):
             _console().print(f"wrote {path}")
 
@@ -95,10 +98,10 @@ def report(
     output: Annotated[Path | None, typer.Option(help="The page; in the results if not given.")] = None,
 ) -> None:
     """One self-contained page with every table and figure."""
-    from reproductions.paper.report import write_report
-
     folder = _folder(results, smoke)
     with _refusals():
+        from reproductions.paper.report import write_report
+
         page = output or folder / "report.html"
         write_report(folder, page)
         _console().print(f"wrote {page}")
@@ -113,13 +116,17 @@ def harness(
     """Measure a run's model with lmms-eval, which has to be installed beside this."""
     import json
 
-    import torch
+    if not (folder / "config.json").is_file():
+        typer.secho(f"{folder} holds no run", err=True, fg="red")
+        raise typer.Exit(2)
+    with _refusals():
+        import torch
 
-    from reproductions.paper import harness as outer
+        from reproductions.paper import harness as outer
 
-    model = outer.load_run(folder, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    found = outer.measure(model, tasks.split(","), tasks_folder=tasks_folder, limit=limit)
-    _console().print_json(json.dumps(found, default=str))
+        model = outer.load_run(folder, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        found = outer.measure(model, tasks.split(","), tasks_folder=tasks_folder, limit=limit)
+        _console().print_json(json.dumps(found, default=str))
 
 
 def _folder(results: Path | None, smoke: bool) -> Path:
@@ -133,6 +140,12 @@ class _refusals:  # noqa: N801
         pass
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
+        if error is None:
+            return
+        if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("reproductions"):
+            what = "lmms-eval" if error.name == "lmms_eval" else "'torch-mdgd[paper]'"
+            typer.secho(f"{error.name} is not installed: pip install {what}", err=True, fg="red")
+            raise typer.Exit(2) from error
         from reproductions.paper.config import ConfigError
         from reproductions.paper.data import DataError
         from reproductions.paper.results import ResultError

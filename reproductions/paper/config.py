@@ -6,7 +6,7 @@ An unknown key, a wrong type or a number out of range is an error that names the
 import sys
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -79,16 +79,14 @@ class Evaluation:
     Attributes:
         batch: examples in a pass.
         examples: of each task, from the first; 0 for all.
-        answer_tokens: longest answer.
-        caption_tokens: longest caption.
+        answer_tokens: longest answer; 0 for what each data set allows.
         rank_examples: whose image tokens the effective rank is of.
         feature_examples: whose features are kept for t-SNE.
     """
 
     batch: int = limited(16, least=1)
     examples: int = limited(0, least=0)
-    answer_tokens: int = limited(16, least=1)
-    caption_tokens: int = limited(64, least=1)
+    answer_tokens: int = limited(0, least=0)
     rank_examples: int = limited(64, least=1)
     feature_examples: int = limited(500, least=1)
 
@@ -113,7 +111,8 @@ class Data:
     """Where data sets come from.
 
     Attributes:
-        source: folder with one folder a data set, named as the data sets are; the hub if empty.
+        source: folder with one folder a data set, named as the data sets are; splits that it lacks, or all if this is
+            empty, come from the hub.
         organisation: whose copies on the hub.
         options: of data sets, by name: see the fields of each.
     """
@@ -199,10 +198,16 @@ def load_experiment(
         values = tomllib.loads(path.read_text())
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path.name}: not TOML: {error}") from error
+    model = values.get("model")
     _lay_over(values, more or {})
     for override in overrides:
         _override(values, override)
     experiment = build(Experiment, {"name": path.stem, **values}, path.name)
+    if model not in (None, experiment.model) and "name" not in values:
+        # Results of another model must not stand beside the numbers that were published for the first.
+        experiment = replace(
+            experiment, name=f"{path.stem}-{experiment.model}", title=f"{experiment.title}, with {experiment.model}"
+        )
     _check_names(experiment, path.name)
     return experiment
 
@@ -288,6 +293,9 @@ def _check_names(experiment: Experiment, where: str) -> None:
     from reproductions.paper.data import DATASETS, DataError
     from reproductions.paper.methods import METHODS
 
+    source = experiment.data.source
+    if source and not Path(source).is_dir():
+        raise ConfigError(f"{where}: data.source: there is no folder {source}")
     if not experiment.pretrained:
         raise ConfigError(f"{where}: pretrained is missing")
     for key, name in [("target", experiment.target), *(("pretrained", name) for name in experiment.pretrained)]:

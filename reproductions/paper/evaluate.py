@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from reproductions.paper.data import DATASETS
+from reproductions.paper.files import read_lines, write
 from reproductions.paper.metrics import METRICS
 from reproductions.paper.models import to_device
-from reproductions.paper.train import read_lines
 from reproductions.paper.work import Workshop
 from torch_mdgd import VisualTap, effective_rank
 
@@ -63,7 +63,7 @@ def answer(work: Workshop, task: str, examples: Sequence[Any], path: Path, bars:
         ValueError: the file is of other examples.
     """
     settings = work.experiment.evaluation
-    longest = settings.caption_tokens if DATASETS[task].metric == "cider" else settings.answer_tokens
+    longest = settings.answer_tokens or DATASETS[task].answer_tokens
     known = read_lines(path)
     write(path, "".join(json.dumps(line) + "\n" for line in known))
     for line, example in zip(known, examples, strict=False):
@@ -71,7 +71,7 @@ def answer(work: Workshop, task: str, examples: Sequence[Any], path: Path, bars:
             raise ValueError(f"{path} holds answers to other examples ({line['id']}, not {example.id}): remove it")
     predictions = [line["prediction"] for line in known]
     work.network.eval()
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
         for batch in _batches(examples, len(predictions), settings.batch):
             inputs = to_device(work.model.collate(batch, answers=False), work.device)
             texts = work.model.generate(inputs, longest)
@@ -104,7 +104,9 @@ def look(work: Workshop, examples: Sequence[Any], path: Path) -> float:
             image = tap.mask(inputs)
             seen += [row[where].float() for row, where in zip(hidden[:room], image[:room], strict=True)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: torch.cat(rows) for name, rows in features.items()}, path)
+    part = path.with_name(path.name + ".part")
+    save_file({name: torch.cat(rows) for name, rows in features.items()}, part)
+    os.replace(part, path)
     return effective_rank(torch.cat(seen))
 
 
@@ -115,13 +117,6 @@ def keep_thumbnails(examples: Sequence[Any], folder: Path) -> None:
         picture = example.image.convert("RGB")
         picture.thumbnail(THUMBNAIL)
         picture.save(folder / f"{i}.jpg", quality=80)
-
-
-def write(path: Path, text: str) -> None:
-    """Replace a file's contents, whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    os.replace(part, path)
 
 
 def _batches(examples: Sequence[Any], start: int, size: int) -> Iterator[list[Any]]:

@@ -31,7 +31,7 @@ def print_list(overrides: Sequence[str], results: Path, console: Console) -> Non
             table.add_column(head, justify="left" if head in ("method", "has run") else "right")
         for method in methods_of(experiment.model):
             found = estimate(experiment, method)
-            table.add_row(*cells(method, found), stage(results / name / method))
+            table.add_row(*cells(method, found), stage(results / experiment.name / method))
             rows.append(found)
         console.print(table)
         own = downloads(experiment)

@@ -10,7 +10,7 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from reproductions.paper.evaluate import write
+from reproductions.paper.files import write
 from reproductions.paper.methods.base import train_last
 from reproductions.paper.methods.mdgd_gm import MDGDGM
 from reproductions.paper.models import load_model
@@ -35,10 +35,12 @@ def analyse_masking(work: Workshop, method: MDGDGM, folder: Path, progress: bool
     e = work.experiment
     training = replace(e.training, steps=e.masking.steps, save_every=e.masking.steps)
     for ratio in e.masking.ratios:
+        run = path.parent / f"ratio-{ratio:g}"
         if any(entry["ratio"] == ratio for entry in found):
+            # Left where a kill came between the measure and its removal: checkpoints of many gigabytes.
+            shutil.rmtree(run, ignore_errors=True)
             continue
         short = Workshop(replace(e, training=training), work.device)
-        run = path.parent / f"ratio-{ratio:g}"
         if not (run / NAME).is_file():
             train(short, type(method)(replace(method.settings, ratio=ratio)), run, progress=progress)
         found.append({"ratio": ratio, **measure(short, run / NAME)})

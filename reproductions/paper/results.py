@@ -128,7 +128,7 @@ def _runs(folder: Path) -> Iterator[Result]:
 
 def _read(path: Path) -> Any:
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ResultError(f"{path} is not a JSON file: {error}") from error
 
@@ -137,13 +137,15 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     """Lines of a log; a last line that a kill cut off is left out."""
     if not path.exists():
         return []
-    lines = path.read_text().splitlines(keepends=True)
+    # Not splitlines, for which an answer may hold ends of lines, such as U+2028; errors only in what a kill cut off.
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     out = []
     for number, line in enumerate(lines):
         try:
             out.append(json.loads(line))
         except ValueError as error:
-            if number == len(lines) - 1 and not line.endswith("\n"):
+            # What stands after the last end of a line: nothing, or what a kill cut off.
+            if number == len(lines) - 1:
                 break
             raise ResultError(f"{path}, line {number + 1} is not JSON: {error}") from error
     return out

@@ -82,6 +82,21 @@ def run_rows(rows: Rows, overrides: Sequence[str], results: Path, *, smoke: bool
     _report(failed)
 
 
+def say_what_is_lacking(rows: Rows, overrides: Sequence[str], console: Console) -> None:
+    """Name data that cannot be fetched and is not there, before anything has run for hours."""
+    from reproductions.paper.data import DATASETS, DataError
+    from reproductions.paper.work import Workshop
+
+    for name, methods in rows.items():
+        experiment = load_experiment(name, overrides)
+        target = DATASETS[experiment.target]
+        if target.training in target.by_hand and any(METHODS[method].trains for method in methods):
+            try:
+                Workshop(experiment, torch.device("cpu")).training_examples()
+            except DataError as error:
+                console.print(f"{name}: only zero-shot can run. {error}", style="red", markup=False, soft_wrap=True)
+
+
 def visible_devices() -> list[str]:
     """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")

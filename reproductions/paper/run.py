@@ -18,7 +18,8 @@ from transformers import TrainerCallback, set_seed
 
 from reproductions.paper.config import ConfigError, Experiment
 from reproductions.paper.estimate import trained_numbers
-from reproductions.paper.evaluate import evaluate, write
+from reproductions.paper.evaluate import evaluate
+from reproductions.paper.files import write
 from reproductions.paper.masking import analyse_masking
 from reproductions.paper.methods import Method
 from reproductions.paper.methods.mdgd_gm import MDGDGM
@@ -26,6 +27,8 @@ from reproductions.paper.train import CHECKPOINTS, method_of, train
 from reproductions.paper.weights import NAME, load_changes
 from reproductions.paper.work import Workshop
 
+WHEREABOUTS = ("data.source", "training.workers", "training.save_every", "training.report_to")
+"""Settings that results do not depend on: a run may be taken up with others."""
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "safetensors", "torch-mdgd")
 
 
@@ -71,22 +74,25 @@ def run_row(
         begin = _trained_by(experiment, method.begins_with, results, smoke, device, callbacks, console)
     console.print(f"{experiment.name} {name}: {method.title}, on {device}")
     set_seed(experiment.seed)
-    work = Workshop(experiment, device)
     show = not console.quiet
     if method.trains:
-        if (folder / NAME).is_file():
-            load_changes(work.network, folder / NAME)
-        else:
+        if not (folder / NAME).is_file():
             with status.during("training"):
-                changed = train(work, method, folder, [Ticking(status), *callbacks], begin, progress=show)
+                found = Workshop(experiment, device)
+                changed = train(found, method, folder, [Ticking(status), *callbacks], begin, progress=show)
             console.print(f"  {changed:,} numbers changed")
+            del found
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    # Read anew, since the Trainer leaves a network that computes under autocast: what is measured is what is on disk.
+    work = Workshop(experiment, device)
+    if method.trains:
+        load_changes(work.network, folder / NAME)
     columns = TextColumn("  {task.description:12}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with status.during("evaluation"), Progress(*columns, console=console, disable=not show) as bars:
         for task in experiment.tasks:
-            found = evaluate(work, task, folder, bars)
+            result = evaluate(work, task, folder, bars)
             status.tick()
-            console.print(f"  {task:12} {found['scores']['score']:6.2f}   rank {found['effective_rank']:.1f}")
+            console.print(f"  {task:12} {result['scores']['score']:6.2f}   rank {result['effective_rank']:.1f}")
     if isinstance(method, MDGDGM):
         # Its models are loaded one after the other.
         del work
@@ -167,9 +173,10 @@ def _write_config(experiment: Experiment, method: Method, folder: Path, smoke: b
     # A round trip, so that it compares with what is read: tuples are lists there.
     configuration = json.loads(json.dumps(_relevant(experiment, method)))
     if path.is_file():
-        before = json.loads(path.read_text())["configuration"]
-        if before != configuration:
-            keys = ", ".join(_differences(before, configuration)[:5])
+        there = json.loads(path.read_text())
+        pairs = [(there["configuration"], configuration), ({"smoke": there["smoke"]}, {"smoke": smoke})]
+        keys = ", ".join([key for pair in pairs for key in _differences(*pair) if key not in WHEREABOUTS][:5])
+        if keys:
             raise ConfigError(
                 f"{folder} holds a run with another configuration ({keys}): choose other --results, or remove it"
             )

@@ -21,7 +21,7 @@ SETTINGS: dict[str, Any] = {
         "steps": 2, "batch": 1, "accumulation": 2, "learning_rate": 1e-2, "warmup": 0.0, "save_every": 1,
         "log_every": 1, "workers": 0, "checkpointing": False,
     },
-    "evaluation": {"batch": EXAMPLES, "examples": EXAMPLES, "answer_tokens": 2, "caption_tokens": 2},
+    "evaluation": {"batch": EXAMPLES, "examples": EXAMPLES, "answer_tokens": 2},
     "masking": {"ratios": [0.1, 1.0], "steps": 2, "batches": 1},
     "methods": {
         "lora": {"rank": 2}, "corda": {"rank": 2, "samples": 2}, "ewc": {"samples": 2}, "model-tailor": {"samples": 2},

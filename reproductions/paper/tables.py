@@ -15,6 +15,7 @@ from reproductions.paper.scores import summary
 NOTES = {
     "cider_no_ptb": "CIDEr without the Penn Treebank tokenizer, which needs Java: not the published form.",
     "smoke": "Smoke: tiny random models on drawn pictures; shows that everything runs, and nothing else.",
+    "short": "Trained on a part of the examples, or for a set number of steps.",
     "limited": "Measured on the first examples of each task only.",
 }
 
@@ -151,8 +152,10 @@ def _notes(runs: Iterable[Result]) -> tuple[str, ...]:
     for run in runs:
         notes["smoke"] |= run.smoke
         notes["cider_no_ptb"] |= any("cider_no_ptb" in found["scores"] for found in run.evaluation.values())
-        limit = run.config.get("configuration", {}).get("evaluation", {}).get("examples", 0)
+        configuration = run.config.get("configuration", {})
+        limit, training = configuration.get("evaluation", {}).get("examples", 0), configuration.get("training", {})
         notes["limited"] |= bool(limit) and not run.smoke
+        notes["short"] |= bool(training.get("steps") or training.get("examples")) and not run.smoke
     return tuple(text for name, text in NOTES.items() if notes[name])
 
 

@@ -1,5 +1,6 @@
 """Fine-tuning with transformers' Trainer, taken up where a killed run left its last checkpoint."""
 
+import gc
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from reproductions.paper.config import Experiment
+from reproductions.paper.files import read_lines, write
 from reproductions.paper.methods import METHODS, Method
 from reproductions.paper.methods.base import Penalty
 from reproductions.paper.weights import NAME, load_changes, save_changes
@@ -77,7 +79,7 @@ class LogLines(TrainerCallback):
         """Keep what was logged up to the checkpoint."""
         lines = read_lines(self.path)
         kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= state.global_step]
-        self.path.write_text("".join(kept))
+        write(self.path, "".join(kept))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Add a line."""
@@ -118,6 +120,8 @@ def train(
         module = network
     else:
         module = _train(work, method, folder, callbacks, progress)
+        # The Trainer is a cycle, which holds the optimizer's state on the device.
+        gc.collect()
     method.finish(work, module)
     published = work.pretrained
     for name, p in network.named_parameters():
@@ -210,17 +214,6 @@ def last_checkpoint(folder: Path) -> str | None:
             continue
         return str(path)
     return None
-
-
-def read_lines(path: Path) -> list[Any]:
-    """The lines of a file of JSON lines; a last one cut short by a kill is left out."""
-    found = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return found
 
 
 def method_of(experiment: Experiment, name: str) -> Method:

@@ -47,7 +47,7 @@ class Workshop:
         return {name: p.detach() for name, p in fresh.named_parameters()}
 
     def examples(self, task: str, split: str, limit: int = 0) -> Sequence[Example]:
-        """Examples of a data set; 0 for all."""
+        """Examples of a data set; 0 for all. A split that the folder of ``data.source`` lacks comes from the hub."""
         data = self.experiment.data
         options = tuple(data.options.get(task, {}).items())
         return _open(task, split, data.source, data.organisation, limit, options)
@@ -111,5 +111,6 @@ class _Chained(Sequence[Example]):
 def _open(
     task: str, split: str, source: str, organisation: str, limit: int, options: tuple[tuple[str, Any], ...]
 ) -> Sequence[Example]:
-    data, folder = DATASETS[task].with_options(**dict(options)), Path(source) / task if source else None
-    return data.load(split, source=folder, limit=limit or None, organisation=organisation)
+    data, folder = DATASETS[task].with_options(**dict(options)), Path(source) / task
+    here = folder if source and data.holds(folder, split) else None
+    return data.load(split, source=here, limit=limit or None, organisation=organisation)

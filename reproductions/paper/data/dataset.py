@@ -66,6 +66,9 @@ class DataSet(ABC):
         evaluation: the split that the tables' numbers are measured on.
         training: the split to fine-tune on; None for sets that are only evaluated.
         columns: those that `example` reads.
+        answer_tokens: the longest answer that is asked for: lmms-eval's where it names one of at most 256, and else
+            enough that no answer that counts is cut off.
+        by_hand: splits that the hub does not have.
     """
 
     name: ClassVar[str]
@@ -77,6 +80,8 @@ class DataSet(ABC):
     evaluation: ClassVar[str]
     training: ClassVar[str | None] = None
     columns: ClassVar[tuple[str, ...]]
+    answer_tokens: ClassVar[int] = 128
+    by_hand: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def example(self, row: Row) -> Example:
@@ -131,6 +136,10 @@ class DataSet(ABC):
             DataError: they cannot be read.
         """
         return read_parquet(self.title, folder, self.pattern(split), self.columns)
+
+    def holds(self, folder: Path, split: str) -> bool:
+        """Whether a folder has files of a split."""
+        return any(folder.glob(self.pattern(split)))
 
     def pattern(self, split: str) -> str:
         """Files of a split, below the folder."""

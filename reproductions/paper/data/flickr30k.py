@@ -54,6 +54,7 @@ class Flickr30k(DataSet):
     evaluation = "test"
     training = "train"
     columns = ("image", "caption", "img_id", "filename")
+    answer_tokens = 64
 
     def example(self, row: Row) -> Example:
         captions = row.texts("caption")

@@ -44,6 +44,7 @@ class GQA(DataSet):
     splits: ClassVar = {"testdev": Split(12_578, 0.07)}
     evaluation = "testdev"
     columns = ("id", "imageId", "question", "answer")
+    answer_tokens = 16
 
     def example(self, row: Row) -> Example:
         answer = row.text("answer")

@@ -58,6 +58,7 @@ class IconQA(DataSet):
     splits: ClassVar = {"val": Split(21_488, 0.33), "test": Split(21_489, 0.34)}
     evaluation = "test"
     columns = ("question_id", "question", "choices", "answer", "query_image", "ques_type")
+    answer_tokens = 32
 
     def example(self, row: Row) -> Example:
         asked, kind, answer = row.text("question"), row.text("ques_type"), row.text("answer")

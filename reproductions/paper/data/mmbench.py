@@ -30,6 +30,7 @@ class MMBench(DataSet):
     splits: ClassVar = {"dev": Split(4_329, 0.1)}
     evaluation = "dev"
     columns = ("index", "question", "hint", *_OPTIONS, "answer", "category", "image")
+    answer_tokens = 256
 
     def example(self, row: Row) -> Example:
         given = [row.optional(letter) for letter in _OPTIONS]

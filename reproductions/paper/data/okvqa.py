@@ -42,6 +42,7 @@ class OKVQA(DataSet):
     evaluation = "val2014"
     training = "train"
     columns = ("image", "question", "answers", "question_id")
+    by_hand = ("train",)
 
     short: bool = True
 
@@ -49,6 +50,9 @@ class OKVQA(DataSet):
         answers = row.texts("answers")
         question = row.text("question") + (UNANSWERABLE + SHORT if self.short else "")
         return Example(row.text("question_id"), row.picture(), question, answers, most_common(answers))
+
+    def holds(self, folder: Path, split: str) -> bool:
+        return (folder / QUESTIONS).is_file() if split == "train" else super().holds(folder, split)
 
     def fetch(self, split: str, organisation: str) -> Path:
         if split == "train":

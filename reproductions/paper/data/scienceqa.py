@@ -25,6 +25,7 @@ class ScienceQA(DataSet):
     evaluation = "test"
     training = "train"
     columns = ("image", "question", "choices", "answer", "hint")
+    answer_tokens = 16
 
     def example(self, row: Row) -> Example:
         choices = row.texts("choices")

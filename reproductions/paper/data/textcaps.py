@@ -24,6 +24,7 @@ class TextCaps(DataSet):
     evaluation = "val"
     training = "train"
     columns = ("caption_str", "image_id", "image")
+    answer_tokens = 64
 
     def example(self, row: Row) -> Example:
         captions = row.texts("caption_str")

@@ -17,7 +17,8 @@ class MaskSettings(base.Settings):
     Attributes:
         align: α, weight of the visual gradient.
         ratio: ρ, share of the trained numbers that may move.
-        warmup: steps whose gradients the mask is chosen from.
+        warmup: steps whose gradients the mask is chosen from. Weights wait for it, so that v is zero and g̃ is g then:
+            the choice goes by the task's gradient alone.
     """
 
     align: float = limited(1.0, least=0)

@@ -122,11 +122,11 @@ class VisionLanguageModel(ABC):
 
     @torch.no_grad()
     def generate(self, batch: Mapping[str, Any], max_new_tokens: int) -> list[str]:
-        """Answers to a batch without labels, greedily."""
+        """Answers to a batch without labels, greedily, whatever generation settings came with the weights."""
         network: Any = self.network
         generated = network.generate(
-            **batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=self.padding,
-            eos_token_id=self.tokenizer.eos_token_id,
+            **batch, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, repetition_penalty=1.0,
+            pad_token_id=self.padding, eos_token_id=self.tokenizer.eos_token_id,
         )  # fmt: skip
         words = generated[:, batch["input_ids"].shape[1] :]
         return [text.strip() for text in self.tokenizer.batch_decode(words, skip_special_tokens=True)]
@@ -135,6 +135,19 @@ class VisionLanguageModel(ABC):
         """Move the network."""
         self.network.to(device)
         return self
+
+
+def read_weights(kind: Any, source: str | Path, dtype: torch.dtype) -> Any:
+    """A network of transformers with all its weights from a folder or from the hub.
+
+    Raises:
+        ValueError: a weight is missing or of another shape, naming one: transformers makes up random ones.
+    """
+    network, info = kind.from_pretrained(source, dtype=dtype, output_loading_info=True)
+    lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+    if lacking:
+        raise ValueError(f"{source} does not hold the weights of {type(network).__name__}: it lacks {lacking[0]}")
+    return network
 
 
 def to_device(value: Any, device: torch.device) -> Any:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import nn
 from transformers import (
     AutoImageProcessor,
@@ -16,10 +17,10 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from reproductions.paper.models.base import Batch, Encoded, VisionLanguageModel
+from reproductions.paper.models.base import Batch, Encoded, VisionLanguageModel, read_weights
 from reproductions.paper.models.tiny import WIDTH, byte_tokenizer
 
-IMAGE = "<image>"
+TOKEN = "<image>"
 PROMPT = "USER: {image}\n{question} ASSISTANT:"
 """The instruction as the model was taught: Vicuna's form without a system prompt, as its card on the hub has it."""
 
@@ -57,14 +58,14 @@ class Llava(VisionLanguageModel):
     @classmethod
     def load(cls, source: str | Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> "Llava":
         """Read weights and tokenizer from a folder or from the hub; none of their code is needed."""
-        network = LlavaForConditionalGeneration.from_pretrained(source, dtype=dtype)
+        network = read_weights(LlavaForConditionalGeneration, source, dtype)
         return cls(network, AutoTokenizer.from_pretrained(source), AutoImageProcessor.from_pretrained(source))
 
     @classmethod
     def write_tiny(cls, folder: Path, seed: int = 0) -> None:
         """Write a random LLaVA of a few ten thousand numbers."""
         torch.manual_seed(seed)
-        tokenizer = byte_tokenizer({"image_token": IMAGE})
+        tokenizer = byte_tokenizer({"image_token": TOKEN})
         vision = CLIPVisionConfig(
             hidden_size=WIDTH, intermediate_size=WIDTH, num_hidden_layers=2, num_attention_heads=2, image_size=16,
             patch_size=8, projection_dim=WIDTH,
@@ -74,7 +75,7 @@ class Llava(VisionLanguageModel):
             num_attention_heads=2, tie_word_embeddings=False, initializer_range=0.3,
             bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
         )  # fmt: skip
-        token: Any = tokenizer.convert_tokens_to_ids(IMAGE)
+        token: Any = tokenizer.convert_tokens_to_ids(TOKEN)
         config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=token)
         LlavaForConditionalGeneration(config).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -83,9 +84,17 @@ class Llava(VisionLanguageModel):
 
     def encode(self, image: Any, question: str) -> Encoded:
         """One picture and one instruction."""
-        text = PROMPT.format(image=IMAGE * self.image_tokens, question=question)
-        pixels = self.pixels(images=image.convert("RGB"), return_tensors="pt")["pixel_values"]
+        text = PROMPT.format(image=TOKEN * self.image_tokens, question=question)
+        pixels = self.pixels(images=self._square(image.convert("RGB")), return_tensors="pt")["pixel_values"]
         return Encoded(self.tokenizer(text)["input_ids"], {"pixel_values": pixels})
+
+    def _square(self, image: Any) -> Any:
+        """The whole picture on a square of the mean colour, as LLaVA-1.5 was taught and its published scores were
+        measured; the image processor on the hub crops the longer sides away."""
+        side = max(image.size)
+        square = Image.new("RGB", (side, side), tuple(int(255 * x) for x in self.pixels.image_mean))
+        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        return square
 
     def stack(self, encoded: Sequence[Encoded], shifts: Sequence[int]) -> Batch:
         """All pictures have one size."""

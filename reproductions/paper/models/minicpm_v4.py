@@ -17,7 +17,7 @@ from transformers import (
     MiniCPMV4_6ImageProcessorPil,
 )
 
-from reproductions.paper.models.base import Batch, Encoded, VisionLanguageModel
+from reproductions.paper.models.base import Batch, Encoded, VisionLanguageModel, read_weights
 from reproductions.paper.models.tiny import WIDTH, byte_tokenizer
 
 IMAGE, FILM = "<|image_pad|>", "<|video_pad|>"
@@ -56,7 +56,7 @@ class MiniCPMV4Model(VisionLanguageModel):
     @classmethod
     def load(cls, source: str | Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> "MiniCPMV4Model":
         """Read weights and tokenizer from a folder or from the hub; none of their code is needed."""
-        network = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype)
+        network = read_weights(AutoModelForImageTextToText, source, dtype)
         return cls(network, AutoTokenizer.from_pretrained(source), AutoImageProcessor.from_pretrained(source))
 
     @classmethod

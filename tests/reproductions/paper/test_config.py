@@ -75,6 +75,7 @@ def test_the_command_line_lays_values_over_the_file(tmp_path):
         ("methods.mdgd.align=-1", "methods.mdgd.align must be at least 0, got -1"),
         ("methods.model-tailor.sign=plus", "methods.model-tailor.sign must be one of subtract, add, got 'plus'"),
         ("data.options.pope.ocr=false", "data.options.pope: .*no option 'ocr'"),
+        ("data.source=/no/such", "data.source: there is no folder /no/such"),
         ("seed", "--set: 'seed' is not of the form key=value"),
     ],
 )
@@ -82,6 +83,14 @@ def test_what_is_refused_is_named_with_its_file(override, message, tmp_path):
     with pytest.raises(ConfigError, match=message) as caught:
         load_experiment(write(tmp_path, GOOD), [override])
     assert "own.toml" in str(caught.value) or "--set" in str(caught.value)
+
+
+def test_another_model_is_another_experiment(tmp_path):
+    path = write(tmp_path, GOOD)
+    assert load_experiment(path, ["model=llava-1.5-7b"]).name == "own"
+    other = load_experiment(path, ["model=minicpm-v-4.6"])
+    assert (other.name, other.title) == ("own-minicpm-v-4.6", "a title, with minicpm-v-4.6")
+    assert load_experiment(path, ["model=minicpm-v-4.6", "name=mine"]).name == "mine"
 
 
 def test_a_missing_key_is_named(tmp_path):

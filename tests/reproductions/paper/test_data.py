@@ -1,55 +1,24 @@
-"""Each data set is read from files in its own schema; what is missing or broken is named."""
+"""Each data set is read from files in its own schema, with the prompts of the tables."""
 
 import json
 import pickle
-from pathlib import Path
 
 import datasets
 import huggingface_hub
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from reproductions.paper.data import DATASETS, DataError
 from reproductions.paper.data.prompts import CAPTION, LETTER, SHORT, UNANSWERABLE
 from reproductions.paper.data.shapes import COLOURS, SHAPES
 from reproductions.paper.metrics import METRICS
+from tests.reproductions.paper.sample_files import edit, load, sample, seen, unreachable
 
 SPLITS = [(name, split) for name, data in DATASETS.items() for split in data.splits]
-# Where a sample's rows lie in one parquet file that holds their pictures too.
-PLAIN = [name for name in DATASETS if name not in ("gqa", "flickr30k")]
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-
-
-def sample(name: str, folder: Path, split: str | None = None, n: int = 6, seed: int = 0) -> Path:
-    DATASETS[name].write_sample(folder, split or DATASETS[name].evaluation, n, seed)
-    return folder
-
-
-def load(name: str, folder: Path, **options):
-    return DATASETS[name].load(DATASETS[name].evaluation, source=folder, **options)
-
-
-def edit(folder: Path, change) -> Path:
-    """Rewrite the only parquet file below the folder; `change` edits a list of rows."""
-    (file,) = (path for path in folder.rglob("*.parquet") if "images" not in str(path))
-    table = pq.read_table(file)
-    rows = table.to_pylist()
-    change(rows)
-    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), file)
-    return folder
-
-
-def seen(image) -> str:
-    """Colour of the shape in a drawn picture, told from its pixels."""
-    pixels = np.asarray(image).reshape(-1, 3).astype(int)
-    shape = pixels[(pixels != 255).any(1)].mean(0)
-    return min(COLOURS, key=lambda colour: float(np.abs(shape - COLOURS[colour]).sum()))
 
 
 def test_every_set_of_the_tables_is_there():
@@ -276,129 +245,19 @@ def test_iconqa_leaves_out_what_cannot_be_answered(tmp_path):
     assert [example.id for example in examples] == [str(1_200_000 + i) for i in (0, 1, 3, 4, 6, 7, 8)]
 
 
-# What is missing or broken.
+def test_answers_may_be_as_long_as_lmms_eval_lets_them():
+    longest = {name: data.answer_tokens for name, data in DATASETS.items()}
+    assert (longest["gqa"], longest["scienceqa"], longest["iconqa"], longest["pope"]) == (16, 16, 32, 128)
+    assert longest["flickr30k"] == longest["textcaps"] == 64
+    # An option's whole text counts as the answer, and so does a web address in a picture.
+    assert longest["mmbench"] == 256
+    assert min(longest[name] for name in ("vizwiz", "textvqa", "okvqa", "pathvqa")) == 128
 
 
-@pytest.mark.parametrize("name", PLAIN)
-def test_a_missing_column_is_named(name, tmp_path):
-    sample(name, tmp_path)
-    (file,) = tmp_path.rglob("*.parquet")
-    for column in DATASETS[name].columns:
-        table = pq.read_table(file)
-        pq.write_table(table.drop_columns(column), tmp_path / "kept")
-        broken = tmp_path / column / file.relative_to(tmp_path)
-        broken.parent.mkdir(parents=True)
-        (tmp_path / "kept").rename(broken)
-        with pytest.raises(DataError, match=rf"{DATASETS[name].title}: .* has no column {column}; it has"):
-            load(name, tmp_path / column)
-
-
-@pytest.mark.parametrize("name", PLAIN)
-def test_a_broken_picture_is_named(name, tmp_path):
-    column = "query_image" if name == "iconqa" else "image"
-    broken = edit(sample(name, tmp_path), lambda rows: rows[1].update({column: {"bytes": b"no picture", "path": None}}))
-    examples = load(name, broken)
-    place = (
-        f"{DATASETS[name].title}, split {DATASETS[name].evaluation}, row 1: column '{column}' holds a broken picture"
-    )
-    with pytest.raises(DataError, match=place):
-        _ = examples[1].image
-    assert examples[0].image.size == (56, 56)
-
-
-@pytest.mark.parametrize("name", PLAIN)
-def test_a_row_without_a_picture_is_named(name, tmp_path):
-    column = "query_image" if name == "iconqa" else "image"
-    examples = load(name, edit(sample(name, tmp_path), lambda rows: rows[1].update({column: None})))
-    with pytest.raises(DataError, match=f"row 1: column '{column}' holds no picture"):
-        _ = examples[1]
-
-
-@pytest.mark.parametrize("name", PLAIN)
-def test_an_empty_split_is_named(name, tmp_path):
-    with pytest.raises(DataError, match=rf"{DATASETS[name].title}: .* has no rows"):
-        load(name, edit(sample(name, tmp_path), list.clear))
-
-
-@pytest.mark.parametrize(
-    ("name", "values", "message"),
-    [
-        ("gqa", {"question": None}, "GQA, split testdev, row 1: column 'question' is missing or empty"),
-        ("gqa", {"answer": None}, "GQA, split testdev, row 1: column 'answer'"),
-        (
-            "vizwiz",
-            {"answers": []},
-            "VizWiz, split val, row 1: column 'answers' must be a list with at least one entry",
-        ),
-        ("vizwiz", {"answers": ["red", None]}, "row 1: column 'answers'"),
-        ("scienceqa", {"answer": 4}, "ScienceQA, split test, row 1: the answer is none of the 4 options"),
-        ("scienceqa", {"answer": -1}, "row 1: the answer is none of the 4 options"),
-        ("textvqa", {"answers": None}, "TextVQA, split validation, row 1: column 'answers'"),
-        ("pope", {"answer": "maybe"}, "POPE, split test, row 1: the answer must be yes or no, got 'maybe'"),
-        ("mmbench", {"answer": "E"}, "MMBench, split dev, row 1: the answer is none of the 4 options"),
-        ("mmbench", {"answer": ""}, "MMBench, split dev, row 1: the answer is none of the 4 options"),
-        ("mmbench", {"B": None}, "MMBench, split dev, row 1: an option is missing between others"),
-        ("aokvqa", {"correct_choice_idx": None}, "A-OKVQA, split validation, row 1: column 'correct_choice_idx'"),
-        ("iconqa", {"ques_type": "draw"}, "IconQA, split test, row 1: ques_type must be"),
-        ("iconqa", {"ques_type": "choose_txt", "choices": "a,b"}, "row 1: the answer is none of the 2 options"),
-        ("flickr30k", {"caption": []}, "Flickr30k, split test, row 1: column 'caption'"),
-        ("textcaps", {"caption_str": None}, "TextCaps, split val, row 1: column 'caption_str'"),
-        ("pathvqa", {"answer": None}, "PathVQA, split test, row 1: column 'answer'"),
-    ],
-)
-def test_a_bad_row_is_named(name, values, message, tmp_path):
-    examples = load(name, edit(sample(name, tmp_path), lambda rows: rows[1].update(values)))
-    with pytest.raises(DataError, match=message):
-        _ = examples[1]
-
-
-def test_missing_files_are_named(tmp_path):
-    with pytest.raises(DataError, match="POPE: there is no folder"):
-        load("pope", tmp_path / "nowhere")
-    with pytest.raises(DataError, match=r"POPE: no file in .* matches data/test-\*.parquet"):
-        load("pope", tmp_path)
-    with pytest.raises(DataError, match="POPE: split must be one of test, got 'train'"):
-        DATASETS["pope"].load("train", source=tmp_path)
-    with pytest.raises(DataError, match="POPE: split must be one of test, got 'train'"):
-        DATASETS["pope"].write_sample(tmp_path, "train", 1, 0)
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "test-0.parquet").write_text("not parquet")
-    with pytest.raises(DataError, match=r"POPE: .*test-0.parquet is not a parquet file"):
-        load("pope", tmp_path)
-
-
-def test_a_file_that_breaks_off_is_named(tmp_path):
-    sample("pope", tmp_path, n=60)
-    (file,) = tmp_path.rglob("*.parquet")
-    content = bytearray(file.read_bytes())
-    # The footer with the schema is at the end; the pages before it are lost.
-    content[4 : len(content) // 2] = bytes(len(content) // 2 - 4)
-    file.write_bytes(content)
-    with pytest.raises(DataError, match=r"POPE: cannot read data/test-\*.parquet"):
-        load("pope", tmp_path)
-
-
-# The hub.
-
-
-def unreachable(*_, **__):
-    raise OSError("no network")
-
-
-def test_the_hub_is_asked_for_one_split_alone(tmp_path, monkeypatch):
-    asked = []
-
-    def download(repository, *, repo_type, allow_patterns):
-        asked.append((repository, repo_type, allow_patterns))
-        return str(sample("gqa", tmp_path))
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert len(DATASETS["gqa"].load("testdev", organisation="someone")) == 6
-    instructions, images = (f"testdev_balanced_{part}/testdev-*.parquet" for part in ("instructions", "images"))
-    assert asked == [("someone/GQA", "dataset", [instructions, images])]
-
-
-def test_a_hub_out_of_reach_says_what_to_do(monkeypatch):
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
-    with pytest.raises(DataError, match=r"MMBench: could not fetch lmms-lab/MMBench .*no network.* as source"):
-        DATASETS["mmbench"].load("dev")
+def test_a_folder_knows_which_splits_it_holds(tmp_path):
+    sample("okvqa", tmp_path / "a", "train")
+    sample("okvqa", tmp_path / "b", "val2014")
+    held = {(part, split) for part in "ab" for split in ("train", "val2014")
+            if DATASETS["okvqa"].holds(tmp_path / part, split)}  # fmt: skip
+    assert held == {("a", "train"), ("b", "val2014")}
+    assert not DATASETS["pope"].holds(tmp_path / "nowhere", "test")

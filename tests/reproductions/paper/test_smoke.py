@@ -95,7 +95,11 @@ def test_one_row_and_settings_of_ones_own(tmp_path):
         (["run", "llava-okvqa", "--method", "mgdg"], "no method 'mgdg'"),
         (["run", "llava", "--all"], "no experiment 'llava'"),
         (["run", "llava-okvqa", "--all", "--set", "training.step=1"], "llava-okvqa.toml: unknown key training.step"),
+        (["list", "--set", "training.step=1"], "llava-flickr30k.toml: unknown key training.step; there are epochs, "),
+        (["run", "llava-okvqa", "--all", "--data", "nowhere"], "data.source: there is no folder nowhere"),
         (["table", "--results", "nowhere"], "there is no folder nowhere"),
+        (["report", "--results", "nowhere"], "there is no folder nowhere"),
+        (["harness", "nowhere", "--tasks", "gqa"], "nowhere holds no run"),
     ],
 )
 def test_a_request_that_makes_no_sense_is_answered_in_a_line(arguments, message):
@@ -150,6 +154,28 @@ def test_rows_beyond_the_paper_on_request():
     assert "ewc" not in rows.chosen("llava-okvqa", None, True, False, True, [])["llava-okvqa"]
     with pytest.raises(ConfigError):
         rows.chosen(None, "mdgd", False, False, False, [])
+
+
+@pytest.mark.parametrize("command", [["list"], ["run", "--all"], ["report"], ["table"]])
+def test_a_package_that_is_not_installed_is_named(command):
+    code = (
+        "import sys; sys.modules['datasets'] = None; from typer.testing import CliRunner; "
+        f"from reproductions.__main__ import app; done = CliRunner().invoke(app, {command!r}); "
+        "assert done.exit_code == 2, done.output; print(done.output)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "datasets is not installed: pip install 'torch-mdgd[paper]'" in done.stdout, done.stderr
+
+
+def test_data_that_nobody_can_fetch_is_missed_before_anything_runs(tmp_path, monkeypatch):
+    from reproductions.paper import run
+
+    asked = []
+    monkeypatch.setattr(run, "run_row", lambda experiment, name, *args, **kwargs: asked.append(name))
+    done = call("run", "llava-okvqa", "--all", "--results", tmp_path)
+    assert "llava-okvqa: only zero-shot can run. OK-VQA: the hub's copy has no training split" in done.output
+    assert "OK-VQA" not in call("run", "llava-okvqa", "--method", "zero-shot", "--results", tmp_path).output
+    assert len(asked) == 7 + 1
 
 
 def test_help_needs_no_torch():

@@ -127,6 +127,8 @@ def test_what_one_has_to_know_is_noted(tmp_path):
     configuration = json.loads((run.folder / "config.json").read_text())["configuration"]
     change(run, "config.json", configuration=configuration | {"evaluation": {"examples": 100}})
     first, second = comparisons(tmp_path)[0].notes
+    change(run, "config.json", configuration=configuration | {"training": {"steps": 10}})
+    assert "for a set number of steps" in comparisons(tmp_path)[0].notes[1]
     assert "Penn Treebank" in first
     assert "first examples" in second
     assert first in markdown(tmp_path)

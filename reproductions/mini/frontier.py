@@ -127,10 +127,8 @@ def _frontier_axis(axis: Axes, title: str, points: Sequence[tuple[float, float]]
 
 def _equal_h(axis: Axes) -> None:
     """Lines of equal H(P, T), so that one sees what a point of the one is worth in the other."""
-    T, P = np.meshgrid(np.linspace(*axis.get_xlim(), 80), np.linspace(*axis.get_ylim(), 80))
-    lines = axis.contour(
-        T, P, 2 * T * P / (T + P), levels=np.arange(2, 101, 2), colors="0.85", linewidths=0.7, zorder=0
-    )
+    T, P = np.meshgrid(*(np.linspace(*limits, 80).clip(0.1) for limits in (axis.get_xlim(), axis.get_ylim())))
+    lines = axis.contour(T, P, 2 * T * P / (T + P), levels=7, colors="0.85", linewidths=0.7, zorder=0)
     axis.clabel(lines, fmt="H %g", fontsize=6.5, colors="0.65")
 
 

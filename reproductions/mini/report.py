@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from rich.console import Console
 from reproductions.mini.data import Example, pretrained_task_data, target_data
 from reproductions.mini.embedding import draw_cached as draw_embeddings
 from reproductions.mini.masking import draw_cached as draw_masking
+from reproductions.mini.model import CHECKPOINT, SECOND_CHECKPOINT
 from reproductions.mini.outcomes import CellOutcomes, load
 from reproductions.mini.parallel import Result
 from reproductions.mini.plots import draw_study
@@ -41,7 +43,7 @@ ANSWERING = (
     "replay",
 )
 SHOWN = 2
-"""Examples of each task on the page, of the first that results keep answers to."""
+"""Examples of each task on the page, of the first that results keep answers to; one where all models agree on all."""
 
 MARKS = {"holds here": ("✓", "up"), "does not hold here": ("✗", "down"), "cannot tell": ("–", "faint")}
 _STYLE = Path(__file__).parents[1] / "paper" / "report.css"
@@ -146,9 +148,15 @@ def _overview(cells: Sequence[CellOutcomes]) -> str:
     versions = sorted({f"{name} {v}" for run in runs for name, v in run.get("versions", {}).items()})
     lacking = any(missing(cell) for cell in cells)
     return (
-        f"{'; '.join(told)}. Even seeds begin with the first pre-trained model, odd ones with the second. "
+        f"{'; '.join(told)}. Even seeds begin with the first pre-trained model ({_pretraining(CHECKPOINT)}), odd ones "
+        f"with the second ({_pretraining(SECOND_CHECKPOINT)}). "
         f"{'Not all is there yet; the tables say what is missing. ' if lacking else ''}{', '.join(versions)}."
     )
+
+
+def _pretraining(checkpoint: Path) -> str:
+    settings = json.loads((checkpoint / "training.json").read_text())["settings"]
+    return f"seed {settings['seed']}, {settings['language_steps']:,} steps"
 
 
 def _verdicts(cells: Sequence[CellOutcomes], judged: Mapping[str, Sequence[Verdict]]) -> str:
@@ -204,8 +212,9 @@ def _cards(task: str, cell: CellOutcomes, runs: Mapping[str, Result]) -> Iterabl
         examples: Sequence[Example] = pretrained_task_data(task, "test", count).examples
     else:
         examples = target_data(cell.cell.target, "test").examples[:count]  # type: ignore[arg-type]
-    most = sorted(range(count), key=lambda i: -len({given[i] for given in answers.values()}))[:SHOWN]
-    for i in sorted(most):
+    kinds = [len({given[i] for given in answers.values()}) for i in range(count)]
+    most = [i for i in sorted(range(count), key=lambda i: -kinds[i])[:SHOWN] if kinds[i] > 1]
+    for i in most or range(min(count, 1)):
         yield _card(task, examples[i], {SYSTEMS[name].label: given[i] for name, given in answers.items()})
 
 

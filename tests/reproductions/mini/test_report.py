@@ -9,16 +9,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from matplotlib.text import Text
 from rich.console import Console
 from typer.testing import CliRunner
 
-from reproductions.mini import embedding, masking, study
+from reproductions.mini import masking, study
 from reproductions.mini.claims import CLAIMS, Claim, Condition
 from reproductions.mini.commands import app
-from reproductions.mini.data import prompt_batch, target_data
 from reproductions.mini.frontier import draw_frontier
-from reproductions.mini.labels import label_points
 from reproductions.mini.outcomes import load
 from reproductions.mini.questions import PRETRAINED_TASKS
 from reproductions.mini.report import write_report
@@ -41,7 +38,7 @@ SCORES = {
 def result(run: Run, T: float, P: float, rank: float) -> dict:
     """A result as of `execute`, with an answer of every task that is right for the better models."""
     tasks = (*PRETRAINED_TASKS, run.target)
-    answer = "one" if P > 85 else "two"
+    answer = "<b>&" if P > 85 else "two"
     return {
         "key": run.key, "method": "whoever ran first", "settings": run.method.settings, "target": run.target,
         "split": run.split, "seed": run.seed, "steps": run.steps, "batch": run.batch, "trained": 459_520,
@@ -50,7 +47,7 @@ def result(run: Run, T: float, P: float, rank: float) -> dict:
         "rank": dict.fromkeys(tasks, rank), "drift": dict.fromkeys(tasks, 0.2),
         "relative_drift": dict.fromkeys(tasks, 0.1), "losses": [1.0, 0.5],
         "traces": {"cos_task_visual": [0.5, 0.1], "visual_loss": [0.1, 0.2]} if run.method.wrap else {},
-        "answers": {task: [answer, "<b>&"] for task in tasks}, "step_seconds": 0.1, "peak_bytes": 2_000,
+        "answers": {task: [answer, "one"] for task in tasks}, "step_seconds": 0.1, "peak_bytes": 2_000,
     }  # fmt: skip
 
 
@@ -236,7 +233,14 @@ def test_the_page_stands_alone(tmp_path):
     assert not re.search(r"https?://|<script|<link|@import|url\(", page)
     assert "&lt;b&gt;&amp;" in page, "answers are text"
     assert "<b>&" not in page
-    for text in ("holds here", "does not hold here", "cannot tell", "Not tested yet", "OpenMoji", "captions, AdamW"):
+    for text in (
+        "holds here",
+        "does not hold here",
+        "cannot tell",
+        "Not tested yet",
+        "OpenMoji",
+        "seed 3, 1,800 steps",
+    ):
         assert text in page
     told = (tmp_path / "out" / "verdicts.md").read_text()
     assert all(claim.text in told for claim in CLAIMS)
@@ -262,22 +266,6 @@ def test_the_frontier_says_which_examples_it_shows(tmp_path):
     assert titles["without"].startswith("validation")
 
 
-def test_labels_cover_neither_each_other_nor_points():
-    figure, axis = plt.subplots(figsize=(8, 6))
-    points = [(x / 10, y / 10) for x in range(3) for y in range(3)] + [(0.1, 0.1)]
-    axis.set_xlim(-1, 1)
-    axis.set_ylim(-1, 1)
-    figure.canvas.draw()
-    label_points(axis, points, [f"a system {i}" for i in range(len(points))], ["k"] * len(points))
-    figure.canvas.draw()
-    boxes = [Text.get_window_extent(text) for text in axis.texts]
-    plt.close(figure)
-    assert len(boxes) == len(points)
-    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
-    places = axis.transData.transform(points)
-    assert not any(box.contains(*place) for box in boxes for place in places)
-
-
 def test_commands_draw_and_name_a_folder_that_is_not_there(tmp_path):
     folder = made_up(tmp_path / "results")
     out = tmp_path / "figures"
@@ -288,15 +276,6 @@ def test_commands_draw_and_name_a_folder_that_is_not_there(tmp_path):
         called = CliRunner().invoke(app, [command, "--results", str(tmp_path / "gone")])
         assert called.exit_code == 2
     assert CliRunner().invoke(app, ["figures", "--results", str(folder), "--target", "digit"]).exit_code == 2
-
-
-def test_the_masked_cosine_is_of_what_moved():
-    g, v = torch.tensor([3.0, 4.0, 5.0]), torch.tensor([0.0, 0.0, 2.0])
-    g0, v0 = torch.tensor([4.0, -3.0, 1.0]), torch.zeros(3)
-    both, first = torch.tensor([True, True, True]), torch.tensor([True, False, True])
-    assert masking.masked_cosine([[g], [v], [g0], [v0]], [both]) == pytest.approx(0.0)
-    assert masking.masked_cosine([[g], [v], [g0], [v0]], [first]) == pytest.approx(12 / (3 * 17**0.5))
-    assert masking.masked_cosine([[g], [None], [g], [None]], [torch.zeros(3, dtype=torch.bool)]) == 0
 
 
 def test_masking_runs_once_and_is_drawn(tmp_path, monkeypatch):
@@ -314,30 +293,3 @@ def test_masking_runs_once_and_is_drawn(tmp_path, monkeypatch):
     assert all(-1 <= line["cos"] <= 1 and line["visual_loss"] > 0 for line in lines)
     (path,) = masking.draw_cached(folder, tmp_path / "out")
     assert path.name == "masking-digits-adamw.png"
-
-
-def test_features_are_those_of_the_last_image_token_and_of_the_last_word(checkpoint):
-    model, tokenizer = checkpoint
-    data = target_data("caption", "test")[:3]
-    found = embedding.features(model, tokenizer, data)
-    batch = prompt_batch(data.examples[1:2], tokenizer)
-    with torch.no_grad():
-        hidden = model.model(**batch).last_hidden_state[0]
-    last = int((batch["input_ids"][0] == model.config.image_token_id).nonzero().max())
-    np.testing.assert_allclose(found["visual"][1], hidden[last], rtol=1e-3, atol=1e-4)
-    np.testing.assert_allclose(found["multimodal"][1], hidden[-1], rtol=1e-3, atol=1e-4)
-
-
-def test_tsne_keeps_alike_features_together_and_is_drawn_from_what_was_kept(tmp_path):
-    rng = np.random.default_rng(0)
-    near, far = rng.standard_normal((20, 8)), 30 + rng.standard_normal((20, 8))
-    systems = {"zero-shot": near, "fine-tune": far, "mdgd": near + 0.01}
-    placed = embedding.embed({name: {"visual": x, "multimodal": x} for name, x in systems.items()})
-    for kind in ("visual", "multimodal"):
-        centre = {name: placed[f"{kind}/{name}"].mean(0) for name in systems}
-        apart = np.linalg.norm(centre["fine-tune"] - centre["zero-shot"])
-        assert np.linalg.norm(centre["mdgd"] - centre["zero-shot"]) < apart / 5
-    np.savez(tmp_path / "tsne-digits-adamw.npz", **placed)
-    (path,) = embedding.draw_cached(tmp_path, tmp_path / "out")
-    assert path.name == "tsne-digits-adamw.png"
-    assert embedding.embed_cells(tmp_path, load(tmp_path)[:1], QUIET) == [tmp_path / "tsne-digits-adamw.npz"]

@@ -105,7 +105,9 @@ def _draw(source: Path, path: Path) -> Path:
     for axis, (kind, token) in zip(axes, KINDS.items(), strict=True):
         for name in EMBEDDED:
             points = placed[f"{kind}/{name}"]
-            axis.scatter(*points.T, s=10, alpha=0.6, linewidths=0, color=COLOURS[name], label=SYSTEMS[name].label)
+            # MDGD's may cover the pre-trained model's, which are therefore larger.
+            size, alpha = (45, 0.45) if name == "zero-shot" else (10, 0.7)
+            axis.scatter(*points.T, s=size, alpha=alpha, linewidths=0, color=COLOURS[name], label=SYSTEMS[name].label)
         label(axis, f"{kind}: {token}", "", "")
         axis.set_xticks([])
         axis.set_yticks([])

@@ -52,7 +52,8 @@ class Training:
         save_every: steps between checkpoints.
         log_every: steps between lines of the log.
         workers: processes that prepare pictures.
-        report_to: "tensorboard" or another of transformers' integrations; "none" for the log files alone.
+        report_to: "tensorboard", which is written beside the log file, or another of transformers' integrations;
+            "none" for the log file alone.
     """
 
     epochs: float = limited(1.0, least=0)
@@ -69,7 +70,7 @@ class Training:
     save_every: int = limited(50, least=1)
     log_every: int = limited(5, least=1)
     workers: int = limited(4, least=0)
-    report_to: str = "none"
+    report_to: str = "tensorboard"
 
 
 @dataclass(frozen=True)

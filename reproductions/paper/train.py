@@ -2,7 +2,6 @@
 
 import gc
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 
 from reproductions.paper.config import Experiment
 from reproductions.paper.files import read_lines, write
@@ -22,6 +22,7 @@ from reproductions.paper.work import Workshop
 from torch_mdgd.integrations.transformers import MDGDTrainerMixin
 
 CHECKPOINTS, LOG, TRAINED = "checkpoints", "training.jsonl", "trained_parameters.safetensors"
+TENSORBOARD = "tensorboard"
 LOGGED = ("visual_loss", "cos_task_visual", "cos_task_reference", "kept_fraction", "visual_to_task")
 
 
@@ -157,8 +158,11 @@ def _train(
             trainer.penalty = method.penalty(work, module)
     else:
         trainer = PaperMDGDTrainer(**common, mdgd=wrapper, tap=work.model.tap())
-    # Where transformers' TensorBoard callback writes to; the Trainer's arguments do not say.
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
+    if e.training.report_to == TENSORBOARD:
+        # Told where to write: by itself it writes beside the checkpoints, which are removed at the end.
+        from torch.utils.tensorboard import SummaryWriter
+
+        trainer.add_callback(TensorBoardCallback(SummaryWriter(str(folder / TENSORBOARD))))
     if not progress:
         trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=last_checkpoint(folder / CHECKPOINTS))
@@ -191,7 +195,7 @@ def arguments(
         logging_steps=t.log_every,
         dataloader_num_workers=t.workers,
         remove_unused_columns=False,
-        report_to=[] if t.report_to == "none" else [t.report_to],
+        report_to=[] if t.report_to in ("none", TENSORBOARD) else [t.report_to],
         run_name=f"{experiment.name} {method.name}",
         seed=experiment.seed,
         use_cpu=device.type == "cpu",

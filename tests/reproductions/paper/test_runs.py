@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from reproductions.paper import evaluate, masking
 from reproductions.paper.config import ConfigError
@@ -36,6 +37,9 @@ def test_a_row_leaves_everything_that_is_read_later(whole):
     for line in lines:
         assert {"loss", "visual_loss", "cos_task_visual", "cos_task_reference"} <= set(line)
     assert lines[0]["visual_loss"] == 0 < lines[2]["visual_loss"]
+    board = EventAccumulator(str(whole / "tensorboard")).Reload()
+    assert {"train/loss", "train/visual_loss"} <= set(board.Tags()["scalars"])
+    assert [event.step for event in board.Scalars("train/loss")] == [1, 2, 3]
     for task in ("textvqa", "okvqa"):
         result = json.loads((whole / "evaluation" / f"{task}.json").read_text())
         assert next(iter(result["scores"])) == "score"

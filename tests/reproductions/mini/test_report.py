@@ -18,11 +18,11 @@ from reproductions.mini.commands import app
 from reproductions.mini.frontier import draw_frontier
 from reproductions.mini.outcomes import load
 from reproductions.mini.questions import PRETRAINED_TASKS
-from reproductions.mini.report import write_report
+from reproductions.mini.report import verdicts_markdown, write_report
 from reproductions.mini.run import Run
 from reproductions.mini.stats import Estimate
 from reproductions.mini.systems import CELLS, SYSTEMS
-from reproductions.mini.tables import cost_table, difference_table, score_table
+from reproductions.mini.tables import cost_table, difference_table, score_table, tables
 from reproductions.mini.verdicts import against, rank_and_forgetting, together, verdicts
 
 CELL = CELLS[0]
@@ -293,3 +293,12 @@ def test_masking_runs_once_and_is_drawn(tmp_path, monkeypatch):
     assert all(-1 <= line["cos"] <= 1 and line["visual_loss"] > 0 for line in lines)
     (path,) = masking.draw_cached(folder, tmp_path / "out")
     assert path.name == "masking-digits-adamw.png"
+
+
+def test_the_committed_tables_and_verdicts_are_those_of_the_committed_results():
+    folder = Path(study.__file__).parent / "results" / "study"
+    cells = load(folder)
+    written = "\n".join(table.markdown for cell in cells for table in tables(cell))
+    assert (folder / "tables.md").read_text(encoding="utf-8") == written
+    judged = {cell.cell.name: verdicts(cell) for cell in cells if cell.systems}
+    assert (folder / "verdicts.md").read_text(encoding="utf-8") == verdicts_markdown(cells, judged)

@@ -243,6 +243,9 @@ def test_inside_distributed_data_parallel_and_peft(one_process, llava):
         wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
         _, z = VisualTap.for_model(wrapped)(wrapped, batch)
         assert_same(z, at_images(hidden_states(model, batch)[-1], batch))
+        # Nothing is compiled before the first call.
+        for compiled in (torch.compile(wrapped), nn.parallel.DistributedDataParallel(torch.compile(model))):
+            assert VisualTap.for_model(compiled).text_module is VisualTap.for_model(model).text_module
 
 
 def test_another_model_by_naming_its_text_module_and_a_mask():

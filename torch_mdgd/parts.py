@@ -20,7 +20,7 @@ def last_decoder_layers(model: nn.Module, n: int) -> list[nn.Module]:
     """The last n layers of the model's text decoder, in order.
 
     Args:
-        model: a model of transformers, also inside DistributedDataParallel or a PeftModel.
+        model: a model of transformers, also inside DistributedDataParallel, torch.compile or a PeftModel.
         n: how many, at least 1.
 
     Raises:
@@ -83,10 +83,18 @@ def freeze_all_but(model: nn.Module, modules: Iterable[nn.Module]) -> list[nn.Pa
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel and a PeftModel."""
-    inner: Any = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    base: nn.Module = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
-    return base
+    """The model inside DistributedDataParallel, torch.compile and a PeftModel."""
+    inner: Any = model
+    while True:
+        if isinstance(inner, nn.parallel.DistributedDataParallel):
+            inner = inner.module
+        elif hasattr(inner, "_orig_mod"):
+            inner = inner._orig_mod
+        elif hasattr(inner, "get_base_model"):
+            inner = inner.get_base_model()
+        else:
+            unwrapped: nn.Module = inner
+            return unwrapped
 
 
 def text_decoder(model: nn.Module) -> nn.Module:

@@ -50,7 +50,7 @@ class VisualTap:
         """The tap of a vision-language model of transformers whose image tokens stand in its text sequence.
 
         Args:
-            model: the model, also inside DistributedDataParallel or a PeftModel.
+            model: the model, also inside DistributedDataParallel, torch.compile or a PeftModel.
             layers: as for the class.
 
         Raises:

@@ -71,6 +71,10 @@ class CompactStorage:
         self.count += len(parameters)
         self.sizes += [0] * len(parameters)
 
+    def follow(self, parameters: Sequence[Tensor]) -> None:
+        """Raise a ValueError if they were sharded after the mask was chosen."""
+        self._parts(parameters)
+
     @torch.no_grad()
     def exchange_(self, parameters: Sequence[Tensor]) -> None:
         """Swap θ and φ where they can differ."""

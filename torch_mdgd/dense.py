@@ -48,11 +48,16 @@ class DenseStorage:
         """Take in new parameters, at their values now."""
         self.reference += snapshot(parameters)
 
+    def follow(self, parameters: Sequence[Tensor]) -> None:
+        """Divide what is held as the parameters are: they may be sharded after they were wrapped, as by accelerate."""
+        if not all(map(sharded.same_shards, self.reference, parameters)):
+            self.reference = list(map(sharded.shard_like, self.reference, parameters))
+            if self.masks is not None:
+                self.masks = list(map(sharded.shard_like, self.masks, parameters))
+
     def exchange_(self, parameters: Sequence[Tensor]) -> None:
         """Swap θ and φ."""
-        if not all(map(sharded.same_shards, self.reference, parameters)):
-            # Sharded after they were wrapped, as accelerate does.
-            self.reference = list(map(sharded.shard_like, self.reference, parameters))
+        self.follow(parameters)
         exchange_(parameters, self.reference)
 
     def choose(self, masks: Sequence[Tensor], base: Optimizer, parameters: Sequence[Tensor]) -> None:
@@ -79,6 +84,7 @@ class DenseStorage:
         if self.masks is None and decouple_ is None:
             base.step()
             return
+        self.follow(parameters)
         before = snapshot(parameters)
         base.step()
         if self.masks is not None:
@@ -88,6 +94,7 @@ class DenseStorage:
 
     def save(self, base: Optimizer) -> dict[str, Any]:
         """The wrapped optimizer's state dict with φ and the mask in it."""
+        self.follow([p for group in base.param_groups for p in group["params"]])
         masks = self.masks
         if masks is None and self.chooses:
             # A place for it: torch.distributed.checkpoint loads what a fresh optimizer has, and nothing else.

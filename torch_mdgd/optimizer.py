@@ -155,6 +155,7 @@ class MDGDOptimizer(CapturingOptimizer):
                 capture took; inside :meth:`capture` or :meth:`reference`.
         """
         parameters = self._outside("combine")
+        self._storage.follow(parameters)
         needed = self.required_roles
         if self.inputs is not None and "task" in self._captures:
             self._captures.gradients.setdefault("visual", [None] * len(parameters))

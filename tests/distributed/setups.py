@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.tiny_models import llava, llava_batch
-from torch_mdgd import MDGDOptimizer, TopK, mdgd_backward
+from torch_mdgd import Magnitude, MDGDOptimizer, TopK, mdgd_backward
 from torch_mdgd.equations import sign_agreement
 
 # Masks of sign agreement are decided by ties alone.
@@ -31,6 +31,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "masked per tensor": {"mask": TopK(0.3, scope="tensor")},
     "masked by ties": {"mask": TIES, "scope": "global"},
     "masked step": {"update": "project", "space": "step", "mask": TopK(0.3)},
+    "masked when wrapped": {"update": "project", "mask": Magnitude(0.3)},
 }
 COMPACT = {f"{name}, compact": {**form, "compact": True} for name, form in FORMS.items() if "mask" in form}
 FORMS |= COMPACT

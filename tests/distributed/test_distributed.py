@@ -101,9 +101,12 @@ def test_masks_chosen_when_sharded_parameters_are_wrapped(found):
             assert all(map(torch.equal, outcome[name], mask.choose(parameters, None))), name
 
 
-def test_parameters_that_are_sharded_after_they_were_wrapped(found):
-    for outcome in found("sharded after it was wrapped"):
-        assert_agree(outcome, setups.by_hand("alone", "regularize"), 1e-11)
+@pytest.mark.parametrize("form", workers.SHARDED_LATER)
+def test_parameters_that_are_sharded_after_they_were_wrapped(found, form):
+    wanted = setups.by_hand("alone", form)
+    for outcome in found(f"sharded after it was wrapped, {form}"):
+        for actual in outcome.values():
+            assert_agree(actual, wanted, 1e-11)
 
 
 REFUSALS = {

@@ -32,12 +32,14 @@ from tests.distributed import integrations, setups
 from torch_mdgd import Given, Magnitude, MDGDOptimizer, Random, checkpoint, mdgd_backward, sharded
 from torch_mdgd.delta import apply_delta, save_delta
 from torch_mdgd.equations import product
+from torch_mdgd.roles import ROLES
 
 WORLD = 2
 EXAMPLE = Path(__file__).parents[2] / "examples" / "ddp.py"
 CHECKPOINTED = {"masked": setups.FORMS["masked"], "regularize": {}, "history": setups.FORMS["history"]}
 COMPACT = {name: setups.FORMS[f"{name}, compact"] for name in ("masked per tensor", "masked by ties", "masked step")}
 CHECKPOINTED |= {f"{name}, compact": form for name, form in COMPACT.items()}
+SHARDED_LATER = ("regularize", "masked when wrapped")
 DELTAS = ("masked step, compact", "regularize")
 
 
@@ -64,7 +66,8 @@ def run(rank: int, folder: Path) -> None:
     case("twice after one forward", setups.twice_after_one_forward, rank, WORLD, True)
     case("kernels on shards", kernels_on_shards)
     case("masks on shards", masks_on_shards)
-    case("sharded after it was wrapped", sharded_after_it_was_wrapped, rank)
+    for form in SHARDED_LATER:
+        case(f"sharded after it was wrapped, {form}", sharded_after_it_was_wrapped, form, rank)
     case("refusals", refusals, rank)
     for form in CHECKPOINTED:
         case(f"save, {form}", save, form, folder, rank)
@@ -159,13 +162,23 @@ def masks_on_shards() -> dict[str, list[Any]]:
     return out
 
 
-def sharded_after_it_was_wrapped(rank: int) -> list[dict[str, Any]]:
+def sharded_after_it_was_wrapped(form: str, rank: int) -> dict[str, list[dict[str, Any]]]:
     """As accelerate does: the parameters in the groups are replaced."""
-    net = setups.network()
-    optimizer = MDGDOptimizer(setups.adamw(net))
-    setups.parallel(net, "fsdp")
-    optimizer.param_groups[0]["params"] = list(net.parameters())
-    return list(setups.train(net, optimizer, rank, WORLD))
+    found = {}
+    for first in ("a step", "gradients given", "state dict"):
+        net = setups.network()
+        optimizer = MDGDOptimizer(setups.adamw(net), **setups.FORMS[form])
+        setups.parallel(net, "fsdp")
+        optimizer.param_groups[0]["params"] = list(net.parameters())
+        if first == "gradients given":
+            optimizer.set_gradients(**{role: [torch.zeros_like(p) for p in net.parameters()] for role in ROLES})
+            optimizer.combine()
+            optimizer.zero_grad()
+        if first == "state dict":
+            own = [x for entry in optimizer.state_dict()["state"].values() for x in entry.values()]
+            assert all(map(sharded.is_sharded, own))
+        found[first] = list(setups.train(net, optimizer, rank, WORLD))
+    return found
 
 
 # What is refused.

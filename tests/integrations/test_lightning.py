@@ -249,6 +249,11 @@ def test_an_optimizer_that_is_not_wrapped_is_refused(tmp_path):
         fit(Module(None), tmp_path)
 
 
+def test_the_mixin_behind_the_module_is_refused():
+    with pytest.raises(TypeError, match="class Wrong: put MDGDModuleMixin before LightningModule"):
+        type("Wrong", (LightningModule, MDGDModuleMixin), {})
+
+
 def test_several_processes_whose_gradients_nobody_averages_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "world_size", 2)
     with pytest.raises(ValueError, match=r"strategy='ddp' alone, .* not with SingleDeviceStrategy"):

@@ -21,7 +21,18 @@ class MDGDModuleMixin:
     Manual optimization needs no mixin: :func:`~torch_mdgd.mdgd_backward` takes what ``self.optimizers()`` returns. In
     several processes it asks for one call of ``average_over``, since it sees the model without what Lightning wraps
     around it.
+
+    Raises:
+        TypeError: a class that puts this behind Lightning's module.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        names = [kind.__name__ for kind in cls.__mro__]
+        if "LightningModule" in names and names.index("LightningModule") < names.index("MDGDModuleMixin"):
+            raise TypeError(
+                f"class {cls.__name__}: put MDGDModuleMixin before LightningModule, or that clears the gradients"
+            )
 
     _zeroed = False
     _held_back = False

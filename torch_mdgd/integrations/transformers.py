@@ -46,9 +46,16 @@ class MDGDTrainerMixin:
         **kwargs: the Trainer's own.
 
     Raises:
-        TypeError: the model is not one of transformers, and ``tap`` is None.
+        TypeError: the model is not one of transformers, and ``tap`` is None; a class that puts this behind the Trainer.
         ValueError: settings of the Trainer that the passes do not support, naming them.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if Trainer in cls.__mro__ and cls.__mro__.index(Trainer) < cls.__mro__.index(MDGDTrainerMixin):
+            raise TypeError(
+                f"class {cls.__name__}: put MDGDTrainerMixin before the Trainer, whose own training step runs otherwise"
+            )
 
     def __init__(
         self,
@@ -63,7 +70,8 @@ class MDGDTrainerMixin:
         super().__init__(*args, **kwargs)
         trainer: Any = self
         self.mdgd = dict(mdgd or {})
-        self.mdgd_tap = _Watching(tap or VisualTap.for_model(trainer.model))
+        self._given_tap = tap
+        self.mdgd_tap = _watching(tap, trainer.model)
         self.mdgd_alignment: Literal["l1", "mse"] = alignment
         self.mdgd_schedule: Schedule = schedule
         self.effective_rank_steps = effective_rank_steps
@@ -79,6 +87,8 @@ class MDGDTrainerMixin:
         if not isinstance(inner, MDGDOptimizer):
             optimizer = MDGDOptimizer(optimizer, **self.mdgd)
             vars(self)["optimizer"] = optimizer
+            # With model_init every call of train() has a model of its own.
+            self.mdgd_tap = _watching(self._given_tap, self.model)  # type: ignore[attr-defined]
         elif self.mdgd and inner is optimizer:
             raise ValueError("MDGDTrainer: the optimizer is an MDGDOptimizer already: leave out mdgd, or pass its base")
         wrapped: torch.optim.Optimizer = optimizer
@@ -204,6 +214,10 @@ class _Watching(VisualTap):
         return output, z
 
 
+def _watching(tap: VisualTap | None, model: nn.Module) -> _Watching:
+    return _Watching(tap or VisualTap.for_model(model))
+
+
 def _refuse_unsupported(trainer: Any) -> None:
     args = trainer.args
     # Older releases of transformers have the second name alone.
@@ -219,7 +233,9 @@ def _refuse_unsupported(trainer: Any) -> None:
         "checkpointing with use_reentrant=True, which drops gradients silently (use False)": (
             (checkpointing or {}).get("use_reentrant", False)
         ),
-        "optimizers that step during the backward pass (LOMO)": "lomo" in str(args.optim).lower(),
+        "optimizers that step during the backward pass (LOMO, layerwise ones)": (
+            any(kind in str(args.optim).lower() for kind in ("lomo", "layerwise"))
+        ),
     }
     for name, present in found.items():
         if present:

@@ -168,7 +168,7 @@ class MDGDOptimizer(CapturingOptimizer):
             self.reduce_reference()
         elif self._recall.held is not None and self._needs_reference and not self._captures.absent("visual"):
             self._captures.gradients.setdefault(DECOUPLED_REFERENCE, self._recall.held)
-        drift = self._budget.drift(self._captures)
+        drift, scale = self._budget.drift(self._captures), self._captures.scale or 1.0
         roles = self._captures.take(("task", "visual", DECOUPLED_REFERENCE), parameters)
         self.discard()
         self._recall.use(roles[2] if len(roles) == 3 and self._needs_reference else None)
@@ -177,7 +177,7 @@ class MDGDOptimizer(CapturingOptimizer):
         self._captures.products = sharded.inner_products(roles), together
         products = equations.pool(*self._captures.products)
         if self.chooses_mask:
-            masks = self._schedule.masks(roles, products, together, parameters, self.param_groups)
+            masks = self._schedule.masks(roles, products, together, parameters, self.param_groups, scale)
             if masks is not None:
                 self._storage.choose(masks, self.base, parameters)
                 self._decoupling.begin()
@@ -273,6 +273,7 @@ class MDGDOptimizer(CapturingOptimizer):
             warnings.warn(NO_REFERENCE, stacklevel=2)
         self._decoupling.load(state_dict, parameters)
         self._recall.load(state_dict, parameters, self.param_groups)
+        self._schedule.begin()
         self.discard()
         self._after_load()
 

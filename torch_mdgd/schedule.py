@@ -32,6 +32,10 @@ class MaskSchedule:
             # From the start: torch.distributed.checkpoint loads what a fresh optimizer has, and nothing else.
             groups[0].setdefault(AGE, 0)
         self.waits = self.refused = False
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin the warm-up anew, as when a state dict was loaded."""
         self.steps = 0
         self.sums: list[list[Tensor | None]] = []
 
@@ -62,6 +66,7 @@ class MaskSchedule:
         together: Tensor,
         parameters: Sequence[Tensor],
         groups: Sequence[Group],
+        scale: float = 1.0,
     ) -> list[Tensor] | None:
         """The masks of these gradients and those of the warm-up, or None, and then one of two attributes says why.
 
@@ -74,6 +79,7 @@ class MaskSchedule:
             together: bool, shape (T,): parameters of scope "global".
             parameters: T parameters.
             groups: the parameter groups.
+            scale: the loss scale of this step's gradients, which may change within a warm-up.
         """
         assert self.mask is not None
         self.refused = not bool(products.isfinite().all())
@@ -81,7 +87,7 @@ class MaskSchedule:
             return None
         self.steps += 1
         if self.steps < self.mask.warmup or self.sums:
-            self._add(roles)
+            self._add(roles, scale)
             self.waits = self.steps < self.mask.warmup
             if self.waits:
                 return None
@@ -91,10 +97,10 @@ class MaskSchedule:
         g, v, g0_tilde = roles
         return self.mask.choose(parameters, ScoreInputs(g, v, g0_tilde, equations.drift(products)))
 
-    def _add(self, roles: Sequence[kernels.Role]) -> None:
+    def _add(self, roles: Sequence[kernels.Role], scale: float) -> None:
         if not self.sums:
             self.sums = [[None] * len(role) for role in roles]
         for held, more in zip(self.sums, roles, strict=True):
             for t, (x, y) in enumerate(zip(held, more, strict=True)):
                 if y is not None:
-                    held[t] = y.clone() if x is None else x + y
+                    held[t] = y / scale if x is None else x.add_(y, alpha=1 / scale)

@@ -86,3 +86,17 @@ def test_gradient_sized_buffers(settings, captured, combined, left):
         optimizer.zero_grad()
         torch.zeros(1)
         assert len(live.alive) == 0
+
+
+def test_a_skipped_step_leaves_no_buffers_to_the_next():
+    p = torch.nn.Parameter(torch.randn(N))
+    data = [torch.randn(N) for _ in range(2)]
+    optimizer = MDGDOptimizer(torch.optim.SGD([p], lr=0.1), update="project", space="step")
+    with LiveBuffers() as live:
+        passes(optimizer, p, data)
+        optimizer.combine()
+        # As when a gradient scaler has found an Inf: no step, and the model's zero_grad.
+        p.grad = None
+        live.peak = 0
+        passes(optimizer, p, data)
+        assert live.peak <= 2

@@ -144,6 +144,8 @@ class Captures:
         if role in ROLES[2:] and DECOUPLED_REFERENCE in self.gradients:
             raise RuntimeError(f"capture of {role}: reduce_reference() has closed the reference's roles for this step")
         refuse_stray(parameters)
+        # Of a step that was skipped: only memory.
+        self.directions = self.combined = None
 
 
 def destination(gradients: Role, parameter: Tensor) -> Tensor | None:

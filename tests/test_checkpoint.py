@@ -239,6 +239,38 @@ def test_a_state_dict_that_does_not_fit_is_refused_and_changes_nothing(how, mess
         assert all(torch.equal(after["state"][i][k], x) for k, x in entry.items())
 
 
+@pytest.mark.parametrize("name", ["masked", "compact"])
+def test_groups_that_are_divided_otherwise_are_refused_and_change_nothing(name):
+    form = FORMS["masked"] | {"compact": name == "compact"}
+    saved = []
+    for first in (2, 4):
+        model = network()
+        parameters = list(model.parameters())
+        base = torch.optim.AdamW([{"params": parameters[:first]}, {"params": parameters[first:]}], lr=0.02)
+        optimizer = MDGDOptimizer(base, **form)
+        train(model, optimizer, range(1), form)
+        saved.append(copy.deepcopy(optimizer.state_dict()))
+    with pytest.raises(ValueError, match=r"hold \[2, 4\] parameters, those of this optimizer \[4, 2\]: build it with"):
+        optimizer.load_state_dict(saved[0])
+    train(model, optimizer, range(1, 3), form)
+    resumed = network()
+    parameters = list(resumed.parameters())
+    other = MDGDOptimizer(torch.optim.AdamW([{"params": parameters[:4]}, {"params": parameters[4:]}], lr=0.02), **form)
+    train(resumed, other, range(1), form)
+    train(resumed, other, range(1, 3), form)
+    assert_same_bits(list(model.parameters()), list(resumed.parameters()))
+
+
+def test_a_mask_is_not_loaded_where_none_was_asked_for():
+    model = network()
+    optimizer = build(model, "adamw", FORMS["masked"])
+    train(model, optimizer, range(1), FORMS["masked"])
+    other = build(network(), "adamw", {})
+    with pytest.raises(ValueError, match="saved with a mask: build the MDGDOptimizer with it, too"):
+        other.load_state_dict(optimizer.state_dict())
+    assert not other.state
+
+
 def test_pack_and_unpack_are_opposites():
     model = network()
     parameters = list(model.parameters())

@@ -109,6 +109,8 @@ class DenseStorage:
         for name in ("reference", "mask"):
             if name in found:
                 checkpoint.require_shapes(name, found[name], [p.shape for p in parameters])
+        if not self.chooses and sharded.count(found.get("mask", [])):
+            raise ValueError("the state dict was saved with a mask: build the MDGDOptimizer with it, too")
         base.load_state_dict(inner)
         if "reference" in found:
             pairs = zip(found["reference"], parameters, strict=True)

@@ -63,6 +63,12 @@ def complete_saved(saved: Sequence[Group], groups: Sequence[Group]) -> list[Grou
     """
     if len(saved) != len(groups):
         raise ValueError(f"the loaded state dict has {len(saved)} parameter groups, this optimizer {len(groups)}")
+    theirs, ours = ([len(group["params"]) for group in those] for those in (saved, groups))
+    if theirs != ours and sum(theirs) == sum(ours):
+        raise ValueError(
+            f"the parameter groups of the loaded state dict hold {theirs} parameters, those of this optimizer {ours}: "
+            "build it with the same groups, in the same order, before loading"
+        )
     return [complete(copy, group) for copy, group in zip(saved, groups, strict=True)]
 
 

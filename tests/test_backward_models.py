@@ -10,6 +10,7 @@ from tests.passes import by_hand, double_batch, drifted, grads, trainable
 from tests.properties import assert_close, assert_same_bits, expected
 from tests.tiny_models import llava, llava_batch
 from torch_mdgd import MDGDOptimizer, TopK, mdgd_backward
+from torch_mdgd.backward import _Randomness
 
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable:FutureWarning")
@@ -94,3 +95,17 @@ def test_pure_bfloat16_parameters():
     mdgd_backward(model, optimizer, batch)
     assert all(x.dtype == torch.bfloat16 for x in grads(optimizer) if x is not None)
     assert_close(grads(optimizer), [x.bfloat16() for x in expected(roles, optimizer.parameters)], roles)
+
+
+def test_the_random_state_of_every_device_of_a_model_is_rewound(monkeypatch):
+    states = {"cuda:0": 3, "cuda:1": 5}
+
+    class Generators:
+        get_rng_state = staticmethod(lambda device: states[str(device)])
+        set_rng_state = staticmethod(lambda state, device: states.update({str(device): state}))
+
+    monkeypatch.setattr(torch, "get_device_module", lambda device: Generators)
+    random = _Randomness(map(torch.device, ("cpu", "meta", "cuda:0", "cuda:1")))
+    states.update({"cuda:0": 7, "cuda:1": 7})
+    random.rewind()
+    assert states == {"cuda:0": 3, "cuda:1": 5}

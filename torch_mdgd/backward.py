@@ -1,7 +1,7 @@
 """The passes of one training step, in place of ``loss.backward()``."""
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -177,7 +177,7 @@ class _Passes:
     ) -> None:
         self.model, self.optimizer, self.batch = model, optimizer, batch
         self.tap, self.loss, self.alignment, self.scaler = tap, loss, alignment, scaler
-        self.random = _Randomness(next(model.parameters()).device)
+        self.random = _Randomness({p.device for p in model.parameters()})
 
     def one_at_a_time(self, reference: bool, pictures: bool, reduce: bool) -> tuple[Tensor, Tensor]:
         """Task loss and L_v; every graph is used up before values are exchanged."""
@@ -289,15 +289,15 @@ def _surviving_exchanges(parameters: Sequence[Tensor]) -> Iterator[None]:
 
 
 class _Randomness:
-    """The state of the random generators when a step began."""
+    """The state of the random generators, of the CPU's and of these devices', when a step began."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, devices: Iterable[torch.device]) -> None:
         self.cpu = torch.get_rng_state()
-        self.module: Any = None if device.type == "cpu" else torch.get_device_module(device)
-        self.device = device
-        self.state = None if self.module is None else self.module.get_rng_state(device)
+        # Parameters that are offloaded have the device "meta" meanwhile.
+        drawing = [device for device in devices if device.type not in ("cpu", "meta")]
+        self.states = [(device, torch.get_device_module(device).get_rng_state(device)) for device in drawing]
 
     def rewind(self) -> None:
         torch.set_rng_state(self.cpu)
-        if self.module is not None:
-            self.module.set_rng_state(self.state, self.device)
+        for device, state in self.states:
+            torch.get_device_module(device).set_rng_state(state, device)

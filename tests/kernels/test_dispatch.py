@@ -6,6 +6,7 @@ import torch
 
 from torch_mdgd import kernels
 from torch_mdgd.kernels import eager, oracle
+from torch_mdgd.kernels.dispatch import backend_module
 
 
 def test_cpu_tensors_run_eagerly():
@@ -44,6 +45,13 @@ def test_the_named_backend_is_the_one_that_runs(monkeypatch, name):
     monkeypatch.setattr({"oracle": oracle, "eager": eager}[name], "inner_products", lambda rows, columns: table)
     with kernels.use_backend(name):
         assert kernels.inner_products([[torch.zeros(1)]]) is table
+
+
+def test_tensors_on_several_devices_are_not_given_to_one_launch():
+    here, elsewhere = torch.zeros(1), torch.zeros(1, device="meta")
+    with kernels.use_backend("triton"):
+        assert backend_module([here, None], [here]).__name__ == "torch_mdgd.kernels.triton"
+        assert backend_module([here, elsewhere]) is backend_module([here], [elsewhere]) is eager
 
 
 def test_importing_and_running_eagerly_needs_no_triton():

@@ -54,7 +54,8 @@ def backend_module(*lists: Sequence[Tensor | None]) -> ModuleType:
     """The module that implements the operations for these lists of tensors."""
     first = next((x for tensors in lists for x in tensors if x is not None), None)
     name = backend_for(first)
-    if name == "triton":
+    # One launch reads the memory of one device: a model that is spread over several would have it read another's.
+    if name == "triton" and len({x.device for tensors in lists for x in tensors if x is not None}) < 2:
         # Here, because Triton need not be installed.
         from torch_mdgd.kernels import triton
 

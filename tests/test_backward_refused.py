@@ -64,8 +64,17 @@ def test_another_optimizer_is_refused():
         mdgd_backward(model, torch.optim.SGD(model.parameters(), lr=0.1), llava_batch())
 
 
-@pytest.mark.parametrize("schedule", ["sequential", "together"])
-@pytest.mark.parametrize("at", [1, 2])
+def test_micro_batches_of_two_loss_scales_are_refused_and_leave_nothing():
+    model, _, optimizer = drifted()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    mdgd_backward(model, optimizer, double_batch(), scaler=scaler, combine=False)
+    scaler.update(512.0)
+    with pytest.raises(ValueError, match=r"capture of reference_visual: loss scale 512\.0 differs from 1024\.0"):
+        mdgd_backward(model, optimizer, double_batch(), scaler=scaler)
+    assert not optimizer.captured
+
+
+@pytest.mark.parametrize(("at", "schedule"), [(1, "sequential"), (2, "sequential"), (3, "sequential"), (2, "together")])
 def test_a_step_that_failed_half_way_can_be_tried_again(at, schedule):
     outcomes = []
     for fails in (False, True):
@@ -86,6 +95,7 @@ def test_a_step_that_failed_half_way_can_be_tried_again(at, schedule):
             with pytest.raises(MemoryError):
                 mdgd_backward(model, optimizer, batch, tap=Failing(tap.text_module, tap.mask), schedule=schedule)
             assert_same_bits(optimizer.parameters, now)
+            assert not optimizer.captured
         mdgd_backward(model, optimizer, batch, schedule=schedule)
         outcomes.append(grads(optimizer))
     assert_same_bits(*outcomes)

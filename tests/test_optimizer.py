@@ -1,6 +1,7 @@
 """Combine and step: what they need, what they refuse, and what they leave behind."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -160,9 +161,11 @@ def test_step_with_nothing_captured_is_the_wrapped_step(settings):
 
 
 def assert_next_step_is_plain(model, optimizer, twin):
-    """An uncaptured step of the model is SGD's on its twin, bit for bit."""
+    """An uncaptured step of the model is SGD's on its twin, bit for bit, and nothing to be warned of."""
     losses(model)[1].backward()
-    optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
     plain = torch.optim.SGD(twin.parameters(), lr=0.1)
     losses(twin)[1].backward()
     plain.step()

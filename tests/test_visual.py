@@ -123,11 +123,11 @@ def test_alignment_loss_of_equal_features_has_no_gradient_at_all(kind):
 
 def test_alignment_loss_of_low_precision_is_taken_in_float32():
     z = torch.full((1, 3), 1.0, dtype=torch.bfloat16)
-    z_ref = torch.full((1, 3), 1 / 256, dtype=torch.bfloat16)
+    z_ref = torch.full((1, 3), 1 / 512, dtype=torch.bfloat16)
     loss = visual_alignment_loss(z, z_ref)
     assert loss.dtype == torch.float32
-    # 255/256 has no bfloat16.
-    assert loss.item() == 255 / 256
+    # 511 has nine bits, a bfloat16 eight.
+    assert loss.item() == 511 / 512
 
 
 @pytest.mark.parametrize("kind", ["l1", "mse"])

@@ -123,6 +123,9 @@ def test_replaced_parameters_are_followed():
     # As sharding does: the groups keep, the tensors in them change.
     model = network()
     optimizer = MDGDOptimizer(torch.optim.SGD(model.parameters(), lr=1.0), update="project")
+    capture_both(model, optimizer)
+    optimizer.step()
+    optimizer.zero_grad()
     new = [nn.Parameter(p.detach().clone()) for p in model.parameters()]
     optimizer.param_groups[0]["params"] = new
     g = [torch.ones_like(p) for p in new]

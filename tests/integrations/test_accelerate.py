@@ -23,8 +23,11 @@ def fresh_state():
 SETTINGS = {"published": {}, "compact": {"mask": TopK(0.2, refresh=2), "compact": True}}
 
 
-def make(accelerator, settings, scheduled=True):
+def make(accelerator, settings, scheduled=True, factor=1.0):
     model = llava(dropout=0.2).train()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(factor)
     optimizer = MDGDOptimizer(torch.optim.AdamW(trainable(model), lr=0.02), **settings)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step)) if scheduled else None
     return accelerator.prepare(model, optimizer, *([scheduler] if scheduled else []))
@@ -72,23 +75,33 @@ def test_a_prepared_loop_is_the_loop_without_accelerate_bit_for_bit(name, precis
     assert find_optimizer(optimizer).diagnostics == inner.diagnostics
 
 
+def with_precision(precision):
+    """The scaler is that of float16, which accelerate has for accelerators alone; it grows after each third step."""
+    accelerator = Accelerator(
+        cpu=True, gradient_accumulation_steps=2, mixed_precision="bf16" if precision == "bf16" else "no"
+    )
+    if precision == "scaler":
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
+    return accelerator
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "scaler"])
 @pytest.mark.parametrize("name", SETTINGS)
-def test_save_state_and_load_state(name, tmp_path):
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+def test_save_state_and_load_state(name, precision, tmp_path):
+    accelerator = with_precision(precision)
     parts = make(accelerator, SETTINGS[name])
     run(accelerator, *parts, range(4))
     accelerator.save_state(str(tmp_path))
-    run(accelerator, *parts, range(4, 8))
+    run(accelerator, *parts, range(4, 10))
     wanted = weights(parts[0])
+    assert precision != "scaler" or accelerator.scaler.get_scale() == 2.0**11
 
     accelerate_state.reset()
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
-    parts = make(accelerator, SETTINGS[name])
-    with torch.no_grad():
-        for p in parts[0].parameters():
-            p.mul_(1.5)
+    accelerator = with_precision(precision)
+    # Neither weights nor reference may be those of the beginning.
+    parts = make(accelerator, SETTINGS[name], factor=1.5)
     accelerator.load_state(str(tmp_path))
-    run(accelerator, *parts, range(4, 8))
+    run(accelerator, *parts, range(4, 10))
     assert_same_bits(weights(parts[0]), wanted)
 
 

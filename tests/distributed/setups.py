@@ -31,6 +31,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "masked per tensor": {"mask": TopK(0.3, scope="tensor")},
     "masked by ties": {"mask": TIES, "scope": "global"},
     "masked step": {"update": "project", "space": "step", "mask": TopK(0.3)},
+    "shared reference": {"reference_every": 3},
     "masked when wrapped": {"update": "project", "mask": Magnitude(0.3)},
 }
 COMPACT = {f"{name}, compact": {**form, "compact": True} for name, form in FORMS.items() if "mask" in form}

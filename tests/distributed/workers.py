@@ -36,7 +36,7 @@ from torch_mdgd.roles import ROLES
 
 WORLD = 2
 EXAMPLE = Path(__file__).parents[2] / "examples" / "ddp.py"
-CHECKPOINTED = {"masked": setups.FORMS["masked"], "regularize": {}, "history": setups.FORMS["history"]}
+CHECKPOINTED = {name: setups.FORMS[name] for name in ("masked", "regularize", "history", "shared reference")}
 COMPACT = {name: setups.FORMS[f"{name}, compact"] for name in ("masked per tensor", "masked by ties", "masked step")}
 CHECKPOINTED |= {f"{name}, compact": form for name, form in COMPACT.items()}
 SHARDED_LATER = ("regularize", "masked when wrapped")

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tests.properties import assert_same_bits
-from torch_mdgd import MDGDOptimizer
+from torch_mdgd import MDGDOptimizer, Random
 from torch_mdgd.reference import exchange_, snapshot
 
 
@@ -102,6 +102,21 @@ def test_casting_the_model_after_wrapping_is_refused():
     with pytest.raises(ValueError, match="wrap the optimizer last"):
         optimizer.reference().__enter__()
     assert layer.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_the_reference_and_the_mask_follow_a_model_that_is_moved_after_it_was_wrapped(compact):
+    # "meta" stands for a device other than the CPU.
+    layer = nn.Linear(3, 3)
+    optimizer = MDGDOptimizer(torch.optim.SGD(layer.parameters(), lr=0.1), mask=Random(0.5), compact=compact)
+    optimizer.param_groups[0]["params"] = list(nn.Linear(3, 3, device="meta").parameters())
+    with optimizer.reference():
+        pass
+    held = [x for entry in optimizer.state_dict()["state"].values() for x in entry.values()]
+    assert len(held) == (6 if compact else 4)
+    assert all(x.device.type == "meta" for x in held)
+    # One tensor for both.
+    assert not compact or optimizer._storage.moved[0] is optimizer._storage.positions[0]
 
 
 def test_snapshot_is_a_copy_without_graph():

@@ -72,12 +72,18 @@ class CompactStorage:
         self.sizes += [0] * len(parameters)
 
     def follow(self, parameters: Sequence[Tensor]) -> None:
-        """Raise a ValueError if they were sharded after the mask was chosen."""
-        self._parts(parameters)
+        """Hold all on the parameters' devices; raise a ValueError if they were sharded after the mask was chosen."""
+        parts = self._parts(parameters)
+        if self.positions is not None and any(x.device != p.device for x, p in zip(self.positions, parts, strict=True)):
+            shared = [x is y for x, y in zip(self.moved, self.positions, strict=True)]
+            for name in ("positions", "moved", "reference"):
+                setattr(self, name, [x.to(p.device) for x, p in zip(getattr(self, name), parts, strict=True)])
+            self.moved = [y if one else x for one, x, y in zip(shared, self.moved, self.positions, strict=True)]
 
     @torch.no_grad()
     def exchange_(self, parameters: Sequence[Tensor]) -> None:
         """Swap θ and φ where they can differ."""
+        self.follow(parameters)
         for p, positions, values in zip(self._parts(parameters), self.moved, self.reference, strict=False):
             held = _take(p, positions)
             _put_(p, positions, values)

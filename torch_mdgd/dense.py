@@ -49,8 +49,8 @@ class DenseStorage:
         self.reference += snapshot(parameters)
 
     def follow(self, parameters: Sequence[Tensor]) -> None:
-        """Divide what is held as the parameters are: they may be sharded after they were wrapped, as by accelerate."""
-        if not all(map(sharded.same_shards, self.reference, parameters)):
+        """Hold all where the parameters are: moved or sharded after they were wrapped, as by accelerate."""
+        if not all(map(sharded.same_place, self.reference, parameters)):
             self.reference = list(map(sharded.shard_like, self.reference, parameters))
             if self.masks is not None:
                 self.masks = list(map(sharded.shard_like, self.masks, parameters))

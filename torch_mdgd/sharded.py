@@ -61,6 +61,11 @@ def same_shards(x: Tensor, y: Tensor) -> bool:
     return not is_sharded(x) and not is_sharded(y)
 
 
+def same_place(x: Tensor, y: Tensor) -> bool:
+    """Whether both are on one device, with the same shards."""
+    return x.device == y.device and same_shards(x, y)
+
+
 def as_part(part: Tensor, like: Tensor) -> Tensor:
     """Some of this rank's numbers of ``like``, shape (m,), m being each rank's own, as what the kernels here take."""
     if not is_sharded(like):

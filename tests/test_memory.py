@@ -88,6 +88,18 @@ def test_gradient_sized_buffers(settings, captured, combined, left):
         assert len(live.alive) == 0
 
 
+def test_an_exchange_with_the_reference_takes_no_buffer():
+    p = torch.nn.Parameter(torch.randn(N))
+    optimizer = MDGDOptimizer(torch.optim.SGD([p], lr=0.1))
+    with torch.no_grad():
+        p.add_(1)
+    now = p.detach().clone()
+    with LiveBuffers() as live, optimizer.reference():
+        pass
+    assert live.peak == 0
+    assert torch.equal(p, now)
+
+
 def test_a_skipped_step_leaves_no_buffers_to_the_next():
     p = torch.nn.Parameter(torch.randn(N))
     data = [torch.randn(N) for _ in range(2)]

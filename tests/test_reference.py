@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tests.properties import assert_same_bits
-from torch_mdgd import MDGDOptimizer, Random
+from torch_mdgd import MDGDOptimizer, Random, reference
 from torch_mdgd.reference import exchange_, snapshot
 
 
@@ -102,6 +102,36 @@ def test_casting_the_model_after_wrapping_is_refused():
     with pytest.raises(ValueError, match="wrap the optimizer last"):
         optimizer.reference().__enter__()
     assert layer.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_parameters_come_back_where_there_was_no_memory_to_exchange_all(compact, monkeypatch):
+    monkeypatch.setattr(reference, "PIECE", 6)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3))
+    start = snapshot(model.parameters())
+    mask = {"mask": Random(0.5), "compact": True} if compact else {}
+    optimizer = MDGDOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), regularize=0, **mask)
+    ones = [torch.ones_like(p) for p in model.parameters()]
+    optimizer.set_gradients(task=ones, visual=ones)
+    optimizer.step()
+    optimizer.zero_grad()
+    now = snapshot(model.parameters())
+    verb, calls = "take" if compact else "clone", []
+    original = getattr(torch.Tensor, verb)
+
+    def fails_once(x, *args, **kwargs):
+        calls.append(None)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError
+        return original(x, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, verb, fails_once)
+    with pytest.raises(torch.OutOfMemoryError):
+        optimizer.reference().__enter__()
+    assert_same_bits(list(model.parameters()), now)
+    with optimizer.reference():
+        assert_same_bits(list(model.parameters()), start)
+    assert_same_bits(list(model.parameters()), now)
 
 
 @pytest.mark.parametrize("compact", [False, True])

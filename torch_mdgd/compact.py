@@ -19,7 +19,7 @@ from torch.optim import ASGD, Adafactor, Muon, Optimizer, Rprop, SparseAdam
 from torch_mdgd import checkpoint, sharded
 from torch_mdgd.decoupling import Decouple
 from torch_mdgd.kernels import Role
-from torch_mdgd.reference import forget_casts, snapshot
+from torch_mdgd.reference import all_or_none, forget_casts, snapshot
 
 # They look at a parameter's shape, expect sparse gradients, or keep state that cannot begin at zero.
 UNSUPPORTED = (Adafactor, ASGD, Muon, Rprop, SparseAdam)
@@ -84,10 +84,7 @@ class CompactStorage:
     def exchange_(self, parameters: Sequence[Tensor]) -> None:
         """Swap θ and φ where they can differ."""
         self.follow(parameters)
-        for p, positions, values in zip(self._parts(parameters), self.moved, self.reference, strict=False):
-            held = _take(p, positions)
-            _put_(p, positions, values)
-            values.copy_(held)
+        all_or_none(_swap_, zip(self._parts(parameters), self.moved, self.reference, strict=False))
         forget_casts()
 
     @torch.no_grad()
@@ -251,6 +248,12 @@ def _leaf(parameter: Tensor) -> nn.Parameter:
 def _positions(mask: Tensor) -> Tensor:
     index = mask.reshape(-1).nonzero().squeeze(1)
     return index.to(torch.int32) if mask.numel() <= torch.iinfo(torch.int32).max else index
+
+
+def _swap_(p: Tensor, positions: Tensor, values: Tensor) -> None:
+    held = _take(p, positions)
+    _put_(p, positions, values)
+    values.copy_(held)
 
 
 def _take(x: Tensor, positions: Tensor) -> Tensor:

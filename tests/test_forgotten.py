@@ -49,6 +49,21 @@ def test_nothing_to_train():
         mdgd_backward(model, optimizer, llava_batch())
 
 
+def test_to_freeze_what_the_optimizer_does_not_hold():
+    model = llava()
+    optimizer = sgd(model.model.language_model)
+    with pytest.warns(
+        UserWarning, match=r"require gradients and are not the optimizer's, beginning with .*Freeze them"
+    ):
+        mdgd_backward(model, optimizer, llava_batch())
+    optimizer.zero_grad()
+    model.requires_grad_(False)
+    model.model.language_model.requires_grad_(True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mdgd_backward(model, optimizer, llava_batch())
+
+
 def test_an_optimizer_over_other_parameters():
     model, other = llava(), nn.Linear(2, 2)
     with pytest.raises(RuntimeError, match="Is anything that the optimizer holds used in this loss"):

@@ -61,7 +61,8 @@ def mdgd_backward(
         visual_weight: multiplies L_v in its place, for a task loss that is normalised over all micro-batches already.
         scaler: scales the losses of float16 training; unscale and clip ``.grad`` afterwards as usual.
         combine: False for all but the last micro-batch of a step, so that gradients add up before the update is
-            formed, which is not linear in them.
+            formed, which is not linear in them. Those of a step that is never made stay until the optimizer's
+            ``zero_grad()``; the model's does not know of them.
         schedule: "together" keeps the graph at φ while that at θ is built and used: 2 forward and 4 backward passes,
             for the activations of two graphs and two more exchanges of values. Without gradients at the reference
             there is one graph in any case. Not for models whose parameters are sharded.
@@ -94,6 +95,8 @@ def mdgd_backward(
         raise ValueError("mdgd_backward: schedule='together' is not for sharded parameters: use 'sequential'")
     if ranks.group is not None:
         wrapped.average_over(ranks.group)
+    if not ranks.sharded:
+        _warn_of_strangers(model, wrapped)
     tap = tap or VisualTap.for_model(model)
     passes = _Passes(model, wrapped, batch, tap, loss, alignment, scaler)
     passes.sharded = ranks.sharded
@@ -153,6 +156,19 @@ def _warn_of_unmarked_pictures(batch: Batch) -> None:
             f"mdgd_backward: the batch holds {found[0]}, but the tap marks no image token in it, so this is a step of "
             "the wrapped optimizer alone. If it should not be, the tap is not this model's, or the processor wrote no "
             "image tokens: look at tap.mask(batch), and pass tap=VisualTap(text_module, mask)",
+            stacklevel=3,
+        )
+
+
+def _warn_of_strangers(model: nn.Module, optimizer: MDGDOptimizer) -> None:
+    """Another optimizer that steps on what the passes leave in their ``.grad`` would go astray without a word."""
+    own = set(optimizer.parameters)
+    found = [name for name, p in model.named_parameters() if p.requires_grad and p not in own]
+    if found:
+        warnings.warn(
+            f"mdgd_backward: {len(found)} parameters of the model require gradients and are not the optimizer's, "
+            f"beginning with {found[0]}: their .grad adds up what all passes leave and is no gradient of the loss. "
+            "Freeze them with requires_grad_(False), which saves time too, or give them to the optimizer",
             stacklevel=3,
         )
 

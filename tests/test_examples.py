@@ -19,7 +19,8 @@ def fresh_state():
 
 
 def test_there_are_examples():
-    assert {"accelerate_loop", "hook_api", "lightning_module", "lora", "trainer"} <= set(SCRIPTS)
+    names = {"accelerate_loop", "ddp", "float16", "fsdp", "hook_api", "lightning_module", "lora", "trainer"}
+    assert names <= set(SCRIPTS)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

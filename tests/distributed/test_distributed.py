@@ -177,8 +177,9 @@ def test_a_compact_checkpoint_is_not_skipped_in_silence(found):
         assert "mdgd_positions" in outcome
 
 
-def test_example(found):
-    for rank, printed in enumerate(found("example")):
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_example(found, name):
+    for rank, printed in enumerate(found(f"example, {name}")):
         losses = re.findall(rf"rank {rank}: loss (\d+\.\d+)", printed)
         assert len(losses) == 4
         assert ("visual loss" in printed) == (rank == 0)

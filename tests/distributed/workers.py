@@ -1,6 +1,7 @@
 """Two processes that go through all cases, one after the other, and write what each found to a file."""
 
 import copy
+import os
 import runpy
 import sys
 import traceback
@@ -35,7 +36,7 @@ from torch_mdgd.equations import product
 from torch_mdgd.roles import ROLES
 
 WORLD = 2
-EXAMPLE = Path(__file__).parents[2] / "examples" / "ddp.py"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 CHECKPOINTED = {name: setups.FORMS[name] for name in ("masked", "regularize", "history", "shared reference")}
 COMPACT = {name: setups.FORMS[f"{name}, compact"] for name in ("masked per tensor", "masked by ties", "masked step")}
 CHECKPOINTED |= {f"{name}, compact": form for name, form in COMPACT.items()}
@@ -75,7 +76,8 @@ def run(rank: int, folder: Path) -> None:
     case("compact loads nothing", compact_loads_nothing, folder)
     for form in DELTAS:
         case(f"delta, {form}", delta, form, folder, rank)
-    case("example", example)
+    for name in ("ddp", "fsdp"):
+        case(f"example, {name}", example, name, folder)
     with_libraries(case, folder, rank)
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
@@ -306,9 +308,12 @@ def compact_loads_nothing(folder: Path) -> str:
     return "loaded"
 
 
-def example() -> str:
+def example(name: str, folder: Path) -> str:
     printed = StringIO()
-    sys.path.insert(0, str(EXAMPLE.parent))
+    sys.path.insert(0, str(EXAMPLES))
+    before = os.getcwd()
+    os.chdir(folder)
     with redirect_stdout(printed):
-        runpy.run_path(str(EXAMPLE), run_name="__main__")
+        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    os.chdir(before)
     return printed.getvalue()

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from torch_mdgd import MDGDOptimizer, TopK
 from torch_mdgd.masking import Magnitude, Mask, Random
+from torch_mdgd.roles import ROLES
 
 SHAPES = [(30, 20), (7,), (5, 4, 3), (1,)]
 BASES: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
@@ -82,6 +83,24 @@ def test_compact_equals_dense(base: str, form: str) -> None:
     for dense, compact_ in zip(*results, strict=True):
         torch.testing.assert_close(compact_, dense, rtol=1e-5, atol=1e-6)
         assert torch.equal(compact_ == before_of(dense), dense == before_of(dense))
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_compact_equals_dense_where_a_later_mask_selects_in_another_parameter(base: str) -> None:
+    results = []
+    for compact in (False, True):
+        parameters = make_parameters()
+        optimizer = MDGDOptimizer(BASES[base](parameters), compact=compact, mask=TopK(0.05, refresh=2))
+        for step in range(4):
+            large = 0 if step < 2 else 2
+            roles = [[x * 100 ** (t == large) for t, x in enumerate(gradients(step, role))] for role in range(1, 5)]
+            optimizer.set_gradients(**dict(zip(ROLES, roles, strict=True)))
+            optimizer.step()
+            optimizer.zero_grad()
+        assert changed([before_of(p) for p in parameters[2:3]], parameters[2:3]) > 0
+        results.append(parameters)
+    for dense, compact_ in zip(*results, strict=True):
+        torch.testing.assert_close(compact_, dense, rtol=1e-5, atol=1e-6)
 
 
 def before_of(parameter: nn.Parameter) -> Tensor:

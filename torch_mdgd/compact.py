@@ -132,12 +132,10 @@ class CompactStorage:
             base.step()
             return
         parts, gradients = self._parts(parameters), sharded.local([p.grad for p in parameters])
-        for p, grad, leaf, positions, size in zip(
-            parts, gradients, self.leaves, self.positions, self.sizes, strict=True
-        ):
+        for p, grad, leaf, positions in zip(parts, gradients, self.leaves, self.positions, strict=True):
             leaf.data = _take(p, positions)
-            # A rank without selected numbers of a parameter counts its steps all the same.
-            leaf.grad = None if grad is None or not size else _take(grad, positions)
+            # Also of no numbers: a parameter counts its steps, as in the dense mode, before a later mask selects some.
+            leaf.grad = None if grad is None else _take(grad, positions)
         before = None if decouple_ is None else snapshot(self._values(parameters))
         try:
             with self._in_place_of_parameters(base):

@@ -94,6 +94,8 @@ def check(options):
     model = network()
     start = copy.deepcopy(list(model.parameters()))
     optimizer = wrap(model, options)
+    # As accelerate's prepare does.
+    optimizer.load_state_dict(optimizer.state_dict())
     for number in (1, 2):
         train_step(model, optimizer, number)
     runs = [

@@ -299,18 +299,6 @@ def test_bytes_are_those_of_the_formula():
     assert found == [2 * 15 * (64 + 48), 2 * 15 * 40, 2 * 15 * (3 + 20)]
 
 
-def test_a_new_mask_begins_a_new_history():
-    case = make_case([(6, 5)], F64, 0)
-    optimizer = sgd(case.parameters, history=3, mask=TopK(0.5, refresh=2), compact=True)
-    lengths = []
-    for seed in range(5):
-        optimizer.set_gradients(**draw(case, seed))
-        optimizer.step()
-        optimizer.zero_grad()
-        lengths.append(sum(float(row[0].norm()) > 0 for row in stored(optimizer, case.parameters)))
-    assert lengths == [1, 2, 1, 2, 1]
-
-
 def test_groups_with_their_own_history_and_groups_that_come_later():
     a, b, c = (torch.nn.Parameter(torch.ones(4, 5)) for _ in range(3))
     optimizer = sgd([{"params": [a]}, {"params": [b], "history": 1}], history=3)

@@ -72,9 +72,15 @@ class VisualDrift:
 
     def begin(self) -> None:
         """See above."""
-        for memory in self.memories:
-            if memory is not None:
+        for t, memory in enumerate(self.memories):
+            if memory is not None and self.compact:
+                self.memories[t] = self._empty(memory.left, len(memory.left))
+            elif memory is not None:
                 memory.clear()
+
+    def _empty(self, like: Tensor, directions: int) -> Memory:
+        """That of a compact parameter until it is known how many numbers move, at the next step."""
+        return history.remember(like.detach().new_empty(0), directions, self.masked)
 
     def _fitting(self, p: Tensor, k: int, memory: Memory | None) -> Memory | None:
         """The memory for this parameter: the one it has, if that is still of its history and sharded as it is."""
@@ -83,7 +89,7 @@ class VisualDrift:
         if self.compact:
             sharded.refuse_sharded("history > 1 with compact=True", [p], "use history=1 or compact=False")
         if memory is None or len(memory.left) != k - 1:
-            return history.remember(p.detach().new_empty(0) if self.compact else p, k - 1, self.masked)
+            return self._empty(p, k - 1) if self.compact else history.remember(p, k - 1, self.masked)
         if sharded.is_sharded(p) != sharded.is_sharded(memory.left):
             return history.place(p, memory.left, memory.right, self.masked)
         return memory
@@ -164,7 +170,10 @@ class VisualDrift:
         if LEFT not in found:
             return
         lengths = [group["history"] - 1 for group in settings.per_parameter(state_dict["param_groups"])]
-        like = found.get("positions", parameters) if self.compact else parameters
+        like = parameters
+        if self.compact:
+            pairs = zip(found.get("positions", parameters), found[LEFT], strict=True)
+            like = [x if left.numel() else x[:0] for x, left in pairs]
         wanted = [history.shapes(p, k, self.masked) if k else ((0,), (0,)) for p, k in zip(like, lengths, strict=True)]
         for name, shapes in zip((LEFT, RIGHT), zip(*wanted, strict=True), strict=True):
             checkpoint.require_shapes(name, found[name], shapes)

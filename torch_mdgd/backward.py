@@ -253,7 +253,10 @@ class _Passes:
         output, z = self.run()
         loss = _loss_of(output)
         if z.numel() and not z.requires_grad:
-            raise RuntimeError("mdgd_backward: no trainable parameter influences the hidden states at image tokens")
+            raise RuntimeError(
+                "mdgd_backward: no trainable parameter influences the hidden states at image tokens: train something "
+                "before them, such as connector(model) or last_decoder_layers(model, 6), outside torch.no_grad()"
+            )
         return loss, z
 
     def run(self) -> tuple[Any, Tensor]:
@@ -263,6 +266,11 @@ class _Passes:
         return self.tap(run, self.batch)
 
     def backward(self, role: Literal["task", "visual"], loss: Tensor, retain_graph: bool = False) -> None:
+        if not loss.requires_grad:
+            raise RuntimeError(
+                f"mdgd_backward: nothing that the {role} loss depends on requires gradients: is a parameter trainable, "
+                "and this outside torch.no_grad()?"
+            )
         scale = 1.0 if self.scaler is None else self.scaler.get_scale()
         weighted: Any = loss * self.weights[role]
         if role == "visual" and self.sharded:

@@ -71,6 +71,17 @@ def test_without_its_terms_it_is_the_plain_trainer_bit_for_bit(name, tmp_path):
     assert norms[0] == norms[1]
 
 
+def test_gradient_checkpointing_changes_nothing(tmp_path):
+    seen = []
+    for more in ({}, {"activation_checkpointing": True}):
+        trainer = train(MDGDTrainer, tmp_path, **more)
+        assert trainer.model.is_activation_checkpointing == bool(more)
+        seen.append((weights(trainer), [entry.get("visual_loss") for entry in trainer.state.log_history]))
+    assert_same_bits(seen[0][0], seen[1][0])
+    assert seen[0][1] == seen[1][1]
+    assert seen[0][1][1] > 0
+
+
 class WithoutCounts(Trainer):
     """Of a model whose loss is the mean over its micro-batch."""
 

@@ -1,10 +1,12 @@
 """What is easily forgotten, and that a user then reads what to do."""
 
+import types
 import warnings
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from tests.networks import capture_both, losses, network
 from tests.properties import assert_same_bits
@@ -51,6 +53,30 @@ def test_nothing_to_train():
         mdgd_backward(model, optimizer, llava_batch())
     with pytest.raises(RuntimeError, match="nothing that the task loss depends on requires gradients: is a parameter"):
         mdgd_backward(model, optimizer, text_batch())
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
+def test_that_reentrant_checkpoints_need_an_input_with_a_gradient():
+    class Checkpointed(nn.Module):
+        reentrant = True
+
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(3, 3), nn.Linear(3, 1)
+
+        def forward(self, x, marks):
+            z = checkpoint(self.body, x, use_reentrant=self.reentrant)
+            return types.SimpleNamespace(loss=self.head(z).square().mean())
+
+    model = Checkpointed()
+    optimizer = sgd(model)
+    tap = VisualTap(model.body, lambda batch: batch["marks"])
+    batch = {"x": torch.randn(2, 5, 3), "marks": torch.ones(2, 5, dtype=torch.bool)}
+    with pytest.raises(RuntimeError, match="with gradient checkpointing pass use_reentrant=False"):
+        mdgd_backward(model, optimizer, batch, tap=tap)
+    model.reentrant = False
+    mdgd_backward(model, optimizer, batch, tap=tap)
+    assert all(p.grad is not None for p in model.parameters())
 
 
 def test_to_freeze_what_the_optimizer_does_not_hold():

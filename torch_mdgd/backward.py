@@ -255,7 +255,8 @@ class _Passes:
         if z.numel() and not z.requires_grad:
             raise RuntimeError(
                 "mdgd_backward: no trainable parameter influences the hidden states at image tokens: train something "
-                "before them, such as connector(model) or last_decoder_layers(model, 6), outside torch.no_grad()"
+                "before them, such as connector(model) or last_decoder_layers(model, 6), outside torch.no_grad(); with "
+                "gradient checkpointing pass use_reentrant=False, as the other kind drops gradients"
             )
         return loss, z
 

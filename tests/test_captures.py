@@ -1,5 +1,7 @@
 """Capturing gradients: what is taken, what is refused, and what an error leaves behind."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -132,6 +134,33 @@ def test_capture_without_any_gradient_is_refused():
     empty = optimizer.capture("task")
     with pytest.raises(RuntimeError, match="capture of task: no parameter received a gradient"), empty:
         pass
+
+
+@pytest.mark.parametrize("verb", ["combine", "step"])
+def test_a_group_without_any_gradient_is_warned_of(verb):
+    # Reentrant checkpointing drops the gradients of what it runs where no input requires any.
+    model = network()
+    groups = [{"params": model[0].parameters()}, {"params": model[2].parameters()}]
+    optimizer = MDGDOptimizer(torch.optim.SGD(groups, lr=0.1), **TWO)
+    nothing, ones = [None, None], [torch.ones_like(p) for p in model[2].parameters()]
+    optimizer.set_gradients(task=[*nothing, *ones], visual=[*nothing, *ones])
+    with pytest.warns(
+        UserWarning, match=r"no parameter of group 0 received a gradient in any role.*use_reentrant=False"
+    ):
+        getattr(optimizer, verb)()
+    optimizer.zero_grad()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # One that is frozen, one that some role reaches, and a step without pictures.
+        optimizer.set_gradients(task=[*nothing, *ones], visual=[None] * 4)
+        getattr(optimizer, verb)()
+        optimizer.zero_grad()
+        optimizer.set_gradients(task=[torch.ones_like(model[0].weight), None, *ones], visual=[*nothing, *ones])
+        getattr(optimizer, verb)()
+        optimizer.zero_grad()
+        model[0].requires_grad_(False)
+        optimizer.set_gradients(task=[*nothing, *ones], visual=[*nothing, *ones])
+        getattr(optimizer, verb)()
 
 
 def test_stray_gradient_before_the_first_capture_is_refused():

@@ -20,7 +20,7 @@ from torch_mdgd.drift import VisualDrift
 from torch_mdgd.inputs import VisualInputs
 from torch_mdgd.masking import Mask
 from torch_mdgd.recall import Recall
-from torch_mdgd.roles import DECOUPLED_REFERENCE, ROLES, assign, destination, refuse_stray
+from torch_mdgd.roles import DECOUPLED_REFERENCE, ROLES, assign, destination, refuse_stray, warn_of_idle_groups
 from torch_mdgd.schedule import NOT_CHOSEN, MaskSchedule
 from torch_mdgd.storage import NO_REFERENCE, storage_for
 
@@ -171,6 +171,8 @@ class MDGDOptimizer(CapturingOptimizer):
         drift, scale = self._budget.drift(self._captures), self._captures.scale or 1.0
         roles = self._captures.take(("task", "visual", DECOUPLED_REFERENCE), parameters)
         self.discard()
+        if any(x is not None for x in roles[1]):
+            warn_of_idle_groups(self.param_groups, roles)
         self._recall.use(roles[2] if len(roles) == 3 and self._needs_reference else None)
 
         together = self._together()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from torch_mdgd import distributed, sharded
 from torch_mdgd.kernels import Role
+from torch_mdgd.settings import Group
 
 ROLES = ("task", "visual", "reference_task", "reference_visual")
 # g~0, which takes the place of the two reference roles once it is formed.
@@ -146,6 +147,21 @@ class Captures:
         refuse_stray(parameters)
         # Of a step that was skipped: only memory.
         self.directions = self.combined = None
+
+
+def warn_of_idle_groups(groups: Sequence[Group], roles: Sequence[Role]) -> None:
+    """Not an error: some groups are of modules that not every batch runs."""
+    start = 0
+    for i, group in enumerate(groups):
+        stop = start + len(group["params"])
+        trained = any(p.requires_grad for p in group["params"])
+        if trained and all(x is None for role in roles for x in role[start:stop]):
+            warnings.warn(
+                f"combine: no parameter of group {i} received a gradient in any role, so none moves. Is the group used "
+                "in the losses? (Reentrant gradient checkpointing can drop gradients: use_reentrant=False does not.)",
+                stacklevel=4,
+            )
+        start = stop
 
 
 def destination(gradients: Role, parameter: Tensor) -> Tensor | None:

@@ -159,7 +159,7 @@ def warn_of_idle_groups(groups: Sequence[Group], roles: Sequence[Role]) -> None:
             warnings.warn(
                 f"combine: no parameter of group {i} received a gradient in any role, so none moves. Is the group used "
                 "in the losses? (Reentrant gradient checkpointing can drop gradients: use_reentrant=False does not.)",
-                stacklevel=4,
+                stacklevel=6,
             )
         start = stop
 

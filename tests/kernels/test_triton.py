@@ -61,6 +61,32 @@ assert not torch.equal(plain[0][0], gradients()[0][0])
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+def test_every_operation_launches_on_the_device_of_its_tensors():
+    program = """
+from contextlib import nullcontext
+import torch
+from torch_mdgd import kernels
+from torch_mdgd.kernels.triton import chunks
+
+# Which needs no GPU to be built.
+assert chunks.on_device(torch.device("cuda:1")).idx == 1
+seen = []
+chunks.on_device = lambda device: seen.append(device) or nullcontext()
+x = [torch.arange(5.0)]
+for operation, arguments in (
+    (kernels.inner_products, ([x],)),
+    (kernels.combine_, (x, [x], torch.ones(1, 1, dtype=torch.float64))),
+    (kernels.top_k_masks, (x, 2)),
+    (kernels.top_k_similarity_masks, (x, x, x, None, 2)),
+):
+    operation(*arguments)
+    assert set(seen) == {x[0].device}, operation
+    seen.clear()
+"""
+    done = run("-c", program, TRITON_INTERPRET="1", TORCH_MDGD_BACKEND="triton")
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
     cache = tmp_path_factory.mktemp("triton")

@@ -11,32 +11,36 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from torch_mdgd import connector
+from torch_mdgd import connector as connector_of
+from torch_mdgd.parts import decoder_layers, text_decoder
 
 DAMPING = 0.01
 """Added to the Hessian's diagonal, relative to its mean."""
 
 Sign = Literal["subtract", "add"]
+Connector = Literal["revert", "keep", "tailor"]
+Batch = Mapping[str, Any]
 
 
 @torch.no_grad()
 def tailor_(
     model: nn.Module,
     pretrained: Mapping[str, Tensor],
-    batches: Iterable[Mapping[str, Tensor]],
+    batches: Iterable[Batch],
     *,
     fraction: float = 0.1,
     omega: float = 0.5,
     sign: Sign = "subtract",
     samples: int = 128,
     block: int = 128,
-    reverted: nn.Module | None = None,
-    run: Callable[[Mapping[str, Tensor]], object] | None = None,
+    connector: Connector = "revert",
+    run: Callable[[Batch], object] | None = None,
 ) -> dict[str, Tensor]:
     """Replace the fine-tuned weights of every Linear layer that was trained, in place.
 
-    Biases, norms and embeddings stay as they were fine-tuned. The Hessians of all layers are collected in one pass
-    over the fine-tuned model: they take inputs² float32 numbers a layer.
+    Biases, norms and embeddings stay as they were fine-tuned. As in the published code, the connector goes first and
+    then one decoder layer after the other, each on the inputs that it gets from what was tailored before it. The
+    Hessians take inputs² float32 numbers for every Linear of a decoder layer at a time.
 
     Args:
         model: fine-tuned.
@@ -49,7 +53,8 @@ def tailor_(
         sign: of the compensation. "subtract" is that of optimal brain surgery; the published code adds.
         samples: how many calibration samples are used.
         block: columns that are scored together.
-        reverted: the part whose Linear layers go back to pre-trained altogether; the model's connector by default.
+        connector: what becomes of its Linear layers: "revert" takes them back to pre-trained altogether, as the
+            published code does; "keep" leaves them fine-tuned; "tailor" treats them as all others.
         run: runs the model on a batch; ``model(**batch)`` by default.
 
     Returns:
@@ -65,29 +70,32 @@ def tailor_(
         raise ValueError(f"tailor_: omega must lie in [0, 1], got {omega}")
     if sign not in ("subtract", "add"):
         raise ValueError(f"tailor_: sign must be 'subtract' or 'add', got {sign!r}")
-    back = set((connector(model) if reverted is None else reverted).modules())
-    trained = _trained_linears(model, pretrained)
-    kept = {name: layer for name, layer in trained.items() if layer not in back}
-    hessians = _hessians(kept, batches, samples, run or (lambda batch: model(**batch)))
+    if connector not in ("revert", "keep", "tailor"):
+        raise ValueError(f"tailor_: connector must be 'revert', 'keep' or 'tailor', got {connector!r}")
+    left, joint = _trained_linears(model, pretrained), connector_of(model)
+    calibration = _calibration(batches, samples)
+    run = run or (lambda batch: model(**batch))
+    if connector != "tailor":
+        for name, layer in _pop_inside(left, joint).items():
+            if connector == "revert":
+                _revert(name, layer, pretrained)
     masks = {}
-    for name, layer in trained.items():
-        before = pretrained[f"{name}.weight"].to(layer.weight)
-        if layer in back:
-            layer.weight.copy_(before)
-            if f"{name}.bias" in pretrained:
-                layer.bias.copy_(pretrained[f"{name}.bias"])
-            continue
-        weight, mask = tailored(
-            layer.weight.float(),
-            before.float(),
-            hessians.pop(name),
-            fraction,
-            omega,
-            1.0 if sign == "add" else -1.0,
-            block,
-        )
-        layer.weight.copy_(weight)
-        masks[f"{name}.weight"] = mask
+    for part in (joint, *decoder_layers(text_decoder(model)), model):
+        some = _pop_inside(left, part)
+        for name, hessian in _hessians(some, calibration, run).items() if some else ():
+            layer = some[name]
+            before = pretrained[f"{name}.weight"].to(layer.weight)
+            weight, mask = tailored(
+                layer.weight.float(),
+                before.float(),
+                hessian,
+                fraction,
+                omega,
+                1.0 if sign == "add" else -1.0,
+                block,
+            )
+            layer.weight.copy_(weight)
+            masks[f"{name}.weight"] = mask
     return masks
 
 
@@ -157,11 +165,37 @@ def _trained_linears(model: nn.Module, pretrained: Mapping[str, Tensor]) -> dict
     return found
 
 
+def _pop_inside(layers: dict[str, nn.Linear], part: nn.Module) -> dict[str, nn.Linear]:
+    """Take out those that are in a part of the model."""
+    inside = set(part.modules())
+    return {name: layers.pop(name) for name, layer in list(layers.items()) if layer in inside}
+
+
+def _revert(name: str, layer: nn.Linear, pretrained: Mapping[str, Tensor]) -> None:
+    layer.weight.copy_(pretrained[f"{name}.weight"])
+    if f"{name}.bias" in pretrained:
+        layer.bias.copy_(pretrained[f"{name}.bias"])
+
+
+def _calibration(batches: Iterable[Batch], samples: int) -> list[Batch]:
+    """The first batches, as many as hold so many samples."""
+    kept: list[Batch] = []
+    for batch in batches:
+        kept.append({name: value[:samples] for name, value in batch.items()})
+        samples -= _rows(kept[-1])
+        if not samples:
+            break
+    if not sum(map(_rows, kept)):
+        raise ValueError("tailor_: batches hold no calibration sample")
+    return kept
+
+
+def _rows(batch: Batch) -> int:
+    return len(next(iter(batch.values())))
+
+
 def _hessians(
-    layers: Mapping[str, nn.Linear],
-    batches: Iterable[Mapping[str, Tensor]],
-    samples: int,
-    run: Callable[[Mapping[str, Tensor]], object],
+    layers: Mapping[str, nn.Linear], batches: Iterable[Batch], run: Callable[[Batch], object]
 ) -> dict[str, Tensor]:
     hessians = {
         name: torch.zeros(layer.in_features, layer.in_features, device=layer.weight.device)
@@ -181,16 +215,10 @@ def _hessians(
     seen = 0
     try:
         for batch in batches:
-            first = next(iter(batch.values()))
-            batch = {name: value[: samples - seen] for name, value in batch.items()}
             real = batch["attention_mask"].bool() if "attention_mask" in batch else None
             run(batch)
-            seen = min(samples, seen + len(first))
-            if seen == samples:
-                break
+            seen += _rows(batch)
     finally:
         for handle in handles:
             handle.remove()
-    if not seen:
-        raise ValueError("tailor_: batches hold no calibration sample")
     return {name: hessian / seen for name, hessian in hessians.items()}

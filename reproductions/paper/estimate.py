@@ -165,14 +165,9 @@ def estimate(experiment: Experiment, name: str) -> Estimate:
 
 
 def _inputs(experiment: Experiment) -> list[int]:
-    """Widths of the inputs of every Linear that is trained: Model Tailor keeps a matrix of each."""
-    network = skeleton(experiment.model)
-    return [
-        part.in_features
-        for layer in last_decoder_layers(network, experiment.layers)
-        for part in layer.modules()
-        if isinstance(part, nn.Linear)
-    ]
+    """Widths of the inputs of every Linear of a layer: Model Tailor keeps a matrix of each, one layer at a time."""
+    (layer,) = last_decoder_layers(skeleton(experiment.model), 1)
+    return [part.in_features for part in layer.modules() if isinstance(part, nn.Linear)]
 
 
 def _evaluation(experiment: Experiment, size: Size, task: str) -> float:

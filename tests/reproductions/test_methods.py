@@ -73,11 +73,11 @@ def test_compensation_brings_outputs_nearer_to_the_fine_tuned_ones():
     assert error < 0.9 * plain
 
 
-def finetuned():
-    """A tiny LLaVA with noise on its last layer and its connector, and what it was before."""
+def finetuned(layers=1):
+    """A tiny LLaVA with noise on its last layers and its connector, and what it was before."""
     model = llava()
     names = {id(p): name for name, p in model.named_parameters()}
-    trained = freeze_all_but(model, [*last_decoder_layers(model, 1), connector(model)])
+    trained = freeze_all_but(model, [*last_decoder_layers(model, layers), connector(model)])
     before = {names[id(p)]: p.detach().clone() for p in trained}
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -98,6 +98,41 @@ def test_a_tenth_is_kept_the_connector_goes_back_and_norms_stay():
             assert not torch.equal(p, before[name])
         else:
             assert torch.equal(p, before[name] if "projector" in name else after[name])
+
+
+@pytest.mark.parametrize("choice", ["revert", "keep", "tailor"])
+def test_the_connector_goes_back_stays_or_is_tailored(choice):
+    model, before = finetuned()
+    after = {name: p.detach().clone() for name, p in model.named_parameters()}
+    masks = tailor_(model, before, [llava_batch()], connector=choice)
+    for name, p in connector(model).named_parameters(prefix="model.multi_modal_projector"):
+        if choice == "tailor" and name.endswith("weight"):
+            assert torch.equal(p[~masks[name]], before[name][~masks[name]])
+            assert not torch.equal(p, before[name])
+        else:
+            assert torch.equal(p, (before if choice == "revert" else after)[name])
+
+
+@pytest.mark.parametrize("choice", ["revert", "tailor"])
+def test_every_layer_is_tailored_on_the_inputs_that_it_gets_in_the_end(choice):
+    model, before = finetuned(layers=2)
+    last = list(last_decoder_layers(model, 1)[0].parameters())
+    after = {name: p.detach().clone() for name, p in model.named_parameters()}
+    batch, seen = llava_batch(), []
+    tailor_(model, before, [batch], connector=choice)
+    wanted = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with torch.no_grad():
+        # Everything before the last layer as it came out, the last layer as it was fine-tuned.
+        for name, p in model.named_parameters():
+            if any(p is x for x in last):
+                p.copy_(after[name])
+    down = last_decoder_layers(model, 1)[0].mlp.down_proj
+    down.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0][batch["attention_mask"].bool()]))
+    model(**batch)
+    name = next(name for name, p in model.named_parameters() if p is down.weight)
+    X = seen[0].detach()
+    expected, _ = tailored(down.weight.detach(), before[name], 2 / len(batch["labels"]) * X.T @ X, 0.1, 0.5, -1.0, 128)
+    torch.testing.assert_close(wanted[name], expected)
 
 
 def test_samples_beyond_the_number_asked_for_and_padding_do_not_count():
@@ -121,6 +156,7 @@ def test_samples_beyond_the_number_asked_for_and_padding_do_not_count():
         ({"fraction": 0.0}, "fraction"),
         ({"omega": 1.1}, "omega"),
         ({"sign": "minus"}, "sign"),
+        ({"connector": "both"}, "connector"),
         ({"batches": []}, "batches"),
     ],
 )

@@ -31,7 +31,8 @@ def cut(image: Any, settings: SliceSettings) -> tuple[list[Any], Size | None]:
         return [image.resize(fitted(image.size, settings, enlarge=True), Resampling.BICUBIC)], None
     overview = image.resize(fitted(image.size, settings, enlarge=False), Resampling.BICUBIC)
     columns, rows = best_grid(image.size, count, settings.most)
-    width, height = fitted((max(image.width // columns, 1), max(image.height // rows, 1)), settings, enlarge=True)
+    slice_size = (max(round(image.width / columns), 1), max(round(image.height / rows), 1))
+    width, height = fitted(slice_size, settings, enlarge=True)
     whole = image.resize((width * columns, height * rows), Resampling.BICUBIC)
     corners = [(x * width, y * height) for y in range(rows) for x in range(columns)]
     return [overview, *(whole.crop((x, y, x + width, y + height)) for x, y in corners)], (columns, rows)

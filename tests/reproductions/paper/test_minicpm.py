@@ -249,6 +249,13 @@ def test_small_pictures_stay_whole_and_large_ones_are_cut():
         assert (columns > rows) == (size[0] > 1.5 * size[1])
 
 
+def test_a_slice_has_the_shape_of_its_share_of_the_picture_rounded():
+    """835 / 2 is 418 and not 417: shape 457 : 418 fits 448² in 467 × 428, which is 33 and 31 patches of 14."""
+    (_, *slices), grid = cut(Image.new("RGB", (457, 835)), SliceSettings(most=9, resolution=448, patch=14))
+    assert grid == (1, 2)
+    assert {part.size for part in slices} == {(33 * 14, 31 * 14)}
+
+
 def test_slices_together_are_the_picture():
     image = picture(0, (96, 48))
     slices, (columns, rows) = cut(image, SliceSettings(most=9, resolution=48, patch=8))

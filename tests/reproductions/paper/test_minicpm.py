@@ -65,6 +65,32 @@ def test_a_tokenizer_that_takes_the_marks_apart_is_refused(minicpm, assets):
         minicpm.collate(examples(), answers=False)
 
 
+def test_a_tokenizer_as_sentencepiece_wrote_it(minicpm, assets, tmp_path):
+    """As the published one may come: without a tokenizer.json, and of a class that lies beside the weights."""
+    import sentencepiece
+
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((assets.model("minicpm-v-2") / name).read_bytes())
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["<用户> what is this a cat <AI>"] * 50), model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=300, hard_vocab_limit=False, model_type="bpe", byte_fallback=True, minloglevel=2,
+        user_defined_symbols=["<image>", "</image>", "<slice>", "</slice>"],
+    )  # fmt: skip
+    config = {"tokenizer_class": "LlamaTokenizerWrapper", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
+              "auto_map": {"AutoTokenizer": ["modeling_minicpmv.LlamaTokenizerWrapper", None]}}  # fmt: skip
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    minicpm.tokenizer = load_model("minicpm-v-2", tmp_path, "float32", CPU).tokenizer
+    batch = minicpm.collate(examples(), answers=True)
+    for ids, labels, bounds, example in zip(
+        batch["input_ids"], batch["labels"], batch["image_bound"], examples(), strict=True
+    ):
+        for begin, end in bounds:
+            assert minicpm.tokenizer.convert_ids_to_tokens(ids[begin - 1 : end + 1].tolist()) == [
+                "<image>", *4 * ["<unk>"], "</image>"
+            ]  # fmt: skip
+        assert minicpm.tokenizer.decode(labels[labels != IGNORED]).strip() == f"{example.target}</s>"
+
+
 def test_its_language_model_is_minicpm():
     """Scaled embeddings, scaled residuals, scaled logits, as MiniCPM-2.4B has them and Llama does not."""
     settings = MiniCPMV2Settings(

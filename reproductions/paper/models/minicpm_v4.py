@@ -22,13 +22,16 @@ from reproductions.paper.models.tiny import WIDTH, byte_tokenizer
 
 IMAGE, FILM = "<|image_pad|>", "<|video_pad|>"
 MARKS = {
+    "image_id_start_token": "<image_id>",
+    "image_id_end_token": "</image_id>",
     "image_start_token": "<image>",
     "image_end_token": "</image>",
     "slice_start_token": "<slice>",
     "slice_end_token": "</slice>",
 }
 TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}</s>\n{% endfor %}"
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{% for part in message.content %}"
+    "{% if part.type == 'image' %}<|image_pad|>\n{% else %}{{ part.text }}{% endif %}{% endfor %}</s>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
@@ -94,14 +97,16 @@ class MiniCPMV4Model(VisionLanguageModel):
         seen = self.pixels(images=[image.convert("RGB")], return_tensors="pt")
         counts = (seen["target_sizes"].prod(-1) // self.patches_a_token).tolist()
         rows, columns = seen["grids"][0]
-        placeholder = self._marked(counts[0], "image")
+        placeholder = self._marked("0", "image_id") * self.pixels.use_image_id
+        placeholder += self._marked(self.image_token * counts[0], "image")
         for row in range(rows):
             parts = counts[1 + row * columns : 1 + (row + 1) * columns]
-            placeholder += ("\n" if row else "") + "".join(self._marked(count, "slice") for count in parts)
+            placeholder += "\n" if row else ""
+            placeholder += "".join(self._marked(self.image_token * count, "slice") for count in parts)
         text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": f"{placeholder}\n{question}"}], tokenize=False, add_generation_prompt=True,
-            enable_thinking=False,
-        )  # fmt: skip
+            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}], tokenize=False,
+            add_generation_prompt=True, enable_thinking=False,
+        ).replace(self.image_token, placeholder, 1)  # fmt: skip
         tokens = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return Encoded(tokens, {name: seen[name] for name in ("pixel_values", "target_sizes")})
 
@@ -113,6 +118,6 @@ class MiniCPMV4Model(VisionLanguageModel):
             "target_sizes": torch.cat([e.pictures["target_sizes"] for e in encoded]),
         }
 
-    def _marked(self, count: int, kind: str) -> str:
+    def _marked(self, text: str, kind: str) -> str:
         start, end = (getattr(self.tokenizer, f"{kind}_{side}_token") for side in ("start", "end"))
-        return f"{start}{self.image_token * count}{end}"
+        return f"{start}{text}{end}"

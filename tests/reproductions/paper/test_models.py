@@ -1,5 +1,7 @@
 """The models: batches, what stands at image tokens, answers, and weights on disk."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -166,3 +168,24 @@ def test_llava_sees_the_whole_picture_on_a_square(llava, size):
     shares = [float((seen > 0.7 * light.mean()).double().mean()), float((seen.abs() < 0.3).double().mean())]
     full = size[0] * size[1] / max(size) ** 2
     np.testing.assert_allclose(shares, [full * 15 / 16, 1 - full], atol=0.1)
+
+
+# MiniCPM-V 4.6
+
+
+@pytest.mark.parametrize("size", [(20, 20), (60, 30), (30, 60)])
+def test_the_instruction_of_minicpm_v_4_6_is_that_of_transformers_own_processor(size, assets):
+    """Which cannot be made without torchvision, so that its parts are asked."""
+    from transformers.models.minicpmv4_6.processing_minicpmv4_6 import MiniCPMV4_6Processor
+
+    model = load_model("minicpm-v-4.6", assets.model("minicpm-v-4.6"), "float32", CPU)
+    image = Image.new("RGB", size)
+    names = ["image_start_token", "image_end_token", "slice_start_token", "slice_end_token", "image_token",
+             "image_id_start_token", "image_id_end_token"]  # fmt: skip
+    theirs = SimpleNamespace(slice_mode=True, **{name: getattr(model.tokenizer, name) for name in names})
+    seen = model.pixels(images=[image], return_tensors="pt")
+    picture = MiniCPMV4_6Processor.replace_image_token(theirs, seen, 0, image_token_divisor=16)
+    (picture,) = MiniCPMV4_6Processor._prepend_local_ids(theirs, ["<|image_pad|>"], [picture], "<|image_pad|>")
+    expected = f"<|im_start|>user\n{picture}\nWhy?</s>\n<|im_start|>assistant\n"
+    assert model.tokenizer.decode(model.encode(image, "Why?").tokens) == expected
+    assert picture.count("<slice>") == (0 if size == (20, 20) else 2)

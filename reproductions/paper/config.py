@@ -230,7 +230,7 @@ def build(cls: type[T], values: Any, where: str, prefix: str = "") -> T:
     hints, known = typing.get_type_hints(cls), {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
     for key in values:
         if key not in known:
-            raise ConfigError(f"{where}: unknown key {prefix}{key}; there are {', '.join(known)}")
+            raise ConfigError(f"{where}: unknown key {prefix}{key}; there are {', '.join(known) or 'none'}")
     for key, f in known.items():
         if key not in values and f.default in (MISSING, None) and f.default_factory is MISSING:
             raise ConfigError(f"{where}: {prefix}{key} is missing")
@@ -291,7 +291,7 @@ def _lay_over(values: dict[str, Any], more: Mapping[str, Any]) -> None:
 
 
 def _check_names(experiment: Experiment, where: str) -> None:
-    from reproductions.paper.data import DATASETS, DataError
+    from reproductions.paper.data import DATASETS
     from reproductions.paper.methods import METHODS
 
     source = experiment.data.source
@@ -304,13 +304,12 @@ def _check_names(experiment: Experiment, where: str) -> None:
             raise ConfigError(f"{where}: {key}: no data set {name!r}; there are {', '.join(DATASETS)}")
     if DATASETS[experiment.target].training is None:
         raise ConfigError(f"{where}: target: {experiment.target} has no training split")
+    if not experiment.training.epochs and not experiment.training.steps:
+        raise ConfigError(f"{where}: training.epochs and training.steps are both 0, so that nothing is trained")
     for name, values in experiment.data.options.items():
         if name not in DATASETS:
             raise ConfigError(f"{where}: data.options: no data set {name!r}; there are {', '.join(DATASETS)}")
-        try:
-            DATASETS[name].with_options(**values)
-        except (DataError, TypeError) as error:
-            raise ConfigError(f"{where}: data.options.{name}: {error}") from error
+        build(type(DATASETS[name]), values, where, f"data.options.{name}.")
     for name, values in experiment.methods.items():
         if name not in METHODS:
             raise ConfigError(f"{where}: methods: no method {name!r}; there are {', '.join(METHODS)}")

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, overload
 
@@ -162,9 +162,11 @@ class DataSet(ABC):
             return Path(snapshot_download(repository, repo_type="dataset", allow_patterns=self.patterns(split)))
         # No network, no such repository and no permission are different errors, of several libraries.
         except Exception as error:
+            moved = " or, if it has moved, name whose copy to take (--set data.organisation=lmms-lab-encoder)"
             raise DataError(
-                f"{self.title}: could not fetch {repository} from the hub: {error}. Pass a folder with its files as "
-                f"source, or another organisation."
+                f"{self.title}: could not fetch {repository} from the hub: {str(error).rstrip('.')}. Pass a folder "
+                f"with its files (--data FOLDER, for FOLDER/{self.name}/{self.pattern(split)})"
+                f"{moved * (repository != self.repository)}."
             ) from error
 
     def write_sample(self, folder: Path, split: str, n: int, seed: int) -> None:
@@ -192,15 +194,7 @@ class DataSet(ABC):
             yield self.sample(rng, _SAMPLES * place + i)
 
     def with_options(self, **options: Any) -> "DataSet":
-        """The same data set with other options.
-
-        Raises:
-            DataError: it has no such option.
-        """
-        known = [option.name for option in fields(self)]
-        for name in options:
-            if name not in known:
-                raise DataError(f"{self.title}: no option {name!r}; it has {', '.join(known) or 'none'}")
+        """The same data set with other options, which are its fields."""
         return replace(self, **options)
 
     def _file(self, split: str) -> str:

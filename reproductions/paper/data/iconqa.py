@@ -11,12 +11,11 @@ from typing import Any, ClassVar
 
 import datasets
 import numpy as np
-import pyarrow.parquet as pq
 from PIL import Image, ImageDraw, ImageFont
 
 from reproductions.paper.data.dataset import DataSet, Split
 from reproductions.paper.data.examples import DataError, Example
-from reproductions.paper.data.parquet import PICTURE, read_parquet
+from reproductions.paper.data.parquet import PICTURE, columns_of, read_parquet
 from reproductions.paper.data.prompts import options
 from reproductions.paper.data.rows import Row
 from reproductions.paper.data.shapes import SHAPES, draw, options_with
@@ -83,7 +82,7 @@ class IconQA(DataSet):
 
     def rows(self, folder: Path, split: str) -> Sequence[Mapping[str, Any]]:
         files = sorted(folder.glob(self.pattern(split)))
-        given = [column for column in _CHOICES if files and column in pq.read_schema(files[0]).names]
+        given = [column for column in _CHOICES if files and column in columns_of(self.title, files[0])]
         table = read_parquet(self.title, folder, self.pattern(split), (*self.columns, *given))
         there = {column: table.data.column(column).is_valid().to_pylist() for column in given}
         pairs = enumerate(zip(table["ques_type"], table["answer"], strict=True))

@@ -1,8 +1,9 @@
 """MMBench (Liu et al. 2023, arXiv 2307.06281): each question returns with its options rotated."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any, ClassVar
 
 import datasets
@@ -10,12 +11,12 @@ import numpy as np
 
 from reproductions.paper.data.dataset import DataSet, Split
 from reproductions.paper.data.examples import Example
-from reproductions.paper.data.parquet import PICTURE
+from reproductions.paper.data.parquet import PICTURE, columns_of, read_parquet
 from reproductions.paper.data.prompts import LETTER, options
 from reproductions.paper.data.rows import Row
 from reproductions.paper.data.shapes import draw, options_with
 
-_OPTIONS = ("A", "B", "C", "D")
+_OPTIONS, _FIFTH = ("A", "B", "C", "D"), "E"
 ROTATION = 1_000_000
 """Rotations of one question have the same index modulo this."""
 
@@ -33,12 +34,12 @@ class MMBench(DataSet):
     answer_tokens = 256
 
     def example(self, row: Row) -> Example:
-        given = [row.optional(letter) for letter in _OPTIONS]
+        given = [row.optional(letter) for letter in (*_OPTIONS, _FIFTH)]
         choices = tuple(choice for choice in given if choice)
         if given[: len(choices)] != list(choices):
             raise row.error(f"an option is missing between others: {given}")
         letter = row.text("answer").strip()
-        row.choice(choices, "ABCD".find(letter) if len(letter) == 1 else -1)
+        row.choice(choices, "ABCDE".find(letter) if len(letter) == 1 else -1)
         hint = row.optional("hint")
         asked = f"{hint} {row.text('question')}" if hint else row.text("question")
         # The empty line is there in lmms-eval's prompt.
@@ -46,6 +47,12 @@ class MMBench(DataSet):
         index = row.number("index")
         extra = {"group": index % ROTATION, "category": row.optional("category")}
         return Example(str(index), row.picture(), question, (letter,), letter, choices, extra)
+
+    def rows(self, folder: Path, split: str) -> Sequence[Mapping[str, Any]]:
+        """Not every release has a column for a fifth option."""
+        files = sorted(folder.glob(self.pattern(split)))
+        fifth = [_FIFTH] * bool(files and _FIFTH in columns_of(self.title, files[0]))
+        return read_parquet(self.title, folder, self.pattern(split), (*self.columns, *fifth))
 
     def features(self) -> dict[str, Any]:
         text = datasets.Value("string")

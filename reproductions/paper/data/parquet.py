@@ -53,11 +53,24 @@ def write_parquet(path: Path, rows: Sequence[Mapping[str, Any]], features: Mappi
     datasets.Dataset.from_list([dict(row) for row in rows], datasets.Features(features)).to_parquet(str(path))
 
 
-def _rows(title: str, file: Path, columns: Sequence[str]) -> int:
+def columns_of(title: str, file: Path) -> list[str]:
+    """Names of a file's columns.
+
+    Raises:
+        DataError: it is not a parquet file.
+    """
+    return list(_metadata(title, file).schema.to_arrow_schema().names)
+
+
+def _metadata(title: str, file: Path) -> Any:
     try:
-        metadata = pq.read_metadata(file)
+        return pq.read_metadata(file)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{title}: {file} is not a parquet file: {error}") from error
+
+
+def _rows(title: str, file: Path, columns: Sequence[str]) -> int:
+    metadata = _metadata(title, file)
     found = metadata.schema.to_arrow_schema().names
     missing = [column for column in columns if column not in found]
     if missing:

@@ -6,7 +6,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from reproductions.paper.data.examples import DataError
 
@@ -105,4 +105,5 @@ class Picture:
             return Image.open(BytesIO(content)).convert("RGB")
         # Pillow raises many kinds of errors, SyntaxError among them, for a broken file.
         except Exception as error:
-            raise self.row.error(f"column {self.column!r} holds a broken picture: {error}") from error
+            why = "it is of no kind that is known" if isinstance(error, UnidentifiedImageError) else error
+            raise self.row.error(f"column {self.column!r} holds a broken picture: {why}") from error

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import torch
 
-from reproductions.paper.models.base import Batch, VisionLanguageModel, to_device
+from reproductions.paper.models.base import Batch, ModelError, VisionLanguageModel, to_device
 from reproductions.paper.models.llava import Llava
 from reproductions.paper.models.minicpm_v2 import MiniCPMV2Model
 from reproductions.paper.models.minicpm_v4 import MiniCPMV4Model
 
-__all__ = ["MODELS", "Batch", "VisionLanguageModel", "load_model", "to_device"]
+__all__ = ["MODELS", "Batch", "ModelError", "VisionLanguageModel", "load_model", "to_device"]
 
 MODELS: dict[str, type[VisionLanguageModel]] = {
     family.name: family for family in (Llava, MiniCPMV2Model, MiniCPMV4Model)
@@ -27,8 +27,21 @@ def load_model(
         dtype: such as "bfloat16".
         device: where to.
         trust_remote_code: run code that comes with the weights.
+
+    Raises:
+        ModelError: the weights cannot be had, or do not fit.
     """
     family = MODELS[name]
-    model = family.load(source or family.source, getattr(torch, dtype), trust_remote_code=trust_remote_code)
+    where = source or family.source
+    try:
+        model = family.load(where, getattr(torch, dtype), trust_remote_code=trust_remote_code)
+    except ModelError:
+        raise
+    # No network, no such repository and a broken file are different errors, of several libraries.
+    except Exception as error:
+        raise ModelError(
+            f"{name}: could not read {where}: {str(error).rstrip('.')}. A folder with its files can be passed "
+            "(--set source=FOLDER)."
+        ) from error
     model.network.eval()
     return model.to(device)

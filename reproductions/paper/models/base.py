@@ -17,6 +17,10 @@ IGNORED = -100
 Batch = dict[str, Any]
 
 
+class ModelError(ValueError):
+    """Weights that cannot be had or do not fit; the message names where they were looked for."""
+
+
 class Question(Protocol):
     """What a model needs of an example."""
 
@@ -141,12 +145,12 @@ def read_weights(kind: Any, source: str | Path, dtype: torch.dtype) -> Any:
     """A network of transformers with all its weights from a folder or from the hub.
 
     Raises:
-        ValueError: a weight is missing or of another shape, naming one: transformers makes up random ones.
+        ModelError: a weight is missing or of another shape, naming one: transformers makes up random ones.
     """
     network, info = kind.from_pretrained(source, dtype=dtype, output_loading_info=True)
     lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
     if lacking:
-        raise ValueError(f"{source} does not hold the weights of {type(network).__name__}: it lacks {lacking[0]}")
+        raise ModelError(f"{source} does not hold the weights of {type(network).__name__}: it lacks {lacking[0]}")
     return network
 
 

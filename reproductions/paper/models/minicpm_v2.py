@@ -13,7 +13,7 @@ from transformers import AutoModel, LlamaTokenizer, PreTrainedTokenizerFast
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from reproductions.paper.models.base import Batch, Encoded, VisionLanguageModel
+from reproductions.paper.models.base import Batch, Encoded, ModelError, VisionLanguageModel
 from reproductions.paper.models.minicpm_v2_network import (
     IMAGE_END,
     IMAGE_START,
@@ -122,15 +122,15 @@ class MiniCPMV2Model(VisionLanguageModel):
             trust_remote_code: run the code that lies beside the weights in place of this repository's.
 
         Raises:
-            ValueError: the weights do not fit this repository's network, naming one.
-            RuntimeError: their own code does not run under this release of transformers.
+            ModelError: the weights do not fit this repository's network, naming one; or their own code does not run
+                under this release of transformers.
         """
         folder = _folder(source)
         if trust_remote_code:
             try:
                 remote = AutoModel.from_pretrained(folder, dtype=dtype, trust_remote_code=True)
             except (ImportError, AttributeError, TypeError) as error:
-                raise RuntimeError(
+                raise ModelError(
                     f"{source}: its own code does not run under this release of transformers ({error}); leave out "
                     "--trust-remote-code to use this repository's implementation of it"
                 ) from error
@@ -185,7 +185,7 @@ class MiniCPMV2Model(VisionLanguageModel):
         starts = [i + 1 for i, token in enumerate(tokens) if token == start][:slices]
         ends = [i for i, token in enumerate(tokens) if token == end][:slices]
         if len(starts) != slices or any(end - start != self.queries for start, end in zip(starts, ends, strict=True)):
-            raise ValueError(
+            raise ModelError(
                 f"{self.name}: the tokenizer does not keep {IMAGE_START}, {IMAGE_END} and {self.queries} times "
                 f"{self.tokenizer.unk_token} between them whole, so pictures have no place to go"
             )
@@ -228,16 +228,16 @@ def _load_weights(network: MiniCPMV2, folder: Path, dtype: torch.dtype) -> None:
     """Give a network on the meta device its numbers."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise ValueError(f"{folder} holds no weights (*.safetensors)")
+        raise ModelError(f"{folder} holds no weights (*.safetensors)")
     wanted = {name: x.shape for name, x in network.state_dict().items()}
     for file in files:
         weights = {name: x.to(dtype) for name, x in load_file(file).items()}
         for name, x in weights.items():
             if wanted.pop(name, None) != x.shape:
-                raise ValueError(f"{file}: {name} {tuple(x.shape)} is no weight of MiniCPM-V-2.0 as implemented here")
+                raise ModelError(f"{file}: {name} {tuple(x.shape)} is no weight of MiniCPM-V-2.0 as implemented here")
         network.load_state_dict(weights, strict=False, assign=True)
     if wanted:
-        raise ValueError(f"{folder} does not hold the weights of MiniCPM-V-2.0: it lacks {min(wanted)}")
+        raise ModelError(f"{folder} does not hold the weights of MiniCPM-V-2.0: it lacks {min(wanted)}")
     # What no file holds: the frequencies of rotary positions.
     rotary: Any = type(network.llm.model.rotary_emb)
     network.llm.model.rotary_emb = rotary(network.llm.config)

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from reproductions.paper.models import load_model
+from reproductions.paper.models import ModelError, load_model
 from reproductions.paper.models.base import IGNORED
 from reproductions.paper.models.minicpm_v2 import Adapter, image_tokens
 from reproductions.paper.models.minicpm_v2_network import MiniCPMV2, MiniCPMV2Settings, sines
@@ -252,7 +252,7 @@ def test_code_beside_the_weights_behind_the_adapter(remote):
 
 def test_code_that_does_not_run_today_says_what_to_do(remote):
     (remote / "remote_minicpmv.py").write_text("from transformers.utils.import_utils import is_torch_fx_available\n")
-    with pytest.raises(RuntimeError, match="leave out --trust-remote-code to use this repository's implementation"):
+    with pytest.raises(ModelError, match="leave out --trust-remote-code to use this repository's implementation"):
         load_model("minicpm-v-2", remote, "float32", CPU, trust_remote_code=True)
 
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from reproductions.paper.models import MODELS, load_model
+from reproductions.paper.models import MODELS, ModelError, load_model
 from reproductions.paper.models.base import IGNORED
 from tests.reproductions.paper.questions import examples, picture
 from torch_mdgd import MDGDOptimizer, connector, last_decoder_layers, mdgd_backward
@@ -130,6 +130,15 @@ def test_weights_with_one_missing_are_refused(name, assets, tmp_path):
     del weights[lost]
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=rf"does not hold the weights of .*it lacks .*{lost.split('layers.1.')[1]}"):
+        load_model(name, tmp_path, "float32", CPU)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_weights_that_cannot_be_read_are_named_with_what_to_do(name, assets, tmp_path):
+    for file in assets.model(name).iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "model.safetensors").write_bytes(b"half of ")
+    with pytest.raises(ModelError, match=rf"{name}: could not read {tmp_path}: .*--set source=FOLDER"):
         load_model(name, tmp_path, "float32", CPU)
 
 

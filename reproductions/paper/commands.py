@@ -64,18 +64,20 @@ def run(
         from reproductions.paper import rows
 
         found, console = rows.chosen(experiment, method, all_rows, beyond, smoke, settings), _console()
-        if not smoke:
-            rows.say_what_is_lacking(found, settings, console)
-        rows.run_rows(found, settings, results or (SMOKE if smoke else RESULTS), smoke=smoke, console=console)
+        folder = _folder(results, smoke)
+        try:
+            rows.run_rows(found, settings, folder, smoke=smoke, console=console)
+        except rows.RowsFailedError:
+            _print_tables(folder, console)
+            raise
+        if all_rows:
+            _print_tables(folder, console)
 
 
 def table(results: Results = None, smoke: Smoke = False) -> None:
     """The tables in the paper's layout: published, ours, and the difference."""
     with _refusals():
-        from reproductions.paper import tables
-
-        for found in tables.rich_tables(_folder(results, smoke)):
-            _console().print(found)
+        _print_tables(_folder(results, smoke), _console())
 
 
 def figures(
@@ -127,6 +129,13 @@ def harness(
         model = outer.load_run(folder, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         found = outer.measure(model, tasks.split(","), tasks_folder=tasks_folder, limit=limit)
         _console().print_json(json.dumps(found, default=str))
+
+
+def _print_tables(folder: Path, console: "Console") -> None:
+    from reproductions.paper import tables
+
+    for found in tables.rich_tables(folder):
+        console.print(found)
 
 
 def _folder(results: Path | None, smoke: bool) -> Path:

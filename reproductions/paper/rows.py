@@ -4,8 +4,10 @@ import gc
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
@@ -13,8 +15,17 @@ from rich.console import Console
 from reproductions.paper.config import ConfigError, Experiment, experiment_names, load_experiment
 from reproductions.paper.methods import METHODS, methods_of
 
+if TYPE_CHECKING:
+    from reproductions.paper.data import DataError
+
 Rows = Mapping[str, Sequence[str]]
 """Methods by experiment."""
+Row = tuple[str, str]
+"""An experiment and a method."""
+OUT_OF_MEMORY = (
+    ": out of GPU memory. While it was trained: halve training.batch and double training.accumulation, which is the "
+    "same step, and remove its folder first; while it was measured: lower evaluation.batch and call again"
+)
 
 
 class RowsFailedError(RuntimeError):
@@ -49,52 +60,98 @@ def chosen(
 
 
 def run_rows(rows: Rows, overrides: Sequence[str], results: Path, *, smoke: bool, console: Console) -> None:
-    """Do rows; experiments are dealt out to the GPUs if there are several of both."""
-    devices = visible_devices()
-    if len(devices) > 1 and len(rows) > 1 and not smoke:
-        _beside(rows, overrides, results, devices, console)
-        return
-    _quiet()
-    from reproductions.paper.run import run_row
+    """Do rows, one at a time on each GPU.
 
-    assets = None
+    Raises:
+        RowsFailedError: some failed.
+        DataError: there is one row only, whose data cannot be had.
+    """
+    _quiet()
+    single = sum(map(len, rows.values())) == 1
     if smoke:
         from reproductions.paper.smoke import Assets
 
-        assets = Assets(results / "assets").write()
-    # What was imported lives on; the collections after each training need not look through it.
+        load = Assets(results / "assets").write().experiment
+    else:
+        load = load_experiment
+    experiments = {name: load(name, overrides) for name in rows}
+    for error in look_at_data(rows, experiments, console):
+        if single:
+            raise error
+        console.print(f"{error}", style="red", markup=False, soft_wrap=True)
+    devices = visible_devices()
+    if len(devices) > 1 and not single and not smoke:
+        beside(rows, overrides, results, devices, console)
+    else:
+        _in_turn(rows, experiments, results, smoke, console)
+
+
+def look_at_data(rows: Rows, experiments: Mapping[str, Experiment], console: Console) -> Iterator["DataError"]:
+    """Open every split that rows need, and fetch it if it is not there: hours later would be late to miss one.
+
+    Yields:
+        what cannot be had; only rows that need it fail.
+    """
+    from reproductions.paper.data import DATASETS, DataError
+    from reproductions.paper.work import Workshop
+
+    seen = set()
+    for name, methods in rows.items():
+        experiment = experiments[name]
+        target, trains = DATASETS[experiment.target], any(METHODS[method].trains for method in methods)
+        wanted = [(task, DATASETS[task].evaluation) for task in experiment.tasks]
+        wanted += [(experiment.target, str(target.training))] * trains
+        for task, split in dict.fromkeys(wanted):
+            if (task, split) in seen:
+                continue
+            seen.add((task, split))
+            try:
+                found = Workshop(experiment, torch.device("cpu")).examples(task, split)
+            except DataError as error:
+                yield error
+            else:
+                console.print(f"{DATASETS[task].title}, {split}: {len(found):,} examples", soft_wrap=True)
+
+
+def _in_turn(rows: Rows, experiments: Mapping[str, Experiment], results: Path, smoke: bool, console: Console) -> None:
+    from reproductions.paper.run import run_row
+
     failed: list[str] = []
+    # What was imported lives on; the collections after each training need not look through it.
     gc.freeze()
     try:
-        for name, methods in rows.items():
-            experiment: Experiment = assets.experiment(name, overrides) if assets else load_experiment(name, overrides)
-            for method in methods:
-                try:
-                    run_row(experiment, method, results, smoke=smoke, console=console)
-                except Exception:
-                    if sum(map(len, rows.values())) == 1:
-                        raise
-                    # The others can still be done; this one is taken up by the next call.
-                    console.print_exception()
-                    failed.append(f"{name} {method}")
+        for name, method in row_list(rows):
+            try:
+                run_row(experiments[name], method, results, smoke=smoke, console=console)
+            except Exception as error:
+                hint = OUT_OF_MEMORY if isinstance(error, torch.OutOfMemoryError) else ""
+                if sum(map(len, rows.values())) == 1 and not hint:
+                    raise
+                # The others can still be done; this one is taken up by the next call.
+                # Not rich's own, which holds on to what the frames held: a model on the device.
+                console.print(traceback.format_exc(), style="red", markup=False, highlight=False, soft_wrap=True)
+                failed.append(f"{name} {method}{hint}")
+            # Also what a row that failed left on the device: the next one needs the room.
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
     finally:
         gc.unfreeze()
     _report(failed)
 
 
-def say_what_is_lacking(rows: Rows, overrides: Sequence[str], console: Console) -> None:
-    """Name data that cannot be fetched and is not there, before anything has run for hours."""
-    from reproductions.paper.data import DATASETS, DataError
-    from reproductions.paper.work import Workshop
+def row_list(rows: Rows) -> list[Row]:
+    """Rows one by one."""
+    return [(name, method) for name, methods in rows.items() for method in methods]
 
-    for name, methods in rows.items():
-        experiment = load_experiment(name, overrides)
-        target = DATASETS[experiment.target]
-        if target.training in target.by_hand and any(METHODS[method].trains for method in methods):
-            try:
-                Workshop(experiment, torch.device("cpu")).training_examples()
-            except DataError as error:
-                console.print(f"{name}: only zero-shot can run. {error}", style="red", markup=False, soft_wrap=True)
+
+def take(waiting: list[Row], running: Collection[Row]) -> Row | None:
+    """Take out the first row that can be done now: one that begins with another's result waits for that one."""
+    for name, method in waiting:
+        if (name, METHODS[method].begins_with) not in [*waiting, *running]:
+            waiting.remove((name, method))
+            return name, method
+    return None
 
 
 def visible_devices() -> list[str]:
@@ -104,58 +161,47 @@ def visible_devices() -> list[str]:
     return [x.strip() for x in named.split(",")][:count] if named else [str(i) for i in range(count)]
 
 
-def commands(rows: Rows, overrides: Sequence[str], results: Path, devices: Sequence[str]) -> list[list[list[str]]]:
-    """For each device the commands that it runs, one after the other: whole experiments, dealt out in turn.
+def command(row: Row, overrides: Sequence[str], results: Path) -> list[str]:
+    """What does one row, in a process of its own."""
+    name, method = row
+    run = [sys.executable, "-m", "reproductions", "run", name, "--method", method, "--results", str(results)]
+    return [*run, *(part for override in overrides for part in ("--set", override))]
 
-    The halves of Table 1 are the long ones, and come first, so that two devices get one each.
+
+def beside(rows: Rows, overrides: Sequence[str], results: Path, devices: Sequence[str], console: Console) -> None:
+    """Do rows in processes, one on each GPU at a time; whichever is free takes the next.
+
+    Raises:
+        RowsFailedError: some failed.
     """
-    out: list[list[list[str]]] = [[] for _ in devices]
-    for place, (name, methods) in enumerate(rows.items()):
-        for method in methods:
-            command = [
-                sys.executable,
-                "-m",
-                "reproductions",
-                "run",
-                name,
-                "--method",
-                method,
-                "--results",
-                str(results),
-            ]
-            for override in overrides:
-                command += ["--set", override]
-            out[place % len(devices)].append(command)
-    return out
-
-
-def _beside(rows: Rows, overrides: Sequence[str], results: Path, devices: Sequence[str], console: Console) -> None:
     results.mkdir(parents=True, exist_ok=True)
-    queues = commands(rows, overrides, results, devices)
-    running: dict[str, subprocess.Popen[bytes]] = {}
+    waiting = row_list(rows)
+    running: dict[str, tuple[Row, subprocess.Popen[bytes]]] = {}
     failed: list[str] = []
     try:
-        while any(queues) or running:
-            for device, queue in zip(devices, queues, strict=True):
-                if device in running or not queue:
+        while waiting or running:
+            for device in devices:
+                row = None if device in running else take(waiting, [row for row, _ in running.values()])
+                if row is None:
                     continue
-                command = queue.pop(0)
-                console.print(f"GPU {device}: {' '.join(command[3:])}")
-                log = (results / f"gpu-{device}.log").open("ab")
-                running[device] = subprocess.Popen(
-                    command, env={**os.environ, "CUDA_VISIBLE_DEVICES": device}, stdout=log, stderr=subprocess.STDOUT
-                )
-            for device, process in list(running.items()):
+                log = results / f"gpu-{device}.log"
+                console.print(f"GPU {device}: {' '.join(row)}, in {log}", soft_wrap=True)
+                with log.open("ab") as file:
+                    running[device] = row, subprocess.Popen(
+                        command(row, overrides, results), env={**os.environ, "CUDA_VISIBLE_DEVICES": device},
+                        stdout=file, stderr=subprocess.STDOUT,
+                    )  # fmt: skip
+            for device, (row, process) in list(running.items()):
                 try:
                     code = process.wait(timeout=1)
                 except subprocess.TimeoutExpired:
                     continue
                 del running[device]
+                console.print(f"GPU {device}: {' '.join(row)} {'failed' if code else 'is done'}", soft_wrap=True)
                 if code:
-                    what = " ".join(map(str, process.args[4:7]))  # type: ignore[index]
-                    failed.append(f"{what}: see {results}/gpu-{device}.log")
+                    failed.append(f"{' '.join(row)}: see {results}/gpu-{device}.log")
     finally:
-        for process in running.values():
+        for _, process in running.values():
             process.terminate()
     _report(failed)
 

@@ -2,11 +2,10 @@
 
 import pytest
 
-from reproductions.paper.config import experiment_names, load_experiment
+from reproductions.paper.config import load_experiment
 from reproductions.paper.estimate import estimate, size_of, trained_numbers
 from reproductions.paper.methods import METHODS, methods_of
 from reproductions.paper.published import published
-from reproductions.paper.rows import commands
 from reproductions.paper.train import method_of
 from reproductions.paper.work import skeleton
 from torch_mdgd import connector, last_decoder_layers
@@ -76,14 +75,3 @@ def test_longer_training_takes_longer_in_proportion():
     short = estimate(load_experiment("minicpm-textcaps", ["training.steps=10"]), "mdgd")
     examples = 10 * 64 / 21953
     assert short.training_hours == pytest.approx(examples * once.training_hours)
-
-
-def test_two_devices_share_the_experiments(tmp_path):
-    rows = {name: methods_of(load_experiment(name).model) for name in experiment_names()}
-    first, second = commands(rows, ["seed=1"], tmp_path, ["0", "1"])
-    assert {c[4] for c in first} == {"llava-flickr30k", "minicpm-pathvqa"}
-    assert {c[4] for c in second} == {"llava-okvqa", "minicpm-textcaps"}
-    assert len(first) + len(second) == 26
-    assert first[1][3:] == [
-        "run", "llava-flickr30k", "--method", "fine-tune", "--results", str(tmp_path), "--set", "seed=1",
-    ]  # fmt: skip

@@ -109,53 +109,6 @@ def test_a_request_that_makes_no_sense_is_answered_in_a_line(arguments, message)
     assert "Traceback" not in done.output
 
 
-def test_a_row_that_fails_does_not_stop_the_others(tmp_path, monkeypatch):
-    from reproductions.paper import run
-
-    def fails(experiment, name, *args, **kwargs):
-        asked.append(name)
-        if name == "lora":
-            raise RuntimeError("out of memory")
-
-    asked = []
-    monkeypatch.setattr(run, "run_row", fails)
-    done = call("run", "minicpm-pathvqa", "--all", "--results", tmp_path)
-    assert done.exit_code == 1
-    assert asked == ["zero-shot", "fine-tune", "lora", "mdgd", "mdgd-no-align", "mdgd-gm"]
-    assert "1 rows failed" in done.output
-    assert "minicpm-pathvqa lora" in done.output
-
-
-def test_every_gpu_runs_its_experiments_one_row_after_the_other(tmp_path, monkeypatch):
-    def commands(found, overrides, results, devices):
-        code = "import os, sys; print(os.environ['CUDA_VISIBLE_DEVICES'], sys.argv[1]); sys.exit(sys.argv[1] == 'b')"
-        return [[[sys.executable, "-c", code, x] for x in part] for part in (["a", "b"], ["c"])]
-
-    monkeypatch.setattr(rows, "visible_devices", lambda: ["0", "1"])
-    monkeypatch.setattr(rows, "commands", commands)
-    with pytest.raises(rows.RowsFailedError, match="1 rows failed") as caught:
-        rows.run_rows({"x": ["a"], "y": ["c"]}, [], tmp_path, smoke=False, console=rows.Console(quiet=True))
-    assert "gpu-0.log" in str(caught.value)
-    assert (tmp_path / "gpu-0.log").read_text().splitlines() == ["0 a", "0 b"]
-    assert (tmp_path / "gpu-1.log").read_text().splitlines() == ["1 c"]
-
-
-def test_devices_are_those_that_the_process_may_use(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, 5")
-    assert rows.visible_devices() == ["3", "5"]
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert rows.visible_devices() == ["0", "1"]
-
-
-def test_rows_beyond_the_paper_on_request():
-    found = rows.chosen("llava-okvqa", None, True, True, False, [])
-    assert list(found["llava-okvqa"]) == list(METHODS)
-    assert "ewc" not in rows.chosen("llava-okvqa", None, True, False, True, [])["llava-okvqa"]
-    with pytest.raises(ConfigError):
-        rows.chosen(None, "mdgd", False, False, False, [])
-
-
 @pytest.mark.parametrize("command", [["list"], ["run", "--all"], ["report"], ["table"]])
 def test_a_package_that_is_not_installed_is_named(command):
     code = (
@@ -165,17 +118,6 @@ def test_a_package_that_is_not_installed_is_named(command):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "datasets is not installed: pip install 'torch-mdgd[paper]'" in done.stdout, done.stderr
-
-
-def test_data_that_nobody_can_fetch_is_missed_before_anything_runs(tmp_path, monkeypatch):
-    from reproductions.paper import run
-
-    asked = []
-    monkeypatch.setattr(run, "run_row", lambda experiment, name, *args, **kwargs: asked.append(name))
-    done = call("run", "llava-okvqa", "--all", "--results", tmp_path)
-    assert "llava-okvqa: only zero-shot can run. OK-VQA: the hub's copy has no training split" in done.output
-    assert "OK-VQA" not in call("run", "llava-okvqa", "--method", "zero-shot", "--results", tmp_path).output
-    assert len(asked) == 7 + 1
 
 
 def test_help_needs_no_torch():

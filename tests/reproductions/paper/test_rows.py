@@ -1,0 +1,152 @@
+"""Several rows: after each other, beside each other on GPUs, and when some of them fail."""
+
+import sys
+import weakref
+
+import pytest
+import torch
+from rich.console import Console
+from typer.testing import CliRunner
+
+from reproductions.__main__ import app
+from reproductions.paper import rows, run
+from reproductions.paper.config import ConfigError, experiment_names, load_experiment
+from reproductions.paper.data import DataError
+from reproductions.paper.data.dataset import DataSet
+from reproductions.paper.methods import METHODS, methods_of
+
+QUIET = Console(quiet=True)
+
+
+def call(*arguments):
+    return CliRunner().invoke(app, [str(x) for x in arguments])
+
+
+@pytest.fixture
+def everything(assets):
+    """What makes rows find all data without a hub."""
+    return "--data", assets.data
+
+
+def test_a_row_that_fails_does_not_stop_the_others(everything, tmp_path, monkeypatch):
+    def fails(experiment, name, *args, **kwargs):
+        asked.append(name)
+        if name == "lora":
+            raise RuntimeError("it broke")
+
+    asked = []
+    monkeypatch.setattr(run, "run_row", fails)
+    done = call("run", "minicpm-pathvqa", "--all", "--results", tmp_path, *everything)
+    assert done.exit_code == 1
+    assert asked == ["zero-shot", "fine-tune", "lora", "mdgd", "mdgd-no-align", "mdgd-gm"]
+    assert "1 rows failed" in done.output
+    assert "minicpm-pathvqa lora" in done.output
+    assert "Table 2: MiniCPM-V-2.0 fine-tuned on PathVQA" in done.output, "what there is so far"
+
+
+def test_what_a_failed_row_held_is_gone_before_the_next(everything, tmp_path, monkeypatch):
+    class Held:
+        """As a Trainer: in a cycle, which only the collector takes apart."""
+
+        def __init__(self):
+            self.itself = self
+
+    def fails(experiment, name, *args, **kwargs):
+        alive.append([x() is not None for x in held])
+        mine = Held()
+        held.append(weakref.ref(mine))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    held, alive = [], []
+    monkeypatch.setattr(run, "run_row", fails)
+    done = call("run", "minicpm-pathvqa", "--all", "--results", tmp_path, *everything)
+    assert alive[2] == [False, False]
+    assert "minicpm-pathvqa mdgd: out of GPU memory" in done.output
+    assert "halve training.batch and double training.accumulation" in " ".join(done.output.split())
+
+
+def test_rows_are_dealt_out_one_by_one_and_a_tailored_one_waits_for_its_fine_tune():
+    found = {name: methods_of(load_experiment(name).model) for name in experiment_names()}
+    waiting, running, order = rows.row_list(found), [], []
+    assert len(waiting) == 26
+    while waiting or running:
+        # Two GPUs, of which the one that began last is free first.
+        while len(running) < 2 and (row := rows.take(waiting, running)):
+            running.append(row)
+            order.append(row)
+        running.pop()
+    assert sorted(order) == sorted(rows.row_list(found))
+    assert rows.take([("x", "model-tailor"), ("x", "lora")], [("x", "fine-tune")]) == ("x", "lora")
+    assert rows.take([("x", "model-tailor")], [("x", "fine-tune")]) is None
+    assert rows.take([("x", "model-tailor")], [("y", "fine-tune")]) == ("x", "model-tailor")
+
+
+def test_a_row_in_a_process_of_its_own_is_the_row_that_was_asked_for(tmp_path):
+    command = rows.command(("llava-okvqa", "fine-tune"), ["seed=1", 'data.source="x y"'], tmp_path)
+    assert command[3:] == [
+        "run", "llava-okvqa", "--method", "fine-tune", "--results", str(tmp_path), "--set", "seed=1", "--set",
+        'data.source="x y"',
+    ]  # fmt: skip
+
+
+def test_every_gpu_takes_the_next_row_when_it_is_free(tmp_path, monkeypatch):
+    def command(row, overrides, results):
+        code = "import os, sys; print(os.environ['CUDA_VISIBLE_DEVICES'], sys.argv[1]); sys.exit(sys.argv[1] == 'lora')"
+        return [sys.executable, "-c", code, row[1]]
+
+    monkeypatch.setattr(rows, "command", command)
+    asked = {"x": ["zero-shot", "lora"], "y": ["mdgd"]}
+    with pytest.raises(rows.RowsFailedError, match=r"1 rows failed.*\nx lora: see .*gpu-\d.log"):
+        rows.beside(asked, [], tmp_path, ["0", "1"], QUIET)
+    lines = [line.split() for n in "01" for line in (tmp_path / f"gpu-{n}.log").read_text().splitlines()]
+    assert sorted(method for _, method in lines) == ["lora", "mdgd", "zero-shot"]
+    assert {device for device, _ in lines} == {"0", "1"}
+
+
+def test_rows_go_to_the_gpus_where_there_are_several(everything, tmp_path, monkeypatch):
+    def beside(found, overrides, results, devices, console):
+        asked.append((list(found), list(devices)))
+
+    asked = []
+    monkeypatch.setattr(rows, "beside", beside)
+    monkeypatch.setattr(rows, "visible_devices", lambda: ["0", "1"])
+    done = call("run", "--all", "--results", tmp_path, *everything)
+    assert done.exit_code == 0, done.output
+    assert asked == [(experiment_names(), ["0", "1"])]
+
+
+def test_devices_are_those_that_the_process_may_use(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, 5")
+    assert rows.visible_devices() == ["3", "5"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert rows.visible_devices() == ["0", "1"]
+
+
+def test_rows_beyond_the_paper_on_request():
+    found = rows.chosen("llava-okvqa", None, True, True, False, [])
+    assert list(found["llava-okvqa"]) == list(METHODS)
+    assert "ewc" not in rows.chosen("llava-okvqa", None, True, False, True, [])["llava-okvqa"]
+    with pytest.raises(ConfigError):
+        rows.chosen(None, "mdgd", False, False, False, [])
+
+
+def test_data_that_cannot_be_had_are_missed_before_anything_runs(assets, tmp_path, monkeypatch):
+    def fetch(self, split, organisation):
+        if self.name == "pope":
+            raise DataError("POPE: the hub is out of reach")
+        return whole(self, split, organisation) if self.name == "okvqa" else assets.data / self.name
+
+    whole, asked = DataSet.fetch, []
+    monkeypatch.setattr(DataSet, "fetch", fetch)
+    monkeypatch.setattr(run, "run_row", lambda experiment, name, *args, **kwargs: asked.append(name))
+    done = call("run", "llava-okvqa", "--all", "--results", tmp_path)
+    assert "GQA, testdev: 6 examples" in done.output
+    assert "OK-VQA: the hub's copy has no training split" in done.output
+    assert "POPE: the hub is out of reach" in done.output
+    assert len(asked) == 7, "the others may do"
+    alone = call("run", "llava-okvqa", "--method", "zero-shot", "--results", tmp_path)
+    assert alone.exit_code == 2
+    assert alone.output.splitlines()[-1] == "POPE: the hub is out of reach"
+    assert "training split" not in alone.output, "which zero-shot does not need"
+    assert len(asked) == 7

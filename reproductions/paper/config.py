@@ -51,7 +51,7 @@ class Training:
         checkpointing: compute activations again in the backward pass, to spare memory.
         save_every: steps between checkpoints.
         log_every: steps between lines of the log.
-        workers: processes that prepare pictures.
+        workers: processes that prepare pictures, in evaluation too.
         report_to: "tensorboard", which is written beside the log file, or another of transformers' integrations;
             "none" for the log file alone.
     """

@@ -5,7 +5,7 @@ Every answer is written as it comes, so that a killed evaluation goes on after t
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,14 @@ import torch
 from rich.progress import Progress, TaskID
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from reproductions.paper.data import DATASETS
 from reproductions.paper.files import read_lines, write
 from reproductions.paper.metrics import METRICS
 from reproductions.paper.models import to_device
 from reproductions.paper.work import Workshop
+from reproductions.paper.workers import errors_of_workers
 from torch_mdgd import VisualTap, effective_rank
 
 THUMBNAILS, THUMBNAIL = 12, (224, 224)
@@ -72,9 +74,9 @@ def answer(work: Workshop, task: str, examples: Sequence[Any], path: Path, bars:
     predictions = [line["prediction"] for line in known]
     work.network.eval()
     with path.open("a", encoding="utf-8") as file:
-        for batch in _batches(examples, len(predictions), settings.batch):
-            inputs = to_device(work.model.collate(batch, answers=False), work.device)
+        for inputs in batches(work, examples, len(predictions)):
             texts = work.model.generate(inputs, longest)
+            batch = examples[len(predictions) : len(predictions) + len(texts)]
             file.write("".join(_line(x, text, None) for x, text in zip(batch, texts, strict=True)))
             file.flush()
             predictions += texts
@@ -94,8 +96,7 @@ def look(work: Workshop, examples: Sequence[Any], path: Path) -> float:
     features: dict[str, list[Tensor]] = {name: [] for name in places}
     seen: list[Tensor] = []
     work.network.eval()
-    for batch in _batches(examples[: settings.feature_examples], 0, settings.batch):
-        inputs = to_device(work.model.collate(batch, answers=False), work.device)
+    for inputs in batches(work, examples, 0, settings.feature_examples):
         hidden = everywhere(work.network, inputs)[1].unflatten(0, inputs["input_ids"].shape)
         for name, mask in places.items():
             features[name].append(hidden[mask(inputs)].float().cpu())
@@ -119,9 +120,16 @@ def keep_thumbnails(examples: Sequence[Any], folder: Path) -> None:
         picture.save(folder / f"{i}.jpg", quality=80)
 
 
-def _batches(examples: Sequence[Any], start: int, size: int) -> Iterator[list[Any]]:
-    for i in range(start, len(examples), size):
-        yield [examples[j] for j in range(i, min(i + size, len(examples)))]
+def batches(work: Workshop, examples: Sequence[Any], start: int, stop: int | None = None) -> Iterator[dict[str, Any]]:
+    """Batches of the questions from one to before another, on the model's device, prepared by worker processes."""
+    e, places = work.experiment, range(start, min(len(examples), stop or len(examples)))
+    loader: Iterable[dict[str, Any]] = DataLoader(
+        places, e.evaluation.batch, num_workers=e.training.workers,  # type: ignore[arg-type]
+        collate_fn=lambda some: work.model.collate([examples[i] for i in some], answers=False),
+    )  # fmt: skip
+    with errors_of_workers():
+        for batch in loader:
+            yield to_device(batch, work.device)
 
 
 def _line(example: Any, prediction: str, score: float | None) -> str:

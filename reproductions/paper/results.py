@@ -54,6 +54,12 @@ class Result:
         """Whether everything of the run is there."""
         return self.status.get("stage") == "done"
 
+    @property
+    def trained(self) -> int | None:
+        """How many numbers might change; None of a run that has not trained, or trains nothing."""
+        path = self.folder / "trained.json"
+        return int(_read(path)["trained_numbers"]) if path.exists() else None
+
     @cached_property
     def training(self) -> list[dict[str, float]]:
         """Logged steps."""

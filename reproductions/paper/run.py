@@ -17,7 +17,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback, set_seed
 
 from reproductions.paper.config import ConfigError, Experiment
-from reproductions.paper.estimate import trained_numbers
 from reproductions.paper.evaluate import evaluate
 from reproductions.paper.files import write
 from reproductions.paper.masking import analyse_masking
@@ -27,7 +26,10 @@ from reproductions.paper.train import CHECKPOINTS, method_of, train
 from reproductions.paper.weights import NAME, load_changes
 from reproductions.paper.work import Workshop
 
-WHEREABOUTS = ("data.source", "training.workers", "training.save_every", "training.report_to")
+WHEREABOUTS = (
+    "data.source", "data.organisation", "training.workers", "training.save_every", "training.log_every",
+    "training.report_to", "training.checkpointing", "evaluation.batch",
+)  # fmt: skip
 """Settings that results do not depend on: a run may be taken up with others."""
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "safetensors", "torch-mdgd")
 
@@ -79,8 +81,8 @@ def run_row(
         if not (folder / NAME).is_file():
             with status.during("training"):
                 found = Workshop(experiment, device)
-                changed = train(found, method, folder, [Ticking(status), *callbacks], begin, progress=show)
-            console.print(f"  {changed:,} numbers changed")
+                counts = train(found, method, folder, [Ticking(status), *callbacks], begin, progress=show)
+            console.print("  {changed_numbers:,} of {trained_numbers:,} numbers changed".format(**counts))
             del found
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     # Read anew, since the Trainer leaves a network that computes under autocast: what is measured is what is on disk.
@@ -190,7 +192,6 @@ def _write_config(experiment: Experiment, method: Method, folder: Path, smoke: b
         "seed": experiment.seed,
         "smoke": smoke,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
-        "trained_numbers": None if smoke else trained_numbers(experiment, method),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
         "git": _revision(),

@@ -134,8 +134,8 @@ def _line(
 ) -> Line:
     label = row.label if row else run.config.get("method_title", run.method)
     state = "done" if run.done else f"unfinished: {run.status.get('stage')}"
-    trained, ours = run.config.get("trained_numbers"), _columns(experiment, run.scores)
-    return Line(run.method, label, row.params if row else "", trained, values or {}, ours, state, run.smoke)
+    ours = _columns(experiment, run.scores)
+    return Line(run.method, label, row.params if row else "", run.trained, values or {}, ours, state, run.smoke)
 
 
 def _columns(experiment: PublishedExperiment, scores: Mapping[str, float]) -> dict[str, float]:

@@ -17,11 +17,13 @@ from reproductions.paper.config import Experiment
 from reproductions.paper.files import read_lines, write
 from reproductions.paper.methods import METHODS, Method
 from reproductions.paper.methods.base import Penalty
-from reproductions.paper.weights import NAME, load_changes, save_changes
+from reproductions.paper.weights import NAME, changes, load_changes, save_changes
 from reproductions.paper.work import Workshop
+from reproductions.paper.workers import errors_of_workers
 from torch_mdgd.integrations.transformers import MDGDTrainerMixin
 
 CHECKPOINTS, LOG, TRAINED = "checkpoints", "training.jsonl", "trained_parameters.safetensors"
+COUNTS = "trained.json"
 TENSORBOARD = "tensorboard"
 LOGGED = ("visual_loss", "cos_task_visual", "cos_task_reference", "kept_fraction", "visual_to_task")
 
@@ -99,8 +101,8 @@ def train(
     callbacks: Sequence[TrainerCallback] = (),
     begin: Path | None = None,
     progress: bool = True,
-) -> int:
-    """Fine-tune the workshop's model, and write what changed to ``trained.safetensors``.
+) -> dict[str, int]:
+    """Fine-tune the workshop's model, and write what changed to ``trained.safetensors``, counted in ``trained.json``.
 
     Args:
         work: its model has the published weights, and afterwards the fine-tuned ones.
@@ -111,24 +113,29 @@ def train(
         progress: whether to show a bar.
 
     Returns:
-        how many numbers changed.
+        what ``trained.json`` holds: how many numbers might change, and how many did.
     """
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(work.experiment.seed)
     network = work.network
     if begin is not None:
         load_changes(network, begin)
-        module = network
+        module = method.mark(network, work.layers)
     else:
         module = _train(work, method, folder, callbacks, progress)
         # The Trainer is a cycle, which holds the optimizer's state on the device.
         gc.collect()
+    trained = method.trained(module)
     method.finish(work, module)
     published = work.pretrained
     for name, p in network.named_parameters():
         p.data = p.data.to(published[name].dtype)
     network.requires_grad_(False).eval()
-    return save_changes(network, published, folder / NAME)
+    changed, count = changes(network, published)
+    counts = {"trained_numbers": trained, "changed_numbers": count}
+    write(folder / COUNTS, json.dumps(counts))
+    save_changes(changed, folder / NAME)
+    return counts
 
 
 def _train(
@@ -165,7 +172,8 @@ def _train(
         trainer.add_callback(TensorBoardCallback(SummaryWriter(str(folder / TENSORBOARD))))
     if not progress:
         trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=last_checkpoint(folder / CHECKPOINTS))
+    with errors_of_workers():
+        trainer.train(resume_from_checkpoint=last_checkpoint(folder / CHECKPOINTS))
     if e.training.checkpointing:
         disable: Any = network.gradient_checkpointing_disable
         disable()

@@ -12,22 +12,22 @@ NAME = "trained.safetensors"
 
 
 @torch.no_grad()
-def save_changes(network: nn.Module, pretrained: Mapping[str, Tensor], path: Path) -> int:
-    """Write the parameters that differ from the published ones, in their dtype; the file appears whole or not at all.
-
-    Returns:
-        how many numbers differ.
-    """
+def changes(network: nn.Module, pretrained: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int]:
+    """The parameters that differ from the published ones, in their dtype on the CPU, and how many numbers differ."""
     changed, count = {}, 0
     for name, p in network.named_parameters():
         now, before = p.detach().cpu(), pretrained[name]
         if not torch.equal(now, before.to(now.dtype)):
             changed[name] = now.contiguous()
             count += int((now != before.to(now.dtype)).sum())
+    return changed, count
+
+
+def save_changes(changed: dict[str, Tensor], path: Path) -> None:
+    """Write them; the file appears whole or not at all."""
     part = path.with_suffix(".part")
     save_file(changed, part, {"format": "pt"})
     os.replace(part, path)
-    return count
 
 
 @torch.no_grad()

@@ -82,8 +82,11 @@ class Method:
 
     def trained_numbers(self, network: nn.Module, layers: int) -> int:
         """How many numbers may change, of a network that was just built; on the meta device too."""
-        module = self.mark(network, layers)
-        return sum(p.numel() for p in module.parameters() if p.requires_grad) if self.trains else 0
+        return self.trained(self.mark(network, layers)) if self.trains else 0
+
+    def trained(self, module: nn.Module) -> int:
+        """How many numbers of a module may change, once it is marked."""
+        return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
     def wrapper(self) -> dict[str, Any] | None:
         """Keywords of ``MDGDOptimizer``; None for the plain optimizer."""

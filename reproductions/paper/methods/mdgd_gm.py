@@ -33,9 +33,9 @@ class MDGDGM(base.Method):
     title = "MDGD-GM"
     Settings = MaskSettings
 
-    def trained_numbers(self, network: nn.Module, layers: int) -> int:
+    def trained(self, module: nn.Module) -> int:
         """The mask's."""
-        return max(1, round(self.settings.ratio * super().trained_numbers(network, layers)))
+        return max(1, round(self.settings.ratio * super().trained(module)))
 
     def wrapper(self) -> dict[str, Any]:
         """The published update under a mask."""

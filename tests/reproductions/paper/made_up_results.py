@@ -40,10 +40,12 @@ def write_run(folder: Path, experiment: PublishedExperiment, row: PublishedRow, 
     config = {
         "configuration": configuration, "experiment": experiment.name, "title": f"{experiment.model} somewhere",
         "method": row.method, "method_title": row.label, "seed": 0, "smoke": smoke, "device": "a made-up GPU",
-        "trained_numbers": row.trained, "python": "3.11.2", "versions": {"torch": "2.13.0"}, "git": "0123456789abcdef",
+        "python": "3.11.2", "versions": {"torch": "2.13.0"}, "git": "0123456789abcdef",
     }  # fmt: skip
     _json(run / "config.json", config)
     _json(run / "status.json", {"stage": "done", "wall_seconds": 5025.0})
+    if row.trained:
+        _json(run / "trained.json", {"trained_numbers": row.trained, "changed_numbers": row.trained - 1})
     for task in experiment.tasks:
         _write_task(run, experiment, row, task, drift, rng)
     if row.method != "zero-shot":

@@ -10,11 +10,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from reproductions.paper import evaluate, masking
 from reproductions.paper.config import ConfigError
-from reproductions.paper.data import DATASETS
+from reproductions.paper.data import DATASETS, DataError, Example
 from reproductions.paper.files import read_lines
 from reproductions.paper.results import Result
 from reproductions.paper.run import run_row
-from reproductions.paper.weights import NAME, load_changes
+from reproductions.paper.weights import NAME, changes, load_changes, save_changes
 from reproductions.paper.work import Workshop
 from tests.properties import assert_same_bits
 from tests.reproductions.paper.running import CPU, SHORT, row
@@ -113,6 +113,28 @@ def test_a_split_that_the_folder_lacks_comes_from_the_hub(assets, tmp_path, monk
     assert asked == [("pope", "test")]
 
 
+def test_workers_prepare_the_same_questions(whole, assets, tmp_path):
+    """What they look at does not change what is answered: a run may be taken up with others."""
+    folder = row(assets, tmp_path, "mdgd", "training.workers=2", "evaluation.batch=2")
+    for path in (whole / "evaluation").glob("*.jsonl"):
+        assert (folder / "evaluation" / path.name).read_text() == path.read_text()
+    # Not refused, although it is set otherwise.
+    row(assets, tmp_path, "mdgd", "training.workers=0", "evaluation.batch=1", "training.log_every=7")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("split", ["train", "val2014"])
+def test_a_broken_picture_is_named_in_a_line_whoever_reads_it(split, workers, assets, tmp_path, monkeypatch):
+    def image(example):
+        raise DataError("OK-VQA, split x, row 1: a broken picture")
+
+    monkeypatch.setattr(Example, "image", property(image))
+    method = "fine-tune" if split == "train" else "zero-shot"
+    with pytest.raises(DataError) as caught:
+        row(assets, tmp_path, method, f"training.workers={workers}")
+    assert str(caught.value) == "OK-VQA, split x, row 1: a broken picture"
+
+
 def test_features_are_there_whole_or_not_at_all(assets, tmp_path, monkeypatch):
     def cut_short(tensors, path):
         path.write_bytes(b"half of ")
@@ -148,13 +170,13 @@ def test_the_masked_cosine_is_that_of_what_is_left_of_both_gradients():
 
 
 def test_changes_are_the_numbers_that_differ(assets, tmp_path):
-    from reproductions.paper.weights import save_changes
-
     work = Workshop(assets.experiment("llava-okvqa"), CPU)
     published = work.pretrained
     with torch.no_grad():
         work.network.lm_head.weight[3, :2] += 1
-    assert save_changes(work.network, published, tmp_path / NAME) == 2
+    changed, count = changes(work.network, published)
+    assert (list(changed), count) == (["lm_head.weight"], 2)
+    save_changes(changed, tmp_path / NAME)
     other = Workshop(assets.experiment("llava-okvqa"), CPU).network
     load_changes(other, tmp_path / NAME)
     assert_same_bits(list(other.parameters()), list(work.network.parameters()))

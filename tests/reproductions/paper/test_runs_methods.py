@@ -30,6 +30,8 @@ def test_what_changes_is_what_the_paper_trains(method, name, assets, tmp_path):
     expected = {name for name, p in work.network.named_parameters() if id(p) in trained}
     assert changed_names(folder) == expected
     assert not any("pos_embed" in name for name in expected), "the resampler's positions stay"
+    total = sum(p.numel() for p in work.network.parameters() if p.requires_grad)
+    assert json.loads((folder / "trained.json").read_text())["trained_numbers"] == total
 
 
 def test_lora_changes_queries_keys_and_the_connector_alone(assets, tmp_path):
@@ -50,6 +52,8 @@ def test_mdgd_gm_changes_its_share_of_the_numbers(assets, tmp_path):
     load_changes(work.network, folder / NAME)
     moved = sum(int((p != published[name]).sum()) for name, p in work.network.named_parameters())
     assert 0.8 * round(0.05 * total) <= moved <= round(0.05 * total)
+    counts = json.loads((folder / "trained.json").read_text())
+    assert counts == {"trained_numbers": round(0.05 * total), "changed_numbers": moved}
     lines = [json.loads(line) for line in (folder / "training.jsonl").open()]
     assert lines[-1]["kept_fraction"] == pytest.approx(0.05, rel=0.01)
     (entry,) = json.loads((folder / "analysis" / "masking.json").read_text())

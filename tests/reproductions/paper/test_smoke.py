@@ -5,12 +5,10 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from reproductions.__main__ import app
-from reproductions.paper import rows
-from reproductions.paper.config import ConfigError, experiment_names
+from reproductions.paper.config import experiment_names
 from reproductions.paper.methods import METHODS
 from reproductions.paper.published import published
 

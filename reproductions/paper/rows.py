@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import traceback
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -212,10 +213,12 @@ def _report(failed: Sequence[str]) -> None:
 
 
 def _quiet() -> None:
-    """Leave the bars of reading a file away: there are hundreds of them."""
+    """Leave away the bars of reading a file, of which there are hundreds, and what a reader can do nothing about."""
     import datasets
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+    # Of names that peft and this release of transformers have different ideas of.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     datasets.disable_progress_bars()

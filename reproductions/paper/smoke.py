@@ -13,16 +13,16 @@ from reproductions.paper.config import Experiment, load_experiment
 from reproductions.paper.data import DATASETS
 from reproductions.paper.models import MODELS
 
-EXAMPLES = 3
+EXAMPLES = 8
 SETTINGS: dict[str, Any] = {
     "layers": 2,
     "dtype": "float32",
     "training": {
-        "steps": 2, "batch": 1, "accumulation": 2, "learning_rate": 1e-2, "warmup": 0.0, "save_every": 1,
+        "steps": 8, "batch": 1, "accumulation": 2, "learning_rate": 1e-2, "warmup": 0.0, "save_every": 4,
         "log_every": 1, "workers": 0, "checkpointing": False,
     },
     "evaluation": {"batch": EXAMPLES, "examples": EXAMPLES, "answer_tokens": 2},
-    "masking": {"ratios": [0.1, 1.0], "steps": 2, "batches": 1},
+    "masking": {"ratios": [0.1, 0.5, 1.0], "steps": 2, "batches": 1},
     "methods": {
         "lora": {"rank": 2}, "corda": {"rank": 2, "samples": 2}, "ewc": {"samples": 2}, "model-tailor": {"samples": 2},
         "replay": {"share": 0.5},

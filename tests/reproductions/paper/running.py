@@ -7,7 +7,13 @@ from safetensors.torch import load_file
 from reproductions.paper.run import run_row
 
 CPU = torch.device("cpu")
-SHORT = ('pretrained=["textvqa"]', "masking.ratios=[0.5]", "training.steps=3")
+SHORT = (
+    'pretrained=["textvqa"]',
+    "masking.ratios=[0.5]",
+    "training.steps=3",
+    "training.save_every=1",
+    "evaluation.examples=3",
+)
 
 
 def row(assets, results, method, *more, name="llava-okvqa", callbacks=()):

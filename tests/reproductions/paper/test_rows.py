@@ -141,7 +141,7 @@ def test_data_that_cannot_be_had_are_missed_before_anything_runs(assets, tmp_pat
     monkeypatch.setattr(DataSet, "fetch", fetch)
     monkeypatch.setattr(run, "run_row", lambda experiment, name, *args, **kwargs: asked.append(name))
     done = call("run", "llava-okvqa", "--all", "--results", tmp_path)
-    assert "GQA, testdev: 6 examples" in done.output
+    assert "GQA, testdev: 16 examples" in done.output
     assert "OK-VQA: the hub's copy has no training split" in done.output
     assert "POPE: the hub is out of reach" in done.output
     assert len(asked) == 7, "the others may do"

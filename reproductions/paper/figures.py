@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -11,6 +12,7 @@ import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from reproductions.paper.analysis import Kind, curve, embed, masking, ranks
 from reproductions.paper.data import DATASETS
@@ -20,6 +22,8 @@ from reproductions.paper.results import Result, read_results
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 COLOURS = {"zero-shot": "#999999", "fine-tune": "#D55E00", "mdgd": "#0072B2", "mdgd-gm": "#56B4E9"}
 LABELS = {"zero-shot": "pre-trained", "fine-tune": "fine-tuned", "mdgd": "MDGD", "mdgd-gm": "MDGD-GM"}
+WIDTH = 11.0
+"""Inches, of every figure: letters are then of one size where figures are shown below each other."""
 LLAVA, MINICPM = ("llava-flickr30k", "llava-okvqa"), ("minicpm-pathvqa", "minicpm-textcaps")
 
 Runs = Mapping[str, Mapping[str, Result]]
@@ -80,11 +84,12 @@ def draw_features(runs: Runs, names: Sequence[str]) -> Figure | None:
         panels += [(name, kind, found) for kind, found in placed.items() if found is not None]
     if not panels:
         return None
-    figure, axes = _grid(len(panels), 2, (4.4, 3.9))
+    figure, axes = _grid(len(panels), 2, 4.2)
     for axis, letter, (name, kind, found) in zip(axes, "abcd", panels, strict=False):
         for method, points in found.points.items():
+            area = min(36.0, max(9.0, 900 / len(points)))
             axis.scatter(
-                points[:, 0], points[:, 1], s=9, alpha=0.65, linewidths=0, color=COLOURS[method], label=LABELS[method]
+                points[:, 0], points[:, 1], area, alpha=0.65, linewidths=0, color=COLOURS[method], label=LABELS[method]
             )
         token = "last image token" if kind == "visual" else "last instruction token"
         axis.set_title(f"({letter}) {DATASETS[published()[name].target].title}, {kind}: {token}", fontsize=10)
@@ -110,7 +115,8 @@ def draw_training(runs: Runs) -> Figure | None:
             rows.append((experiment, curves, ratios))
     if not rows:
         return None
-    figure, axes = plt.subplots(len(rows), 3, figsize=(12, 3.2 * len(rows) + 0.5), squeeze=False, layout="constrained")
+    figure, grid = _grid(3 * len(rows), 3, 3.1)
+    axes = [grid[i : i + 3] for i in range(0, len(grid), 3)]
     for (left, middle, right), (experiment, curves, ratios) in zip(axes, rows, strict=True):
         for method, (steps, losses, smooth) in curves.items():
             left.plot(steps, losses, color=COLOURS[method], alpha=0.25, linewidth=0.8)
@@ -118,6 +124,7 @@ def draw_training(runs: Runs) -> Figure | None:
         if curves:
             left.legend(frameon=False)
         _label(left, f"(a) {_place(experiment)}", "optimizer step", "task loss")
+        left.xaxis.set_major_locator(MaxNLocator(integer=True))
         _mark(left, runs[experiment.name])
         for axis, key, letter, label in ((middle, "cos", "b", "cos(g̃, g̃₀)"), (right, "visual_loss", "c", "$L_v$")):
             _label(axis, f"({letter}) {_place(experiment)}", "numbers that may move, %", label)
@@ -138,7 +145,7 @@ def _rank_panels(runs: Runs, methods: Sequence[str], title: str) -> Figure | Non
             panels.append((experiment, found))
     if not panels:
         return None
-    figure, axes = _grid(len(panels), min(2, len(panels)), (6.2, 3.0))
+    figure, axes = _grid(len(panels), min(2, len(panels)), 3.2)
     for axis, (experiment, found) in zip(axes, panels, strict=False):
         width = 0.8 / len(found)
         for i, (method, values) in enumerate(found.items()):
@@ -154,10 +161,13 @@ def _rank_panels(runs: Runs, methods: Sequence[str], title: str) -> Figure | Non
     return figure
 
 
-def _grid(count: int, columns: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
+def _grid(count: int, columns: int, height: float) -> tuple[Figure, list[Axes]]:
     rows = -(-count // columns)
-    shape = (size[0] * columns, size[1] * rows + 0.7)
+    shape = (WIDTH, height * rows + 0.7)
     figure, axes = plt.subplots(rows, columns, figsize=shape, squeeze=False, layout="constrained")
+    layout: Any = figure.get_layout_engine()
+    # A title belongs to the panel below it, not to the one above.
+    layout.set(h_pad=0.14, w_pad=0.1)
     for axis in axes.flat[count:]:
         axis.set_axis_off()
     return figure, list(axes.flat)
@@ -169,7 +179,7 @@ def _legend(figure: Figure) -> None:
         found |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
     labels = [label for label in LABELS.values() if label in found]
     handles = [found[label] for label in labels]
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, markerscale=2)
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, markerscale=1.5)
 
 
 def _label(axis: Axes, title: str, x: str, y: str) -> None:
@@ -186,5 +196,5 @@ def _place(experiment: PublishedExperiment) -> str:
 def _mark(axis: Axes, runs: Mapping[str, Result]) -> None:
     """Say across the panel that it shows tiny random models, where it does."""
     if any(run.smoke for run in runs.values()):
-        axis.text(0.5, 0.5, "SMOKE", transform=axis.transAxes, fontsize=42, color="#D55E00", alpha=0.2, ha="center",
-                  va="center", rotation=18)  # fmt: skip
+        axis.text(0.5, 0.5, "SMOKE", transform=axis.transAxes, fontsize=42, color="black", alpha=0.16, ha="center",
+                  va="center", rotation=18, zorder=10)  # fmt: skip

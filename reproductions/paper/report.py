@@ -71,8 +71,8 @@ def _page(runs: Mapping[str, Mapping[str, Result]], tables: Sequence[Comparison]
         '<h2 id="figures">Figures</h2>',
         figures or '<p class="faint">No run has left data for a figure yet.</p>',
         '<h2 id="answers">Answers</h2>',
-        "<p>Where the systems differ most among the first examples of each task; chosen to show what forgetting looks "
-        "like, not how often it happens.</p>",
+        "<p>Where the systems differ most among the first examples of each task, and each answer's score in percent. "
+        "Chosen to show what forgetting looks like, not how often it happens.</p>",
         *(_answers(name, methods, opened=i == 0) for i, (name, methods) in enumerate(runs.items())),
         '<h2 id="runs">Runs</h2>',
         *(_run(run) for run in everything),
@@ -93,12 +93,19 @@ def _overview(runs: Sequence[Result]) -> str:
     beyond = f" and {measured.count(False)} beyond the paper" if False in measured else ""
     smoke = sum(run.smoke for run in runs)
     also = f"; {smoke} smoke runs" if smoke else ""
-    hours = sum(float(run.status.get("wall_seconds", 0)) for run in runs) / 3600
+    taken = _taken(sum(float(run.status.get("wall_seconds", 0)) for run in runs))
     devices = ", ".join(sorted({str(run.config.get("device", "an unknown device")) for run in runs}))
     return html.escape(
         f"{measured.count(True)} of the {len(rows)} published rows measured{beyond}{also}. "
-        f"{hours:.1f} hours on {devices or 'nothing yet'}."
+        f"{taken} on {devices or 'nothing yet'}."
     )
+
+
+def _taken(seconds: float) -> str:
+    """A time, such as "1.4 hours", in the unit that suits it."""
+    units = {"hours": 3600.0, "minutes": 60.0, "seconds": 1.0}
+    unit = next((unit for unit, size in units.items() if seconds >= size), "seconds")
+    return f"{seconds / units[unit]:.1f} {unit}"
 
 
 def _banner(runs: Sequence[Result]) -> str:
@@ -166,7 +173,8 @@ def _embedded(path: Path) -> str:
 def _answers(name: str, runs: Mapping[str, Result], opened: bool) -> str:
     order = [method for method in ("zero-shot", "fine-tune", "mdgd", "mdgd-gm") if method in runs]
     shown = {method: runs[method] for method in order or runs}
-    tasks = dict.fromkeys(task for run in shown.values() for task in run.evaluation)
+    first = next(iter(shown.values())).config["configuration"]
+    tasks = [*first["pretrained"], first["target"]]
     cards = {task: list(_cards(task, shown)) for task in tasks}
     title = next(iter(runs.values())).config.get("title", name)
     inside = "".join(
@@ -196,19 +204,19 @@ def _card(answers: Mapping[str, Mapping], picture: Path | None) -> str:
     image = f'<img alt="" loading="lazy" src="{_embedded(picture)}">' if picture else ""
     references = " / ".join(dict.fromkeys(map(str, first["answers"])))
     said = "".join(
-        f"<dt>{html.escape(label)}</dt><dd>{html.escape(str(line['prediction'])) or '(nothing)'} "
-        f'<span class="{"up" if (line["score"] or 0) >= 50 else "down"}">{line["score"] or 0:.0f}</span></dd>'
+        f"<dt>{html.escape(label)}</dt><dd>{html.escape(str(line['prediction'])) or '(nothing)'}</dd>"
+        f'<dd class="score {"up" if (line["score"] or 0) >= 50 else "down"}">{line["score"] or 0:.0f}</dd>'
         for label, line in answers.items()
     )
     return (
         f'<div class="card">{image}<div class="question">{html.escape(str(first["question"]))}</div>'
-        f"<dl><dt>reference</dt><dd>{html.escape(references)}</dd>{said}</dl></div>"
+        f'<dl><dt>reference</dt><dd class="wide">{html.escape(references)}</dd>{said}</dl></div>'
     )
 
 
 def _run(run: Result) -> str:
-    config, minutes = run.config, float(run.status.get("wall_seconds", 0)) / 60
-    facts = [str(config.get("device", "")), f"{minutes:.1f} minutes", f"seed {config.get('seed')}"]
+    config, taken = run.config, _taken(float(run.status.get("wall_seconds", 0)))
+    facts = [str(config.get("device", "")), taken, f"seed {config.get('seed')}"]
     facts += [str(config.get("git") or "unknown revision")[:12]]
     facts += [str(run.status.get("stage"))] * (not run.done) + ["SMOKE"] * run.smoke
     method = html.escape(str(config.get("method_title", run.method)))

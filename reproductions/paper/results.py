@@ -9,6 +9,8 @@ from typing import Any
 
 from safetensors.numpy import load_file
 
+from reproductions.paper.published import published
+
 
 class ResultError(ValueError):
     """A file of a run that cannot be read; the message names it."""
@@ -128,7 +130,14 @@ def read_results(folder: Path) -> dict[str, dict[str, Result]]:
 
 
 def _runs(folder: Path) -> Iterator[Result]:
-    for config in sorted(folder.glob("*/*/config.json")):
+    """In the order of the tables, and what they do not have after it."""
+    methods = [*dict.fromkeys(method for experiment in published().values() for method in experiment.rows)]
+    places = [{name: i for i, name in enumerate(names)} for names in (published(), methods)]
+
+    def place(config: Path) -> list[tuple[int, str]]:
+        return [(known.get(name, len(known)), name) for known, name in zip(places, config.parts[-3:-1], strict=True)]
+
+    for config in sorted(folder.glob("*/*/config.json"), key=place):
         yield Result(config.parent)
 
 

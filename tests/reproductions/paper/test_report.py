@@ -110,6 +110,24 @@ def test_answers_stand_beside_their_picture(tmp_path, no_figures):
     assert len([p for p in page.pictures if "jpeg" in p]) == tasks * report.SHOWN
 
 
+def test_runs_and_tasks_stand_in_the_order_of_the_tables(tmp_path, no_figures):
+    folder = write_results(tmp_path, [FLICKR])
+    (folder / FLICKR / "mdgd").rename(folder / FLICKR / "corda")
+    text = read(write_report(folder, tmp_path)).text
+    answers, runs = text[text.index(" Answers \n") :].split(" Runs \n")
+    titles = [DATASETS[task].title for task in published()[FLICKR].tasks]
+    assert re.findall(r" ({}) ".format("|".join(titles)), answers) == titles
+    labels = [row.label for method, row in published()[FLICKR].rows.items() if method != "mdgd"]
+    assert re.findall(rf"{FLICKR}  (.+?)  a made-up GPU, 1.4 hours", runs) == [*labels, "MDGD"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.04, "0.0 seconds"), (59, "59.0 seconds"), (90, "1.5 minutes"), (5025, "1.4 hours")]
+)
+def test_times_are_in_the_unit_that_suits_them(seconds, text):
+    assert report._taken(seconds) == text
+
+
 def test_the_most_telling_examples_come_first(tmp_path, no_figures):
     folder = write_results(tmp_path, [FLICKR], ["zero-shot", "mdgd"])
     for method, right in (("zero-shot", (1, 5)), ("mdgd", (5,))):

@@ -1,7 +1,7 @@
 """The smoke test's sizes: tiny models and small files on disk, and a configuration that points to them.
 
-Everything else is the code of the real runs: weights are read with ``from_pretrained``, data from parquet files in the
-hub's own schemas.
+Everything else is that of the real runs: bfloat16 under autocast, activations computed again, weights read with
+``from_pretrained``, data from parquet files in the hub's own schemas.
 """
 
 from collections.abc import Sequence
@@ -16,10 +16,9 @@ from reproductions.paper.models import MODELS
 EXAMPLES = 8
 SETTINGS: dict[str, Any] = {
     "layers": 2,
-    "dtype": "float32",
     "training": {
         "steps": 8, "batch": 1, "accumulation": 2, "learning_rate": 1e-2, "warmup": 0.0, "save_every": 4,
-        "log_every": 1, "workers": 0, "checkpointing": False,
+        "log_every": 1, "workers": 0,
     },
     "evaluation": {"batch": EXAMPLES, "examples": EXAMPLES, "answer_tokens": 2},
     "masking": {"ratios": [0.1, 0.5, 1.0], "steps": 2, "batches": 1},

@@ -15,7 +15,7 @@ from reproductions.paper.methods.base import train_last
 from reproductions.paper.models.base import VisionLanguageModel
 from reproductions.paper.weights import NAME
 from reproductions.paper.work import Workshop
-from tests.reproductions.paper.running import CPU, contents, row
+from tests.reproductions.paper.running import CPU, EXACT, contents, row
 
 
 class Killed(BaseException):
@@ -95,7 +95,7 @@ def test_a_checkpoint_holds_what_is_trained_alone(assets, tmp_path):
     with pytest.raises(Killed):
         row(assets, tmp_path, "fine-tune", callbacks=[KillAt(1, die)])
     folder = tmp_path / "llava-okvqa" / "fine-tune" / "checkpoints" / "checkpoint-1"
-    work = Workshop(assets.experiment("llava-okvqa"), CPU)
+    work = Workshop(assets.experiment("llava-okvqa", EXACT), CPU)
     parameters = train_last(work.network, 2)
     saved = load_file(folder / train.TRAINED)
     assert sum(x.numel() for x in saved.values()) == sum(p.numel() for p in parameters)

@@ -17,7 +17,7 @@ from reproductions.paper.run import run_row
 from reproductions.paper.weights import NAME, changes, load_changes, save_changes
 from reproductions.paper.work import Workshop
 from tests.properties import assert_same_bits
-from tests.reproductions.paper.running import CPU, SHORT, row
+from tests.reproductions.paper.running import CPU, EXACT, SHORT, row
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_what_is_measured_is_what_is_on_disk(assets, tmp_path, monkeypatch):
 
 def test_a_split_that_the_folder_lacks_comes_from_the_hub(assets, tmp_path, monkeypatch):
     (tmp_path / "okvqa").symlink_to(assets.data / "okvqa")
-    experiment = assets.experiment("llava-okvqa", ["evaluation.examples=2"])
+    experiment = assets.experiment("llava-okvqa", [*EXACT, "evaluation.examples=2"])
     asked = []
 
     def fetch(self, split, organisation):
@@ -170,14 +170,14 @@ def test_the_masked_cosine_is_that_of_what_is_left_of_both_gradients():
 
 
 def test_changes_are_the_numbers_that_differ(assets, tmp_path):
-    work = Workshop(assets.experiment("llava-okvqa"), CPU)
+    work = Workshop(assets.experiment("llava-okvqa", EXACT), CPU)
     published = work.pretrained
     with torch.no_grad():
         work.network.lm_head.weight[3, :2] += 1
     changed, count = changes(work.network, published)
     assert (list(changed), count) == (["lm_head.weight"], 2)
     save_changes(changed, tmp_path / NAME)
-    other = Workshop(assets.experiment("llava-okvqa"), CPU).network
+    other = Workshop(assets.experiment("llava-okvqa", EXACT), CPU).network
     load_changes(other, tmp_path / NAME)
     assert_same_bits(list(other.parameters()), list(work.network.parameters()))
     with pytest.raises(ValueError, match=r"lm_head.weight is no parameter"):
@@ -187,7 +187,7 @@ def test_changes_are_the_numbers_that_differ(assets, tmp_path):
 def test_rank_and_features_are_those_of_the_last_hidden_states(assets, tmp_path):
     from torch_mdgd import effective_rank
 
-    work = Workshop(assets.experiment("llava-okvqa"), CPU)
+    work = Workshop(assets.experiment("llava-okvqa", EXACT), CPU)
     examples = work.evaluation_examples("textvqa")
     rank = evaluate.look(work, examples, tmp_path / "features.safetensors")
     hidden, rows = [], []

@@ -12,7 +12,7 @@ from reproductions.paper.methods.replay import Mixed
 from reproductions.paper.weights import NAME, load_changes
 from reproductions.paper.work import Workshop
 from tests.properties import assert_same_bits
-from tests.reproductions.paper.running import CPU, row
+from tests.reproductions.paper.running import CPU, EXACT, row
 
 
 def changed_names(folder):
@@ -25,7 +25,7 @@ def changed_names(folder):
 )
 def test_what_changes_is_what_the_paper_trains(method, name, assets, tmp_path):
     folder = row(assets, tmp_path, method, name=name)
-    work = Workshop(assets.experiment(name), CPU)
+    work = Workshop(assets.experiment(name, EXACT), CPU)
     trained = {id(p) for p in train_last(work.network, 2)}
     expected = {name for name, p in work.network.named_parameters() if id(p) in trained}
     assert changed_names(folder) == expected
@@ -46,7 +46,7 @@ def test_lora_changes_queries_keys_and_the_connector_alone(assets, tmp_path):
 
 def test_mdgd_gm_changes_its_share_of_the_numbers(assets, tmp_path):
     folder = row(assets, tmp_path, "mdgd-gm", "methods.mdgd-gm.ratio=0.05")
-    work = Workshop(assets.experiment("llava-okvqa"), CPU)
+    work = Workshop(assets.experiment("llava-okvqa", EXACT), CPU)
     total = sum(p.numel() for p in train_last(work.network, 2))
     published = work.pretrained
     load_changes(work.network, folder / NAME)
@@ -70,7 +70,7 @@ def test_model_tailor_begins_with_the_fine_tune_and_trains_it_if_need_be(assets,
     before = (fine / NAME).read_bytes()
     row(assets, tmp_path, "fine-tune")
     assert (fine / NAME).read_bytes() == before, "trained once"
-    published = Workshop(assets.experiment("llava-okvqa"), CPU).pretrained
+    published = Workshop(assets.experiment("llava-okvqa", EXACT), CPU).pretrained
     tuned, tailored = load_file(fine / NAME), load_file(folder / NAME)
     assert not any("projector.linear" in name for name in tailored), "the connector's Linears go back"
     for name in tuned:
@@ -90,7 +90,7 @@ def test_replay_puts_old_examples_among_the_new_ones():
 
 
 def test_memory_is_never_what_is_measured(assets):
-    work = Workshop(assets.experiment("minicpm-pathvqa"), CPU)
+    work = Workshop(assets.experiment("minicpm-pathvqa", EXACT), CPU)
     measured = {(x.id, x.question) for task in work.experiment.tasks for x in work.evaluation_examples(task)}
     memory = list(work.memory())
     assert len(memory) > 6
@@ -108,7 +108,7 @@ def test_a_penalty_counts_once_a_step(assets, tmp_path):
 
 
 def test_a_heavy_pull_keeps_the_model_nearer(assets, tmp_path):
-    published = Workshop(assets.experiment("llava-okvqa"), CPU).pretrained
+    published = Workshop(assets.experiment("llava-okvqa", EXACT), CPU).pretrained
     distance = {}
     for weight in (0.0, 1e3):
         folder = row(assets, tmp_path / str(weight), "l2-sp", f"methods.l2-sp.weight={weight}", "training.steps=6")

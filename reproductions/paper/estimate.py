@@ -5,8 +5,8 @@ passes a step:
 
     training    T · (2 P (f + b c) + b (2 P + 2 Q)) + 2 V N     operations an example
     evaluation  2 P T + 2 V N operations, then a pass over all weights' bytes for each token of a batch's answers
-    memory      2 bytes a frozen number; 4 a trained one, 8 more for AdamW, 4 for each gradient that is held and for φ;
-                8 more inside a mask, for positions; and activations
+    memory      2 bytes a frozen number; 4 a trained one, 2 more for autocast's copy, 8 for AdamW, 4 for each gradient
+                that is held and for φ; 8 more inside a mask, for positions; and activations
 
 c is 1 if activations are computed again in backward passes; V and N are the vision tower's parameters and patches: it
 is frozen and runs once an example. Gradients pass through all of the language model, since the connector is trained.
@@ -148,11 +148,11 @@ def estimate(experiment: Experiment, name: str) -> Estimate:
     memory = 2 * (size.total - dense) + 4 * dense + _activations(experiment, size, learns)
     if learns:
         # State for what moves; gradients for everything; and φ, which the plain optimizer does without.
-        memory += 8 * inside + 4 * dense * GRADIENTS.get(name, 1) + 4 * inside * (name in GRADIENTS)
+        memory += 2 * dense + 8 * inside + 4 * dense * GRADIENTS.get(name, 1) + 4 * inside * (name in GRADIENTS)
         memory += 8 * inside if short else 0
     elif method.trains:
         memory += 4 * sum(side**2 for side in _inputs(experiment))
-    state = 16 * inside if short else 12 * trained
+    state = 20 * inside if short else (8 + 4 * (name in GRADIENTS)) * trained
     return Estimate(
         trained if name != "osf" else None,
         one * rounds * examples,

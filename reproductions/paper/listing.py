@@ -48,10 +48,12 @@ def print_list(overrides: Sequence[str], results: Path, console: Console) -> Non
     console.print(f"Beyond the paper: {beyond}\n")
     hours, memory = sum(found.hours for found in rows), max(found.memory for found in rows)
     disk = sum(found.disk for found in rows) + 2 * max(found.checkpoints for found in rows)
+    # Pictures stay encoded, so that the copy which `datasets` makes of a parquet file is of its size.
+    unpacked = sum(size for what, size in fetched.items() if what in DATASETS)
     console.print(
         f"All rows: about {hours:.0f} GPU hours, {hours / 2:.0f} on two GPUs of {memory / 1e9:.0f} GB or more; "
-        f"{sum(fetched.values()):.0f} GB to fetch and up to {disk / 1e9:.0f} GB of results "
-        f"and, while two rows train, of checkpoints.\n"
+        f"{sum(fetched.values()):.0f} GB to fetch, {unpacked:.0f} GB for the copy that `datasets` makes of the data, "
+        f"and up to {disk / 1e9:.0f} GB of results and, while two rows train, of checkpoints.\n"
         f"Estimated from parameter and token counts for {ASSUMPTIONS}; the formulas are in estimate.py.",
         soft_wrap=True,
     )

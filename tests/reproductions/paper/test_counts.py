@@ -1,14 +1,17 @@
 """The published counts of trained numbers, from networks of the published shapes on the meta device."""
 
 import pytest
+import torch
 
 from reproductions.paper.config import load_experiment
 from reproductions.paper.estimate import estimate, size_of, trained_numbers
 from reproductions.paper.methods import METHODS, methods_of
+from reproductions.paper.methods.base import train_last
 from reproductions.paper.published import published
 from reproductions.paper.train import method_of
-from reproductions.paper.work import skeleton
-from torch_mdgd import connector, last_decoder_layers
+from reproductions.paper.work import Workshop, skeleton
+from tests.reproductions.paper.running import CPU, EXACT
+from torch_mdgd import MDGDOptimizer, connector, last_decoder_layers, mdgd_backward
 
 COUNTS = {
     "llava-1.5-7b": {"fine-tune": 1_235_279_872, "lora": 29_368_320, "mdgd-gm": 123_527_987},
@@ -67,6 +70,30 @@ def test_estimates_follow_the_passes():
     assert found["mdgd"].memory - found["fine-tune"].memory == 12 * 1_235_279_872
     assert all(f.memory < 80e9 for f in found.values())
     assert found["mdgd"].disk == 2 * 1_235_279_872
+    # Two checkpoints, each of the weights and two moments; and φ.
+    assert found["fine-tune"].checkpoints == 2 * 12 * 1_235_279_872
+    assert found["mdgd"].checkpoints == 2 * 16 * 1_235_279_872
+
+
+@pytest.mark.parametrize(("method", "size"), [("fine-tune", 8), ("fine-tune-lv", 12), ("mdgd", 12), ("mdgd-gm", 20)])
+def test_the_bytes_of_optimizer_state_that_estimates_count_with(method, size, assets):
+    """Two moments; φ; and in a mask, of everything here, where each number stands."""
+    experiment = assets.experiment("llava-okvqa", [*EXACT, "methods.mdgd-gm.ratio=1.0"])
+    work = Workshop(experiment, CPU)
+    parameters, wrap = train_last(work.network, 2), method_of(experiment, method).wrapper()
+    optimizer = torch.optim.AdamW(parameters)
+    if wrap is not None:
+        optimizer = MDGDOptimizer(optimizer, **wrap)
+    for batch in work.target_batches(2):
+        if wrap is None:
+            work.network(**batch).loss.backward()
+        else:
+            mdgd_backward(work.network, optimizer, batch, tap=work.model.tap())
+        optimizer.step()
+        optimizer.zero_grad()
+    state = [x for found in optimizer.state_dict()["state"].values() for x in found.values()]
+    total = sum(x.numel() * x.element_size() for x in state if isinstance(x, torch.Tensor))
+    assert total == pytest.approx(size * sum(p.numel() for p in parameters), rel=0.02)
 
 
 def test_longer_training_takes_longer_in_proportion():

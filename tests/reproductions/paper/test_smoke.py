@@ -1,8 +1,10 @@
 """The command line: every row of both tables on tiny models and small files, and what is made of the results."""
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -71,6 +73,10 @@ def test_list_shows_counts_needs_and_what_has_run(finished):
     for count in ("1,235,279,872", "517,777,920", "29,368,320", "35,265,024", "123,527,987", "51,777,792"):
         assert count in shown.output
     assert shown.output.count("done, 0.0 h") == 26
+    readme = (Path(__file__).parents[3] / "README.md").read_text()
+    totals = shown.output[shown.output.index("All rows: ") :]
+    for number in re.findall(r"\d+ (?:GPU hours|on two|GB to fetch|GB for the copy|GB of results)", totals):
+        assert number in " ".join(readme.split()), "as README tells it"
     for word in ("GPU hours", "Flickr30k", "PathVQA", "Figure 3", "GB to fetch", "corda"):
         assert word in shown.output
 

@@ -39,16 +39,17 @@ class ElasticSettings(base.Settings):
     """Settings of EWC.
 
     Attributes:
-        weight: of the penalty.
+        weight: of the penalty; F is divided by its mean, since it falls with the number of parameters, so that the
+            weight is L2-SP's.
         samples: of what was learned before, for the Fisher information.
     """
 
-    weight: float = limited(1e3, least=0)
+    weight: float = limited(1e-2, least=0)
     samples: int = limited(128, least=1)
 
 
 class EWC(base.Method):
-    """(weight / 2) Σ F (θ − φ)², with F from training examples of pre-trained tasks."""
+    """(weight / 2) Σ F (θ − φ)², with F from training examples of pre-trained tasks, 1 on average."""
 
     name = "ewc"
     title = "EWC"
@@ -64,6 +65,9 @@ class EWC(base.Method):
 
         parameters = trained(module)
         fisher = diagonal_fisher(parameters, work.memory_batches(self.settings.samples), loss)
+        mean = sum(f.sum() for f in fisher) / sum(f.numel() for f in fisher)
+        for f in fisher:
+            f /= mean
         return ElasticWeights(parameters, fisher, self.settings.weight)
 
 

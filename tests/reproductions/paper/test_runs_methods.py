@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from reproductions.methods.replay import Replay
+from reproductions.paper.methods import METHODS
 from reproductions.paper.methods.base import train_last
 from reproductions.paper.methods.replay import Mixed
 from reproductions.paper.weights import NAME, load_changes
@@ -107,11 +108,22 @@ def test_a_penalty_counts_once_a_step(assets, tmp_path):
         torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-3, atol=1e-4)
 
 
-def test_a_heavy_pull_keeps_the_model_nearer(assets, tmp_path):
+def test_the_information_of_ewc_is_one_on_average(assets):
+    """Else its weight would mean less the larger the model is: 8e-8 on average for one of half a million numbers."""
+    work = Workshop(assets.experiment("llava-okvqa", EXACT), CPU)
+    module = METHODS["ewc"]().prepare(work)
+    penalty = METHODS["ewc"]().penalty(work, module)
+    total = sum(f.sum() for f in penalty.fisher) / sum(f.numel() for f in penalty.fisher)
+    assert float(total) == pytest.approx(1, rel=1e-4)
+    assert max(float(f.max()) for f in penalty.fisher) > 10, "and not alike for all"
+
+
+@pytest.mark.parametrize("method", ["l2-sp", "ewc"])
+def test_a_heavy_pull_keeps_the_model_nearer(method, assets, tmp_path):
     published = Workshop(assets.experiment("llava-okvqa", EXACT), CPU).pretrained
     distance = {}
     for weight in (0.0, 1e3):
-        folder = row(assets, tmp_path / str(weight), "l2-sp", f"methods.l2-sp.weight={weight}", "training.steps=6")
+        folder = row(assets, tmp_path / str(weight), method, f"methods.{method}.weight={weight}", "training.steps=6")
         tuned = load_file(folder / NAME)
         distance[weight] = sum(float((x - published[name]).square().sum()) for name, x in tuned.items())
     assert distance[1e3] < 0.8 * distance[0.0]

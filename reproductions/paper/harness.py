@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from lmms_eval import evaluator
 from lmms_eval.api.model import lmms
+from tenacity import RetryError
 
 from reproductions.paper.config import Experiment, build
+from reproductions.paper.data import DataError
 from reproductions.paper.models import VisionLanguageModel, to_device
 from reproductions.paper.weights import NAME, load_changes
 from reproductions.paper.work import Workshop
@@ -104,11 +106,17 @@ def measure(
         tasks: by lmms-eval's names.
         tasks_folder: of task files of one's own, in place of those that come with lmms-eval.
         limit: examples of each task.
+
+    Raises:
+        DataError: lmms-eval cannot load the data of a task.
     """
     own = {} if tasks_folder is None else {"include_path": str(tasks_folder), "include_defaults": False}
-    found = evaluator.simple_evaluate(
-        model=Harnessed(model), tasks=list(tasks), task_manager=evaluator.TaskManager(**own), limit=limit,
-        bootstrap_iters=0, log_samples=False, cli_args=SimpleNamespace(output_path=None, process_with_media=False),
-    )  # fmt: skip
+    try:
+        found = evaluator.simple_evaluate(
+            model=Harnessed(model), tasks=list(tasks), task_manager=evaluator.TaskManager(**own), limit=limit,
+            bootstrap_iters=0, log_samples=False, cli_args=SimpleNamespace(output_path=None, process_with_media=False),
+        )  # fmt: skip
+    except RetryError as error:
+        raise DataError(f"lmms-eval: {error.last_attempt.exception()}") from error
     results: dict[str, Any] = found["results"]
     return results

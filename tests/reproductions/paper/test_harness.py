@@ -8,7 +8,7 @@ from PIL import Image
 
 pytest.importorskip("lmms_eval.evaluator")
 
-from reproductions.paper.data import DATASETS
+from reproductions.paper.data import DATASETS, DataError
 from reproductions.paper.harness import Harnessed, cut, load_run, measure
 from reproductions.paper.models import load_model
 
@@ -72,6 +72,14 @@ def test_a_task_of_ones_own_from_end_to_end(assets, model, tmp_path):
 
 def request(text, settings, number=0):
     return SimpleNamespace(args=(text, settings, lambda doc: [doc], number, "task", "test"))
+
+
+def test_data_that_lmms_eval_cannot_load_are_told_in_a_line(model, tmp_path, monkeypatch):
+    (tmp_path / "own.py").write_text(FUNCTIONS)
+    (tmp_path / "tiny_textvqa.yaml").write_text(TASK.format(files=tmp_path / "nothing" / "*.parquet"))
+    monkeypatch.setattr("tenacity.nap.time.sleep", lambda seconds: None)
+    with pytest.raises(DataError, match="lmms-eval: At least one valid data file must be specified"):
+        measure(model, ["tiny_textvqa"], tasks_folder=tmp_path)
 
 
 def test_answers_are_the_models_own_in_order(model):

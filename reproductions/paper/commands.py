@@ -157,11 +157,12 @@ class _refusals:  # noqa: N801
             raise typer.Exit(2) from error
         from reproductions.paper.config import ConfigError
         from reproductions.paper.data import DataError
+        from reproductions.paper.files import BusyError
         from reproductions.paper.models import ModelError
         from reproductions.paper.results import ResultError
         from reproductions.paper.rows import RowsFailedError
 
-        if isinstance(error, ConfigError | DataError | ModelError | ResultError | RowsFailedError):
+        if isinstance(error, BusyError | ConfigError | DataError | ModelError | ResultError | RowsFailedError):
             typer.secho(str(error), err=True, fg="red")
             raise typer.Exit(1 if isinstance(error, RowsFailedError) else 2) from error
 

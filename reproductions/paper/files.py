@@ -1,7 +1,11 @@
 """Files that a kill leaves whole: replaced at once, or read up to where writing stopped."""
 
+import errno
+import fcntl
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,3 +27,25 @@ def read_lines(path: Path) -> list[Any]:
         except json.JSONDecodeError:
             break
     return found
+
+
+class BusyError(RuntimeError):
+    """Another process works in a folder; the message names it."""
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a folder until this block ends, or this process by whatever death.
+
+    Raises:
+        BusyError: another process is in it.
+    """
+    with (folder / "lock").open("w") as file:
+        try:
+            # Unlike flock, not handed on to worker processes, which outlive a killed one for seconds.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            # Any other error is that of a file system without locks, on which nobody is kept out.
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise BusyError(f"{folder}: another process is at work here") from error
+        yield

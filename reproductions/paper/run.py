@@ -18,7 +18,7 @@ from transformers import TrainerCallback, set_seed
 
 from reproductions.paper.config import ConfigError, Experiment
 from reproductions.paper.evaluate import evaluate
-from reproductions.paper.files import write
+from reproductions.paper.files import alone_in, write
 from reproductions.paper.masking import analyse_masking
 from reproductions.paper.methods import Method
 from reproductions.paper.methods.mdgd_gm import MDGDGM
@@ -60,6 +60,7 @@ def run_row(
 
     Raises:
         ConfigError: the folder holds a run with another configuration.
+        BusyError: another process is at this row.
     """
     console = console or Console()
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -71,10 +72,26 @@ def run_row(
     if status.stage == "done":
         console.print(f"{experiment.name} {name}: done already")
         return folder
+    with alone_in(folder):
+        _do(experiment, method, folder, status, results, smoke, device, callbacks, console)
+    return folder
+
+
+def _do(
+    experiment: Experiment,
+    method: Method,
+    folder: Path,
+    status: "Status",
+    results: Path,
+    smoke: bool,
+    device: torch.device,
+    callbacks: Sequence[TrainerCallback],
+    console: Console,
+) -> None:
     begin = None
     if method.begins_with is not None:
         begin = _trained_by(experiment, method.begins_with, results, smoke, device, callbacks, console)
-    console.print(f"{experiment.name} {name}: {method.title}, on {device}")
+    console.print(f"{experiment.name} {method.name}: {method.title}, on {device}")
     set_seed(experiment.seed)
     show = not console.quiet
     if method.trains:
@@ -101,7 +118,6 @@ def run_row(
         with status.during("analysis"):
             analyse_masking(Workshop(experiment, device), method, folder, progress=show)
     status.set("done")
-    return folder
 
 
 class Status:
@@ -163,7 +179,7 @@ def _trained_by(
     if not (folder / NAME).is_file():
         console.print(f"{experiment.name} {name}: training, for what begins with it")
         status = Status(folder / "status.json")
-        with status.during("training"):
+        with alone_in(folder), status.during("training"):
             train(
                 Workshop(experiment, device), other, folder, [Ticking(status), *callbacks], progress=not console.quiet
             )

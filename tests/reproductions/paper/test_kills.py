@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from reproductions.paper import masking, train
+from reproductions.paper.files import BusyError
 from reproductions.paper.methods.base import train_last
 from reproductions.paper.models.base import VisionLanguageModel
 from reproductions.paper.weights import NAME
@@ -75,6 +76,27 @@ def test_a_process_that_is_really_killed(assets, whole, tmp_path):
     assert list((folder / "checkpoints").iterdir())
     row(assets, tmp_path, "mdgd")
     assert contents(folder) == contents(whole)
+
+
+def test_two_processes_do_not_do_the_same_row(assets, tmp_path):
+    """As after a kill of the process that gave the rows out: those that do them live on."""
+    context = multiprocessing.get_context("fork")
+    begun, go = context.Event(), context.Event()
+
+    def wait():
+        begun.set()
+        go.wait()
+
+    process = context.Process(target=row, args=(assets, tmp_path, "fine-tune"), kwargs={"callbacks": [KillAt(1, wait)]})
+    process.start()
+    begun.wait()
+    for method in ("fine-tune", "model-tailor"):
+        with pytest.raises(BusyError, match="llava-okvqa/fine-tune: another process is at work here"):
+            row(assets, tmp_path, method)
+    go.set()
+    process.join()
+    assert process.exitcode == 0
+    assert json.loads((tmp_path / "llava-okvqa" / "fine-tune" / "status.json").read_text())["stage"] == "done"
 
 
 def test_a_checkpoint_cut_short_is_passed_over(assets, whole, tmp_path):

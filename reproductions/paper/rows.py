@@ -1,7 +1,9 @@
 """Several rows after each other, and several GPUs beside each other."""
 
+import ctypes
 import gc
 import os
+import signal
 import subprocess
 import sys
 import traceback
@@ -190,7 +192,7 @@ def beside(rows: Rows, overrides: Sequence[str], results: Path, devices: Sequenc
                 with log.open("ab") as file:
                     running[device] = row, subprocess.Popen(
                         command(row, overrides, results), env={**os.environ, "CUDA_VISIBLE_DEVICES": device},
-                        stdout=file, stderr=subprocess.STDOUT,
+                        stdout=file, stderr=subprocess.STDOUT, preexec_fn=_die_with_the_parent,
                     )  # fmt: skip
             for device, (row, process) in list(running.items()):
                 try:
@@ -205,6 +207,12 @@ def beside(rows: Rows, overrides: Sequence[str], results: Path, devices: Sequenc
         for _, process in running.values():
             process.terminate()
     _report(failed)
+
+
+def _die_with_the_parent() -> None:
+    """On Linux, also where the parent is killed: what lives on would hold its GPU while the next call wants it."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def _report(failed: Sequence[str]) -> None:

@@ -1,5 +1,7 @@
 """Several rows: after each other, beside each other on GPUs, and when some of them fail."""
 
+import os
+import subprocess
 import sys
 import weakref
 
@@ -101,6 +103,37 @@ def test_every_gpu_takes_the_next_row_when_it_is_free(tmp_path, monkeypatch):
     lines = [line.split() for n in "01" for line in (tmp_path / f"gpu-{n}.log").read_text().splitlines()]
     assert sorted(method for _, method in lines) == ["lora", "mdgd", "zero-shot"]
     assert {device for device, _ in lines} == {"0", "1"}
+
+
+CHILD = """
+import signal, sys
+with open(sys.argv[1], "w") as fifo:
+    print("begun", file=fifo, flush=True)
+    signal.signal(signal.SIGALRM, lambda *_: None)
+    signal.alarm(30)
+    signal.pause()
+    print("survived", file=fifo, flush=True)
+"""
+PARENT = """
+import sys
+from pathlib import Path
+from rich.console import Console
+from reproductions.paper import rows
+
+rows.command = lambda row, overrides, results: [sys.executable, "-c", sys.argv[1], str(results / "fifo")]
+rows.beside({"x": ["mdgd"]}, [], Path(sys.argv[2]), ["0"], Console(quiet=True))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what other systems lack")
+def test_rows_die_with_the_process_that_gave_them_out(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, CHILD, str(tmp_path)])
+    with (tmp_path / "fifo").open() as fifo:
+        assert fifo.readline() == "begun\n"
+        parent.kill()
+        parent.wait()
+        assert fifo.read() == ""
 
 
 def test_rows_go_to_the_gpus_where_there_are_several(everything, tmp_path, monkeypatch):

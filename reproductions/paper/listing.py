@@ -13,11 +13,13 @@ from reproductions.paper.estimate import ASSUMPTIONS, Estimate, downloads, estim
 from reproductions.paper.methods import METHODS, methods_of
 
 FIGURES = {
-    "1, 4": "effective rank of what is seen, by task: zero-shot, fine-tune, mdgd of all experiments",
-    "2": "t-SNE of features: zero-shot, fine-tune, mdgd of both MiniCPM experiments",
-    "3": "learning curves of fine-tune, mdgd, mdgd-gm; agreement and drift against the ratio of mdgd-gm",
-    "5": "t-SNE of features: zero-shot, fine-tune, mdgd of both LLaVA experiments",
+    "1": ("effective rank of what is seen before and after fine-tuning, by task", ("zero-shot", "fine-tune"), ""),
+    "2": ("t-SNE of features of MiniCPM", ("zero-shot", "fine-tune", "mdgd"), "minicpm"),
+    "3": ("learning curves; agreement and drift against the masking ratio", ("fine-tune", "mdgd", "mdgd-gm"), ""),
+    "4": ("effective rank of what is seen, by task", ("zero-shot", "fine-tune", "mdgd"), ""),
+    "5": ("t-SNE of features of LLaVA", ("zero-shot", "fine-tune", "mdgd"), "llava"),
 }
+"""What they show, the methods that they need, and of which experiments: those whose names begin so."""
 
 
 def print_list(overrides: Sequence[str], results: Path, console: Console) -> None:
@@ -42,8 +44,11 @@ def print_list(overrides: Sequence[str], results: Path, console: Console) -> Non
             f"{size_of(experiment.model).total:,} parameters. To fetch, GB: {weights}, {sizes}\n", soft_wrap=True
         )
     console.print("disk GB: what stays + checkpoints while it trains\n", soft_wrap=True)
-    for number, what in FIGURES.items():
-        console.print(f"Figure {number}: {what}", soft_wrap=True)
+    for number, (what, methods, kind) in FIGURES.items():
+        needed = [results / name / method for name in experiment_names() if name.startswith(kind) for method in methods]
+        done = sum(stage(folder).startswith("done") for folder in needed)
+        rows_of = f"{', '.join(methods)} of {'both ' + kind if kind else 'all'} experiments"
+        console.print(f"Figure {number}: {what}. {done} of {len(needed)} rows: {rows_of}", soft_wrap=True)
     beyond = ", ".join(name for name, method in METHODS.items() if not method.in_paper)
     console.print(f"Beyond the paper: {beyond}\n")
     hours, memory = sum(found.hours for found in rows), max(found.memory for found in rows)

@@ -128,6 +128,23 @@ def study(
     )  # fmt: skip
 
 
+@app.command()
+def leads(
+    output: Annotated[Path, typer.Option(help="Folder of the study; what it holds already is not run again.")] = Path(
+        "runs/mini/study"
+    ),
+    workers: Annotated[int, typer.Option(min=0, help="Processes of one thread each; 0 for one a core.")] = 0,
+    steps: Annotated[int, typer.Option(min=0, help="Steps of each fine-tuning; 0 for the study's.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Examples a step.")] = 16,
+    examples: Annotated[int, typer.Option(min=1, help="Validation examples a task.")] = 150,
+) -> None:
+    """Try other masks, other layers and other ways to keep a history, on validation examples alone."""
+    from reproductions.mini import leads as leading
+    from reproductions.mini.study import Size
+
+    leading.leads(output, Size(steps or None, batch, examples), _console(), workers or None)
+
+
 Results = Annotated[Path, typer.Option(help="Folder of the study's results; they need not be complete.")]
 STUDY = Path("reproductions/mini/results/study")
 

@@ -15,6 +15,7 @@ from reproductions.methods import PullTowards, Replay, lora, tailor_
 from reproductions.mini.data import Example, TaskData, pretrained_task_data, training_batch
 from reproductions.mini.methods import Method
 from reproductions.mini.questions import PRETRAINED_TASKS
+from reproductions.mini.scored_masks import Batches
 from torch_mdgd import MDGDOptimizer, mdgd_backward
 
 BATCH = 32
@@ -25,6 +26,8 @@ LONGEST_SGD_GRADIENT = 1.0
 # Of each pre-trained task; as many as there are digits to train on.
 _REMEMBERED = 170
 _CALIBRATION = 128
+# Batches from which numbers are scored for a mask.
+_SCORING = 8
 
 OnStep = Callable[[int, float], None]
 """Is told of each step and its loss."""
@@ -106,7 +109,7 @@ def _train(
     course: Course,
 ) -> None:
     rng = np.random.default_rng(seed)
-    optimizer = method.optimizer(model, parameters)
+    optimizer = method.optimizer(model, parameters, lambda: _scoring_batches(data, tokenizer, seed, batch_size))
     pull = PullTowards(parameters, method.pull) if method.pull else None
     replay = Replay(memory(seed), method.replay) if method.replay else None
     scheduler = LambdaLR(optimizer, lambda step: min(1, (step + 1) / WARM_UP) * (1 - step / steps))
@@ -133,6 +136,12 @@ def _train(
             for name, value in optimizer.diagnostics.items():
                 course.traces.setdefault(name, []).append(value)
         on_step(step, course.losses[-1])
+
+
+def _scoring_batches(data: TaskData, tokenizer: PreTrainedTokenizerFast, seed: int, batch_size: int) -> Batches:
+    rng = np.random.default_rng([seed, 2])
+    draws = (rng.choice(len(data), batch_size, replace=False) for _ in range(_SCORING))
+    return [training_batch([data.examples[i] for i in drawn], tokenizer) for drawn in draws]
 
 
 def memory(seed: int) -> list[Example]:

@@ -1,12 +1,15 @@
 """The ways of fine-tuning that are compared: an optimizer at a learning rate, perhaps wrapped, perhaps with help."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
+from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from torch_mdgd import Magnitude, MDGDOptimizer, Random, TopK, VisualInputs
+from reproductions.mini.scored_masks import Batches, scored_mask
+from torch_mdgd import Given, Magnitude, MDGDOptimizer, Random, TopK, VisualInputs
 
 Base = Literal["adamw", "sgd"]
 
@@ -21,9 +24,12 @@ class Method:
         learning_rate: peak rate; None trains nothing.
         wrap: arguments of `MDGDOptimizer`; None captures no gradients.
         fraction: of the trainable numbers that may move.
-        mask: how those are chosen: "similarity" as in MDGD-GM, "random" or "magnitude".
+        mask: how those are chosen: "similarity" as in MDGD-GM, from one batch, in each "tensor" by itself, or from
+            eight "batches"; "random" or "magnitude"; a score of `scored_masks`; or "all" of them, which is no mask
+            but lets a history keep its directions in full.
         inputs: in step space, the share of each layer's visual inputs that is kept from change, in place of the
             visual gradient; see `VisualInputs`.
+        layers: of which layers.
         base: the optimizer, "adamw" (no weight decay) or "sgd" (momentum 0.9, gradients clipped to
             length 1).
         pull: weight of L2-SP's pull towards the pre-trained weights.
@@ -37,16 +43,25 @@ class Method:
     learning_rate: float | None
     wrap: dict[str, Any] | None = None
     fraction: float = 1.0
-    mask: Literal["similarity", "random", "magnitude"] = "similarity"
+    mask: str = "similarity"
     inputs: float | None = None
+    layers: Literal["all", "decoder", "projector", "attention", "mlp"] = "all"
     base: Base = "adamw"
     pull: float = 0.0
     replay: float = 0.0
     lora: int = 0
     tailor: float | None = None
 
-    def optimizer(self, model: torch.nn.Module, parameters: list[torch.nn.Parameter]) -> Optimizer:
-        """The optimizer over these parameters of the model, wrapped at their present values."""
+    def optimizer(
+        self, model: nn.Module, parameters: list[nn.Parameter], batches: Callable[[], Batches] = tuple
+    ) -> Optimizer:
+        """The optimizer over these parameters of the model, wrapped at their present values.
+
+        Args:
+            model: which is trained.
+            parameters: the trained ones.
+            batches: draws training batches, for a mask that is scored before training.
+        """
         assert self.learning_rate is not None
         base: Optimizer
         if self.base == "sgd":
@@ -55,10 +70,25 @@ class Method:
             base = AdamW(parameters, lr=self.learning_rate, weight_decay=0.0)
         if self.wrap is None and self.fraction == 1:
             return base
-        masks = {"similarity": TopK, "random": Random, "magnitude": Magnitude}
-        mask = masks[self.mask](self.fraction) if self.fraction < 1 else None
-        protect = None if self.inputs is None else VisualInputs(model, self.inputs)
-        return MDGDOptimizer(base, mask=mask, compact=mask is not None, protect=protect, **(self.wrap or {}))
+        mask, protect = self._mask(model, parameters, batches), None
+        if self.inputs is not None:
+            protect = _inputs(model, self.layers, self.inputs)
+        compact = self.fraction < 1
+        return MDGDOptimizer(base, mask=mask, compact=compact, protect=protect, **(self.wrap or {}))
+
+    def _mask(self, model: nn.Module, parameters: list[nn.Parameter], batches: Callable[[], Batches]) -> Any:
+        if self.mask == "all":
+            return Given([torch.ones_like(p, dtype=torch.bool) for p in parameters])
+        if self.fraction == 1:
+            return None
+        published = {
+            "similarity": TopK(self.fraction),
+            "tensor": TopK(self.fraction, scope="tensor"),
+            "batches": TopK(self.fraction, warmup=8),
+            "random": Random(self.fraction),
+            "magnitude": Magnitude(self.fraction),
+        }
+        return published.get(self.mask) or scored_mask(self.mask, self.fraction, model, parameters, batches())
 
     def with_settings(self, **settings: Any) -> "Method":
         """The same method with other settings: its own fields, or arguments of the wrapper."""
@@ -76,6 +106,18 @@ class Method:
         default = {f.name: f.default for f in fields(self)}
         changed = {name: value for name, value in others.items() if value != default[name]}
         return {"learning_rate": self.learning_rate, **(self.wrap or {}), "fraction": self.fraction, **changed}
+
+
+def _inputs(model: Any, layers: str, energy: float) -> VisualInputs:
+    decoder, projector = model.model.language_model, model.model.multi_modal_projector
+    parts: dict[str, list[nn.Module]] = {
+        "all": [model],
+        "decoder": [decoder],
+        "projector": [projector],
+        "attention": [layer.self_attn for layer in decoder.layers],
+        "mlp": [layer.mlp for layer in decoder.layers],
+    }
+    return VisualInputs(nn.ModuleList(parts[layers]), energy, text_module=decoder)
 
 
 _FIELDS = {f.name for f in fields(Method)}

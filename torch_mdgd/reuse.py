@@ -35,12 +35,12 @@ def reuse_frozen_vision(model: nn.Module) -> Iterator[None]:
 
 def frozen_vision_parts(model: nn.Module) -> list[nn.Module]:
     """The largest modules of the vision tower that hold parameters, none of them trained."""
-    towers: list[nn.Module] = []
+    towers: dict[str, nn.Module] = {}
     for name, module in unwrap(model).named_modules():
-        inside = any(module is part for tower in towers for part in tower.modules())
+        inside = any(name.startswith(f"{tower}.") for tower in towers)
         if name.rpartition(".")[2] in VISION_NAMES and not inside:
-            towers.append(module)
-    return [part for tower in towers for part in _frozen(tower)]
+            towers[name] = module
+    return [part for tower in towers.values() for part in _frozen(tower)]
 
 
 def _frozen(module: nn.Module) -> Iterator[nn.Module]:

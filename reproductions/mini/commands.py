@@ -102,8 +102,8 @@ def study(
     target: Annotated[str, typer.Option(help="digits or caption; both by default.")] = "",
     optimizer: Annotated[str, typer.Option(help="adamw or sgd; both by default.")] = "",
     stages: Annotated[
-        str, typer.Option(help="tune, test, frontier: which parts, in this order.")
-    ] = "tune,test,frontier",
+        str, typer.Option(help="tune, test, cost, frontier: which parts, in this order.")
+    ] = "tune,test,cost,frontier",
     workers: Annotated[int, typer.Option(min=0, help="Processes of one thread each; 0 for one a core.")] = 0,
     steps: Annotated[int, typer.Option(min=0, help="Steps of each fine-tuning; 0 for each target's own.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Examples a step.")] = 16,

@@ -1,13 +1,13 @@
 """Fine-tuning the small LLaVA on a target task."""
 
 import math
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
@@ -44,13 +44,11 @@ class Course:
     Attributes:
         trained: how many numbers could move.
         losses: the task loss of each step.
-        seconds: of processor time, each step; the machine's other work does not count.
         traces: every fifth step's diagnostics, by name; empty for a plain optimizer.
     """
 
     trained: int = 0
     losses: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
     traces: dict[str, list[float]] = field(default_factory=dict)
 
 
@@ -78,16 +76,20 @@ def finetune(
         FloatingPointError: the loss is not finite.
     """
     names = {id(p): name for name, p in model.named_parameters()}
-    adapted: Any = lora(model, method.lora) if method.lora else None
-    if adapted is None:
-        parameters = trainable_parameters(model)
-    else:
-        parameters = [p for p in adapted.parameters() if p.requires_grad]
+    trained, parameters = prepare(model, method)
     pretrained = {names[id(p)]: p.detach().clone() for p in parameters} if method.tailor is not None else {}
     course = Course(max(1, round(method.fraction * sum(p.numel() for p in parameters))))
-    _train(adapted or model, tokenizer, data, method, parameters, seed, steps, batch_size, on_step, course)
-    if adapted is not None:
-        adapted.merge_and_unload()
+    batches = {"seed": seed, "steps": steps, "batch_size": batch_size}
+    for step, (loss, optimizer) in enumerate(training(trained, tokenizer, data, method, parameters, **batches)):
+        course.losses.append(loss)
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"{method.name}: the loss is {loss} at step {step}")
+        if step % TRACED_EVERY == TRACED_EVERY - 1 and isinstance(optimizer, MDGDOptimizer):
+            for name, value in optimizer.diagnostics.items():
+                course.traces.setdefault(name, []).append(value)
+        on_step(step, loss)
+    if trained is not model:
+        trained.merge_and_unload()
     if method.tailor is not None:
         rng = np.random.default_rng([seed, 1])
         chosen = [data.examples[i] for i in rng.choice(len(data), _CALIBRATION, replace=False)]
@@ -96,26 +98,33 @@ def finetune(
     return course
 
 
-def _train(
+def prepare(model: LlavaForConditionalGeneration, method: Method) -> tuple[Any, list[torch.nn.Parameter]]:
+    """The model to train, which has adapters around it if the method says so, and the parameters that are trained."""
+    if not method.lora:
+        return model, trainable_parameters(model)
+    adapted: Any = lora(model, method.lora)
+    return adapted, [p for p in adapted.parameters() if p.requires_grad]
+
+
+def training(
     model: Any,
     tokenizer: PreTrainedTokenizerFast,
     data: TaskData,
     method: Method,
     parameters: list[torch.nn.Parameter],
+    *,
     seed: int,
     steps: int,
     batch_size: int,
-    on_step: OnStep,
-    course: Course,
-) -> None:
+) -> Iterator[tuple[float, Optimizer]]:
+    """Make one step after the other, each when it is asked for, and give its task loss and the optimizer."""
     rng = np.random.default_rng(seed)
     optimizer = method.optimizer(model, parameters, lambda: _scoring_batches(data, tokenizer, seed, batch_size))
     pull = PullTowards(parameters, method.pull) if method.pull else None
     replay = Replay(memory(seed), method.replay) if method.replay else None
     scheduler = LambdaLR(optimizer, lambda step: min(1, (step + 1) / WARM_UP) * (1 - step / steps))
     model.train()
-    for step in range(steps):
-        began = time.process_time()
+    for _ in range(steps):
         examples: list[Example] = [data.examples[i] for i in rng.choice(len(data), batch_size, replace=False)]
         batch = training_batch(replay(examples, rng) if replay else examples, tokenizer)
         if isinstance(optimizer, MDGDOptimizer) and method.wrap is not None:
@@ -128,14 +137,7 @@ def _train(
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step()
-        course.losses.append(loss.item())
-        course.seconds.append(time.process_time() - began)
-        if not math.isfinite(course.losses[-1]):
-            raise FloatingPointError(f"{method.name}: the loss is {course.losses[-1]} at step {step}")
-        if step % TRACED_EVERY == TRACED_EVERY - 1 and isinstance(optimizer, MDGDOptimizer):
-            for name, value in optimizer.diagnostics.items():
-                course.traces.setdefault(name, []).append(value)
-        on_step(step, course.losses[-1])
+        yield loss.item(), optimizer
 
 
 def _scoring_batches(data: TaskData, tokenizer: PreTrainedTokenizerFast, seed: int, batch_size: int) -> Batches:

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import fmean
 
 from reproductions.mini import study
+from reproductions.mini.costs import read_costs
 from reproductions.mini.methods import Method
 from reproductions.mini.parallel import Result, read_results
 from reproductions.mini.questions import PRETRAINED_TASKS
@@ -35,7 +36,6 @@ OTHERS: dict[str, Measure] = {
     "rank, scenes": lambda result: result["effective_rank"]["scenes"],
     "rank, target": lambda result: result["effective_rank"][result["target"]],
     "drift": lambda result: 100 * fmean(result["relative_drift"].values()),
-    "step seconds": lambda result: result["step_seconds"],
     "peak bytes": lambda result: result["peak_bytes"],
 }
 """Of the runs that did not diverge. "rank" is the mean over the pre-trained tasks; drift is in percent of mean |z|."""
@@ -78,6 +78,7 @@ class CellOutcomes:
         untested: labels of the cell's other systems.
         frontier: by system, the setting that was varied and, by its values, the results that are there.
         tuning: by system, every candidate with validation results.
+        step_seconds: by system, of processor time.
     """
 
     cell: Cell
@@ -85,6 +86,7 @@ class CellOutcomes:
     untested: tuple[str, ...]
     frontier: Mapping[str, tuple[str, Mapping[float, Sequence[Result]]]]
     tuning: Mapping[str, Sequence[tuple[Method, Sequence[Result]]]]
+    step_seconds: Mapping[str, float]
 
     @property
     def title(self) -> str:
@@ -105,18 +107,24 @@ OPTIMIZERS = {"adamw": "AdamW", "sgd": "SGD"}
 
 
 def load(folder: Path) -> list[CellOutcomes]:
-    """Every cell of the study, with whatever `tune.jsonl`, `test.jsonl` and `frontier.jsonl` hold of it.
+    """Every cell of the study, with whatever `tune.jsonl`, `test.jsonl`, `costs.jsonl` and `frontier.jsonl` hold of it.
 
     Raises:
         FileNotFoundError: the folder does not exist.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}: `mini study --output {folder}` makes it")
-    tuned, tested, varied = (read_results(folder / f"{stage}.jsonl") for stage in study.STAGES)
-    return [_cell(cell, tuned, tested, varied) for cell in CELLS]
+    tuned, tested, varied = (read_results(folder / f"{stage}.jsonl") for stage in ("tune", "test", "frontier"))
+    return [_cell(cell, tuned, tested, varied, read_costs(folder, cell.name)) for cell in CELLS]
 
 
-def _cell(cell: Cell, tuned: dict[str, Result], tested: dict[str, Result], varied: dict[str, Result]) -> CellOutcomes:
+def _cell(
+    cell: Cell,
+    tuned: dict[str, Result],
+    tested: dict[str, Result],
+    varied: dict[str, Result],
+    step_seconds: Mapping[str, float],
+) -> CellOutcomes:
     size = _size(cell, tuned, tested)
     outcomes = {system.name: _outcome(cell, system, size, tuned, tested) for system in systems_of(cell)}
     curves = {name: _frontier(cell, SYSTEMS[name], size, tuned, varied) for name in outcomes}
@@ -127,6 +135,7 @@ def _cell(cell: Cell, tuned: dict[str, Result], tested: dict[str, Result], varie
         tuple(outcome.system.label for outcome in outcomes.values() if not outcome.runs),
         {name: curve for name, curve in curves.items() if curve},
         {name: tried for name, tried in candidates.items() if tried},
+        step_seconds,
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 from typing import Any, Literal
 
 import torch
@@ -119,7 +119,6 @@ def execute(run: Run, on_step: OnStep = nothing) -> dict[str, Any]:
         result["traces"] = course.traces
         result["losses"] = [fmean(five) for five in _chunks(course.losses, TRACED_EVERY)]
         result["answers"] = {task: answers[:_SHOWN_ANSWERS] for task, answers in result["answers"].items()}
-        result["step_seconds"] = median(course.seconds) if course.seconds else 0.0
         result["peak_bytes"] = peak_bytes(run)
     elif run.record == "scores":
         del result["losses"], result["answers"]

@@ -1,4 +1,4 @@
-"""The study: settings from validation examples, then every system on test examples, then the frontier's curves.
+"""The study: settings from validation examples, every system on test examples, what it costs, the frontier's curves.
 
 Each part is a list of runs in a file of JSON lines, so that it can be killed and taken up again at any point.
 """
@@ -10,6 +10,7 @@ from typing import Literal
 
 from rich.console import Console
 
+from reproductions.mini.costs import measure_costs
 from reproductions.mini.methods import Method
 from reproductions.mini.model import CHECKPOINT, SECOND_CHECKPOINT
 from reproductions.mini.parallel import Result, execute_all, read_results
@@ -19,7 +20,7 @@ from reproductions.mini.systems import SYSTEMS, Cell, System, adapted, systems_o
 from reproductions.mini.tune import SEEDS as TUNING_SEEDS
 
 Stage = Literal["tune", "test", "frontier"]
-STAGES: tuple[Stage, ...] = ("tune", "test", "frontier")
+STAGES = ("tune", "test", "cost", "frontier")
 BATCH = 16
 TEST_SEEDS = tuple(range(6))
 FRONTIER_SEEDS = (0, 1)
@@ -86,6 +87,17 @@ def chosen(cell: Cell, system: System, size: Size, results: dict[str, Result]) -
     return max(zip(candidates, found, strict=True), key=lambda pair: mean(pair[1], score))[0]
 
 
+def settled(cell: Cell, size: Size, results: dict[str, Result]) -> dict[str, Method]:
+    """By name, the cell's systems whose settings can be chosen by now."""
+    found = {}
+    for system in systems_of(cell):
+        try:
+            found[system.name] = chosen(cell, system, size, results)
+        except ValueError:
+            continue
+    return found
+
+
 def test_runs(
     cell: Cell, systems: Sequence[System], seeds: Sequence[int], size: Size, tuned: dict[str, Result]
 ) -> list[Run]:
@@ -120,14 +132,15 @@ def study(
     cells: Sequence[Cell],
     names: Sequence[str],
     seeds: Sequence[int],
-    stages: Sequence[Stage],
+    stages: Sequence[str],
     size: Size,
     console: Console,
     workers: int | None = None,
 ) -> None:
-    """Run what the folder does not hold yet; writes `tune.jsonl`, `test.jsonl` and `frontier.jsonl`.
+    """Run what the folder does not hold yet; writes `tune.jsonl`, `test.jsonl`, `costs.jsonl` and `frontier.jsonl`.
 
-    The core systems of every cell come first, cell by cell, then the others of the first cell, then the frontiers.
+    The core systems of every cell come first, cell by cell, then the others of the first cell, then what the systems
+    cost, then the frontiers.
 
     Args:
         folder: for the results.
@@ -151,23 +164,21 @@ def study(
         for core in (True, False)
         for cell in cells
     ]
-    for stage in ("test", "frontier"):
-        for cell, systems in parts:
-            if not systems:
-                continue
+    for cell, systems in parts:
+        if "tune" in stages and systems:
+            console.print(f"settings, {cell.name}: {_names(systems)}", soft_wrap=True)
             needed = [*systems, *(SYSTEMS[s.choose] for s in systems if s.choose in SYSTEMS)]
-            if "tune" in stages and stage == "test":
-                console.print(f"settings, {cell.name}: {_names(systems)}", soft_wrap=True)
-                execute_all(tuning_runs(cell, needed, size), folder / "tune.jsonl", console, workers)
-            if stage in stages:
-                console.print(f"{stage}, {cell.name}: {_names(systems)}", soft_wrap=True)
-                tuned = read_results(folder / "tune.jsonl")
-                runs = (
-                    test_runs(cell, systems, seeds, size, tuned)
-                    if stage == "test"
-                    else frontier_runs(cell, systems, size, tuned)
-                )
-                execute_all(runs, folder / f"{stage}.jsonl", console, workers)
+            execute_all(tuning_runs(cell, needed, size), folder / "tune.jsonl", console, workers)
+        if "test" in stages and systems:
+            console.print(f"test, {cell.name}: {_names(systems)}", soft_wrap=True)
+            runs = test_runs(cell, systems, seeds, size, read_results(folder / "tune.jsonl"))
+            execute_all(runs, folder / "test.jsonl", console, workers)
+    tuned = read_results(folder / "tune.jsonl")
+    for cell in cells if "cost" in stages else ():
+        measure_costs(folder, cell.name, cell.target, settled(cell, size, tuned), size.batch, console)
+    for cell, systems in parts if "frontier" in stages else ():
+        console.print(f"frontier, {cell.name}: {_names(systems)}", soft_wrap=True)
+        execute_all(frontier_runs(cell, systems, size, tuned), folder / "frontier.jsonl", console, workers)
 
 
 def _names(systems: Sequence[System]) -> str:

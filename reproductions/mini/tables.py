@@ -106,15 +106,15 @@ def cost_table(cell: CellOutcomes) -> Table:
             _ranks(cell, o, "rank, target"),
             _estimate(o, "drift"),
             f"{max((run.get('trained', 0) for run in o.runs.values()), default=0):,}",
-            _ratio(cell, o, "step seconds"),
-            _ratio(cell, o, "peak bytes"),
+            _times(cell, o),
+            _memory(cell, o),
         )
         for o in cell.systems.values()
     ]
     note = (
         "Effective rank of the visual features: pre-trained → fine-tuned (change on the same seeds). Drift: mean "
-        "|z − z_pre| over mean |z_pre|, mean over all tasks. Step time (processor time) and peak memory beyond the "
-        "weights are multiples of Fine-tune's on the same seeds."
+        "|z − z_pre| over mean |z_pre|, mean over all tasks. Step time (processor time, all systems in turn in one "
+        "process) and peak memory beyond the weights are multiples of Fine-tune's."
     )
     return Table(f"{cell.title}: features and costs", columns, tuple(rows), (note,))
 
@@ -197,9 +197,14 @@ def _ranks(cell: CellOutcomes, outcome: Outcome, measure: str) -> str:
     return f"{fmean(before[seed] for seed in both):.1f} → {mean} ({change:+.1f})"
 
 
-def _ratio(cell: CellOutcomes, outcome: Outcome, measure: str) -> str:
-    mine = outcome.values(measure)
-    plain = cell.systems["fine-tune"].values(measure) if "fine-tune" in cell.systems else {}
+def _times(cell: CellOutcomes, outcome: Outcome) -> str:
+    mine, plain = (cell.step_seconds.get(name) for name in (outcome.system.name, "fine-tune"))
+    return f"{mine / plain:.2f} ×" if mine and plain else NONE
+
+
+def _memory(cell: CellOutcomes, outcome: Outcome) -> str:
+    mine = outcome.values("peak bytes")
+    plain = cell.systems["fine-tune"].values("peak bytes") if "fine-tune" in cell.systems else {}
     ratios = [mine[seed] / plain[seed] for seed in mine.keys() & plain.keys() if plain[seed]]
     return f"{fmean(ratios):.2f} ×" if ratios and outcome.system.name != "zero-shot" else NONE
 

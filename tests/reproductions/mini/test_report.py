@@ -33,6 +33,8 @@ SCORES = {
     "align": (88, 96, 69), "history": (92, 93, 68), "lora": (45, 60, 72), "replay": (91, 98, 71),
 }  # fmt: skip
 """T, P and rank by system."""
+COSTS = (("digits-adamw", "mdgd", 0.3), ("digits-adamw", "fine-tune", 0.1), ("digits-sgd", "mdgd", 0.5))
+"""Seconds a step by cell and system."""
 
 
 def result(run: Run, T: float, P: float, rank: float) -> dict:
@@ -47,7 +49,7 @@ def result(run: Run, T: float, P: float, rank: float) -> dict:
         "rank": dict.fromkeys(tasks, rank), "drift": dict.fromkeys(tasks, 0.2),
         "relative_drift": dict.fromkeys(tasks, 0.1), "losses": [1.0, 0.5],
         "traces": {"cos_task_visual": [0.5, 0.1], "visual_loss": [0.1, 0.2]} if run.method.wrap else {},
-        "answers": {task: [answer, "one"] for task in tasks}, "step_seconds": 0.1, "peak_bytes": 2_000,
+        "answers": {task: [answer, "one"] for task in tasks}, "peak_bytes": 2_000,
     }  # fmt: skip
 
 
@@ -208,7 +210,12 @@ def test_tables_say_what_is_there_and_what_is_missing(tmp_path):
     costs = rows(cost_table(cell))
     assert costs["Fine-tune"]["rank, scenes"] == "70.0 → 64.0 (-6.0 ± 0.0)"
     assert costs["LoRA"]["drift, %"] == "10.0 ± 0.0"
-    assert costs["MDGD"]["step time"] == "1.00 ×"
+    assert costs["MDGD"]["memory"] == "1.00 ×"
+    assert costs["MDGD"]["step time"] == "–", "not measured yet"
+    lines = [{"cell": c, "system": n, "seconds": x} for c, n, x in COSTS]
+    (folder / "costs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    costs = rows(cost_table(load(folder)[0]))
+    assert (costs["MDGD"]["step time"], costs["Fine-tune"]["step time"]) == ("3.00 ×", "1.00 ×")
     differences = rows(difference_table(cell, "align"))
     assert differences["step, history 16"]["ΔT"] == "+4.0 ± 0.0"
     assert "the 6 comparisons" in " ".join(difference_table(cell, "align").notes)

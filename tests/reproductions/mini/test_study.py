@@ -7,7 +7,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from reproductions.mini import study
+from reproductions.mini import costs, study
 from reproductions.mini.data import target_data
 from reproductions.mini.evaluate import Evaluation
 from reproductions.mini.finetune import finetune
@@ -47,7 +47,7 @@ def test_every_system_moves_what_it_says(name):
         assert parts == {"language_model", "multi_modal_projector"}
         assert 0.9 * course.trained <= sum(moved.values()) <= course.trained
         assert course.trained == round(method.fraction * 459_520)
-    assert len(course.losses) == len(course.seconds) == 2
+    assert len(course.losses) == 2
 
 
 def test_every_system_is_tuned_as_much_and_is_told_apart():
@@ -166,8 +166,11 @@ def test_the_study_runs_and_resumes(tmp_path):
     study.study(*arguments, console, workers=1)
     files = {path.name: path.read_text() for path in tmp_path.iterdir()}
     assert {name: len(text.splitlines()) for name, text in files.items()} == {
-        "tune.jsonl": 2 * CANDIDATES, "test.jsonl": 2, "frontier.jsonl": 2 * 4,
+        "tune.jsonl": 2 * CANDIDATES, "test.jsonl": 2, "costs.jsonl": 1, "frontier.jsonl": 2 * 4,
     }  # fmt: skip
+    cost = json.loads(files["costs.jsonl"])
+    assert (cost["cell"], cost["system"]) == (CELL.name, "restore")
+    assert cost["seconds"] > 0
     assert "restore" in console.export_text()
     zero, step = (json.loads(line) for line in sorted(files["test.jsonl"].splitlines(), key=lambda x: "wrap" in x))
     assert zero["trained"] == zero["peak_bytes"] == 0
@@ -185,7 +188,20 @@ def test_the_study_runs_and_resumes(tmp_path):
     assert read_results(tmp_path / "tune.jsonl").keys() == {
         json.loads(x)["key"] for x in files["tune.jsonl"].splitlines()
     }
-    assert (tmp_path / "test.jsonl").read_text() == files["test.jsonl"]
+    for name in ("test.jsonl", "costs.jsonl"):
+        assert (tmp_path / name).read_text() == files[name], "is not done again"
+
+
+def test_costs_are_measured_again_if_settings_change_and_other_cells_keep_theirs(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(costs, "step_seconds", lambda methods, *_: asked.append(methods) or dict.fromkeys(methods, 1.0))
+    methods = {name: SYSTEMS[name].method for name in ("zero-shot", "fine-tune", "mdgd")}
+    changed = methods | {"mdgd": methods["mdgd"].with_settings(align=0.5)}
+    for cell, each in (("a", methods), ("a", methods), ("b", methods), ("a", changed)):
+        costs.measure_costs(tmp_path, cell, "digits", each, 2, Console(quiet=True))
+    assert [list(each) for each in asked] == 3 * [["fine-tune", "mdgd"]]
+    assert costs.read_costs(tmp_path, "a") == costs.read_costs(tmp_path, "b") == {"fine-tune": 1.0, "mdgd": 1.0}
+    assert len((tmp_path / "costs.jsonl").read_text().splitlines()) == 4
 
 
 def test_an_unknown_system_is_named(tmp_path):

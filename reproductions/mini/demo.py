@@ -23,7 +23,7 @@ TEST_SEEDS = range(100)
 
 def runs(target: str, seeds: Sequence[int], steps: int, examples: int) -> list[Run]:
     """One run a method and seed, on test examples; the longest first, so that the cores finish together."""
-    order = ("mdgd", "step", "mdgd-gm", "fine-tune", "fine-tune-low")
+    order = ("mdgd", "step", "align", "mdgd-gm", "fine-tune", "fine-tune-low")
     trained = [Run(METHODS[name], target, "test", seed, steps, examples) for seed in seeds for name in order]
     return [*trained, Run(PRETRAINED, target, "test", 0, 0, examples)]
 

@@ -20,7 +20,8 @@ COLOURS = {
     "fine-tune": "#D55E00",
     "fine-tune-low": "#E69F00",
     "mdgd": "#0072B2",
-    "mdgd-gm": "#56B4E9",
+    "align": "#56B4E9",
+    "mdgd-gm": "#CC79A7",
     "step": "#009E73",
 }
 SHOWN = 4
@@ -60,7 +61,7 @@ def _answers(picture: Axes, text: Axes, example: Example, answers: Sequence[str]
     for line, (result, answer) in enumerate(zip(results, answers, strict=True)):
         right = answer == example.answer
         text.text(
-            0.02, 0.92 - 0.17 * line, f"{'✓' if right else '✗'} {answer or '(nothing)'}",
+            0.02, 0.9 - 0.14 * line, f"{'✓' if right else '✗'} {answer or '(nothing)'}",
             color=COLOURS[result["method"]], fontsize=10, fontweight="bold" if right else "normal", va="center",
         )  # fmt: skip
 

@@ -139,7 +139,7 @@ def study(
 ) -> None:
     """Run what the folder does not hold yet; writes `tune.jsonl`, `test.jsonl`, `costs.jsonl` and `frontier.jsonl`.
 
-    The core systems of every cell come first, cell by cell, then the others of the first cell, then what the systems
+    The core systems of every cell come first, cell by cell, then the others of full cells, then what the systems
     cost, then the frontiers.
 
     Args:

@@ -24,7 +24,7 @@ class System:
         choose: by what the settings are chosen on validation examples: "H", the harmonic mean of what is kept and the
             target score; "T", the target score alone; or the name of a system whose target score is to be met, with
             the lowest learning rate that meets it.
-        core: whether it is run in every cell, not in the first alone.
+        core: whether it is run in every cell, not in the full ones alone.
         frontier: a setting and its values, run around the chosen settings to draw a curve.
     """
 
@@ -80,7 +80,7 @@ class Cell:
 
 CELLS: tuple[Cell, ...] = (
     Cell("digits", "adamw", 200, full=True),
-    Cell("caption", "adamw", 300, rate=2),
+    Cell("caption", "adamw", 300, rate=2, full=True),
     Cell("digits", "sgd", 200, rate=50),
     Cell("caption", "sgd", 300, rate=100),
 )

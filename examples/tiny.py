@@ -4,8 +4,16 @@ In your own script it is ``AutoModelForImageTextToText.from_pretrained(...)`` an
 """
 
 import torch
+from tokenizers import Tokenizer, models
 from torch import Tensor
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 IMAGE = 31
 
@@ -35,3 +43,9 @@ def make_samples(count: int) -> list[dict[str, Tensor]]:
         pixels = torch.randn(3, 8, 8, generator=generator)
         samples.append({"input_ids": tokens, "labels": labels, "pixel_values": pixels})
     return samples
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Of its vocabulary, for those who ask for one."""
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(32)}, unk_token="w0"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w1", unk_token="w0")

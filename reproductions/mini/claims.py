@@ -79,6 +79,7 @@ CLAIMS: tuple[Claim, ...] = (
     Claim("MDGD-GM with 10 % of the numbers keeps as much as MDGD and learns as much.",
           (Condition("P", "mdgd-gm", "mdgd", ">", -MARGIN), Condition("T", "mdgd-gm", "mdgd", ">", -MARGIN)), True),
     Claim("MDGD has a higher H than Model Tailor.", _better("mdgd", "model-tailor"), True),
+    Claim("MDGD has a higher H than Model Tailor that keeps the projector.", _better("mdgd", "model-tailor-keep")),
     Claim("LoRA has a lower H than Fine-tune.", (Condition("H", "lora", "fine-tune", "<"),), True),
     Claim("The regularizer r adds nothing to αv: MDGD gains less than a point of H by it.",
           (Condition("H", "mdgd", "align", "<", H_MARGIN),)),

@@ -94,7 +94,8 @@ def finetune(
         rng = np.random.default_rng([seed, 1])
         chosen = [data.examples[i] for i in rng.choice(len(data), _CALIBRATION, replace=False)]
         model.eval()
-        tailor_(model, pretrained, [training_batch(chosen, tokenizer)], omega=method.tailor)
+        calibration = [training_batch(chosen, tokenizer)]
+        tailor_(model, pretrained, calibration, omega=method.tailor, connector=method.connector)
     return course
 
 

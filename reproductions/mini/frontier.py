@@ -24,7 +24,8 @@ from reproductions.mini.verdicts import FEWEST_SEEDS
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 _FAMILIES = {
     "no visual gradient": (
-        "#B84A00", ("fine-tune", "fine-tune-low", "fine-tune-matched", "lora", "model-tailor", "l2-sp"),
+        "#B84A00", ("fine-tune", "fine-tune-low", "fine-tune-matched", "lora", "model-tailor",
+         "model-tailor-keep", "l2-sp"),
     ),
     "in the gradient": ("#0072B2", ("mdgd", "align", "project", "no-align", "budget", "reference", "global")),
     "in the step": ("#00805C", ("step", "history", "restore", "inputs")),

@@ -36,6 +36,7 @@ class Method:
         replay: share of each batch that is examples of the pre-trained tasks.
         lora: rank of adapters on q and k of the language model, the connector being trained in full; 0 for none.
         tailor: ω of Model Tailor after training; None for no tailoring.
+        connector: what Model Tailor makes of the projector: "revert" as published, or "keep".
     """
 
     name: str
@@ -51,6 +52,7 @@ class Method:
     replay: float = 0.0
     lora: int = 0
     tailor: float | None = None
+    connector: Literal["revert", "keep"] = "revert"
 
     def optimizer(
         self, model: nn.Module, parameters: list[nn.Parameter], batches: Callable[[], Batches] = tuple

@@ -159,6 +159,11 @@ _ALL = (
         {"learning_rate": PAIR, "tailor": (0.5, 0.8)},
     ),
     System(
+        _plain("model-tailor-keep", "Model Tailor, projector kept", connector="keep"),
+        "the same without taking the projector back, without which it hardly learns here",
+        {"learning_rate": PAIR, "tailor": (0.5, 0.8)},
+    ),
+    System(
         _wrapped("step", "step, history 1", update="project", space="step"), "without what raises the visual loss now",
         {"learning_rate": RATES},
     ),

@@ -19,7 +19,7 @@ from reproductions.mini.parallel import Result
 from reproductions.mini.plots import draw_study
 from reproductions.mini.questions import PRETRAINED_TASKS
 from reproductions.mini.systems import SYSTEMS
-from reproductions.mini.tables import Table, missing, tables
+from reproductions.mini.tables import Table, missing, summary_table, tables
 from reproductions.mini.verdicts import RULE, Verdict, verdicts
 
 CAPTIONS = {
@@ -70,14 +70,15 @@ def write_report(results: Path, output: Path, console: Console) -> Path:
     """
     cells = load(results)
     figures = draw_figures(results, cells, output / "figures")
-    found = {cell.cell.name: tables(cell) for cell in cells}
+    found = [table for cell in cells for table in tables(cell)]
     judged = {cell.cell.name: verdicts(cell) for cell in cells if cell.systems}
-    for table in (table for each in found.values() for table in each):
+    shown = [summary_table(cells), *found] if found else []
+    for table in shown:
         console.print(table.rich)
-    (output / "tables.md").write_text("\n".join(t.markdown for each in found.values() for t in each), encoding="utf-8")
+    (output / "tables.md").write_text("\n".join(table.markdown for table in shown), encoding="utf-8")
     (output / "verdicts.md").write_text(verdicts_markdown(cells, judged), encoding="utf-8")
     page = output / "report.html"
-    page.write_text(_page(cells, found, judged, figures), encoding="utf-8")
+    page.write_text(_page(cells, shown, judged, figures), encoding="utf-8")
     return page
 
 
@@ -105,7 +106,7 @@ def _by(verdict: Verdict) -> str:
 
 def _page(
     cells: Sequence[CellOutcomes],
-    found: Mapping[str, Sequence[Table]],
+    shown: Sequence[Table],
     judged: Mapping[str, Sequence[Verdict]],
     figures: Sequence[Path],
 ) -> str:
@@ -122,7 +123,7 @@ def _page(
             '<h2 id="figures">Figures</h2>',
             "".join(map(_figure, figures)) or '<p class="faint">The results do not suffice for a figure yet.</p>',
             '<h2 id="tables">Tables</h2>',
-            *(table.html for each in found.values() for table in each),
+            *(table.html for table in shown),
             '<h2 id="answers">Answers</h2>',
             "<p>What each model answers to test examples after fine-tuning, first seed. Chosen among the first of each "
             "task for the most disagreement: they show what forgetting looks like, not how often it happens.</p>",

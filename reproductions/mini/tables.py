@@ -2,6 +2,7 @@
 
 import html
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -74,6 +75,42 @@ def tables(cell: CellOutcomes) -> list[Table]:
         return []
     rivals = [rival for rival in RIVALS if rival in cell.systems]
     return [score_table(cell), cost_table(cell), *(difference_table(cell, rival) for rival in rivals)]
+
+
+def summary_table(cells: Sequence[CellOutcomes]) -> Table:
+    """Every system that was tested in one of the cells: T, P and H of full cells, H of the others, costs of the first.
+
+    Cells without results are left out.
+    """
+    shown = [cell for cell in cells if cell.systems]
+    wanted = [(cell, measure) for cell in shown for measure in (COMPARED if cell.cell.full else COMPARED[-1:])]
+    names = [name for name in SYSTEMS if any(name in cell.systems for cell in shown)]
+    rows = [
+        (
+            SYSTEMS[name].label,
+            *(_brief(cell, name, measure) for cell, measure in wanted),
+            *((NONE, NONE) if name not in shown[0].systems else _costs(shown[0], name)),
+        )
+        for name in names
+    ]
+    columns = ("system", *(f"{cell.title}: {measure}" for cell, measure in wanted), "step time", "memory")
+    note = (
+        "Test scores in percent, mean over seeds; H, the harmonic mean of T and P, with half its 95 % interval. P is "
+        "exact after digits and restricted after captions. Step time and memory beyond the weights are multiples of "
+        f"Fine-tune's ({shown[0].title})."
+    )
+    return Table("Summary", columns, tuple(rows), (note,))
+
+
+def _brief(cell: CellOutcomes, name: str, measure: str) -> str:
+    if name not in cell.systems:
+        return NONE
+    cell_ = _estimate(cell.systems[name], measure)
+    return cell_ if measure == COMPARED[-1] else cell_.split()[0]
+
+
+def _costs(cell: CellOutcomes, name: str) -> tuple[str, str]:
+    return _times(cell, cell.systems[name]), _memory(cell, cell.systems[name])
 
 
 def score_table(cell: CellOutcomes) -> Table:

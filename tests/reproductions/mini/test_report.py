@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -22,7 +23,7 @@ from reproductions.mini.report import verdicts_markdown, write_report
 from reproductions.mini.run import Run
 from reproductions.mini.stats import Estimate
 from reproductions.mini.systems import CELLS, SYSTEMS
-from reproductions.mini.tables import cost_table, difference_table, score_table, tables
+from reproductions.mini.tables import cost_table, difference_table, score_table, summary_table, tables
 from reproductions.mini.verdicts import against, rank_and_forgetting, together, verdicts
 
 CELL = CELLS[0]
@@ -222,6 +223,24 @@ def test_tables_say_what_is_there_and_what_is_missing(tmp_path):
     assert "Pre-trained" not in differences
 
 
+def test_the_summary_holds_every_cell_and_the_costs_of_the_first(tmp_path):
+    folder = made_up(tmp_path, noise=0)
+    (folder / "costs.jsonl").write_text(
+        "".join(json.dumps({"cell": c, "system": n, "seconds": x}) + "\n" for c, n, x in COSTS)
+    )
+    first = load(folder)[0]
+    few = {"mdgd": first.systems["mdgd"], "fine-tune": first.systems["fine-tune"]}
+    others = [replace(first, cell=CELLS[2], systems=few), replace(first, cell=CELLS[3], systems={})]
+    found = rows(summary_table([first, *others]))
+    assert found["MDGD"] == {
+        "system": "MDGD",
+        "digits, AdamW: T": "88.0", "digits, AdamW: P": "96.0", "digits, AdamW: H": f"{2 * 96 * 88 / 184:.1f} ± 0.0",
+        "digits, SGD: H": f"{2 * 96 * 88 / 184:.1f} ± 0.0", "step time": "3.00 ×", "memory": "1.00 ×",
+    }  # fmt: skip
+    assert found["LoRA"]["digits, SGD: H"] == "–"
+    assert found["Pre-trained"]["step time"] == "–"
+
+
 def test_two_seeds_have_no_p(tmp_path):
     cell = load(made_up(tmp_path, seeds=(0, 1)))[0]
     assert {
@@ -305,7 +324,11 @@ def test_masking_runs_once_and_is_drawn(tmp_path, monkeypatch):
 def test_the_committed_tables_and_verdicts_are_those_of_the_committed_results():
     folder = Path(study.__file__).parent / "results" / "study"
     cells = load(folder)
-    written = "\n".join(table.markdown for cell in cells for table in tables(cell))
+    summary = summary_table(cells).markdown
+    written = "\n".join([summary, *(table.markdown for cell in cells for table in tables(cell))])
     assert (folder / "tables.md").read_text(encoding="utf-8") == written
+    readme = (Path(study.__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    for line in summary.splitlines():
+        assert not line.startswith("|") or line in readme
     judged = {cell.cell.name: verdicts(cell) for cell in cells if cell.systems}
     assert (folder / "verdicts.md").read_text(encoding="utf-8") == verdicts_markdown(cells, judged)

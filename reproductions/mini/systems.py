@@ -144,7 +144,7 @@ _ALL = (
     ),
     System(
         _plain("fine-tune-matched", "Fine-tune, MDGD's T"), "the lowest rate that reaches MDGD's target score",
-        {"learning_rate": RATES}, choose="mdgd",
+        {"learning_rate": RATES}, choose="mdgd", core=True,
     ),
     System(
         _wrapped("no-align", "MDGD w/o visual align", align=0.0, regularize=1.0), "the paper's ablation: α = 0",

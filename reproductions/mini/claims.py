@@ -97,6 +97,8 @@ CLAIMS: tuple[Claim, ...] = (
     Claim("The step with a history beats MDGD.", _better("history", "mdgd")),
     Claim("Keeping to the visual inputs, without any visual gradient, comes within a point of MDGD's H.",
           _no_worse("inputs", "mdgd")),
+    Claim("Protecting the inputs of the projector alone does as well as those of all layers.",
+          _no_worse("inputs-projector", "inputs")),
     Claim("A restoring move adds to the history.", _better("restore", "history")),
     Claim("A drift budget does no worse than a tuned α.", _no_worse("budget", "project")),
     Claim("MDGD beats L2-SP, which knows nothing of pictures.", _better("mdgd", "l2-sp")),

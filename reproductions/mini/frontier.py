@@ -28,7 +28,7 @@ _FAMILIES = {
          "model-tailor-keep", "l2-sp"),
     ),
     "in the gradient": ("#0072B2", ("mdgd", "align", "project", "no-align", "budget", "reference", "global")),
-    "in the step": ("#00805C", ("step", "history", "restore", "inputs")),
+    "in the step": ("#00805C", ("step", "history", "restore", "inputs", "inputs-projector")),
     "10 % of the numbers": ("#A8488A", ("mdgd-gm", "random", "random-align", "magnitude", "magnitude-align")),
     "old examples": ("#222222", ("replay",)),
 }  # fmt: skip

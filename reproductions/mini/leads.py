@@ -46,7 +46,7 @@ GROUPS: Mapping[str, tuple[System, ...]] = {
     "Inputs of which layers are protected": (
         SYSTEMS["inputs"],
         _layers("decoder", "decoder"),
-        _layers("projector", "projector"),
+        SYSTEMS["inputs-projector"],
         _layers("attention", "attention"),
         _layers("mlp", "MLP"),
     ),

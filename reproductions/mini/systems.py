@@ -173,6 +173,14 @@ _ALL = (
         {"learning_rate": PAIR, "restore": (0.03, 0.1)}, frontier=("restore", (0.0, 0.03, 0.1, 0.3)),
     ),
     System(
+        Method(
+            "inputs-projector", "step, projector's inputs", 1e-3, {"update": "project", "space": "step"},
+            inputs=0.9, layers="projector",
+        ),
+        "the move, without what changes the projector's answers to pictures alone",
+        {"learning_rate": PAIR, "inputs": (0.7, 0.9)},
+    ),
+    System(
         _wrapped("budget", "g~ + αv, drift budget", update="project", align=1.0, drift_budget=0.1),
         "α set by how far features may move, as a part of their size",
         {"learning_rate": PAIR, "drift_budget": (0.05, 0.1)}, frontier=("drift_budget", (0.02, 0.05, 0.1, 0.2)),

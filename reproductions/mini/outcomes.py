@@ -15,7 +15,7 @@ from reproductions.mini.questions import PRETRAINED_TASKS
 from reproductions.mini.scores import average, h_scores, kept, target_score
 from reproductions.mini.stats import Difference, paired
 from reproductions.mini.study import TEST_SEEDS, Size
-from reproductions.mini.systems import CELLS, SYSTEMS, Cell, System, systems_of
+from reproductions.mini.systems import CELLS, SYSTEMS, Cell, System
 
 Measure = Callable[[Result], float]
 
@@ -126,7 +126,7 @@ def _cell(
     step_seconds: Mapping[str, float],
 ) -> CellOutcomes:
     size = _size(cell, tuned, tested)
-    outcomes = {system.name: _outcome(cell, system, size, tuned, tested) for system in systems_of(cell)}
+    outcomes = {system.name: _outcome(cell, system, size, tuned, tested) for system in SYSTEMS.values()}
     curves = {name: _frontier(cell, SYSTEMS[name], size, tuned, varied) for name in outcomes}
     candidates = {name: _tuning(cell, SYSTEMS[name], size, tuned) for name in outcomes}
     return CellOutcomes(

@@ -198,7 +198,7 @@ def _answers(cell: CellOutcomes) -> str:
     runs = {name: run for name, run in firsts.items() if run is not None}
     cards = "".join(card for task in (*PRETRAINED_TASKS, cell.cell.target) for card in _cards(task, cell, runs))
     inside = f'<div class="examples">{cards}</div>' if cards else "<p>No answers were kept.</p>"
-    opened = " open" if cell.cell.full else ""
+    opened = " open" if cell.cell.base == "adamw" else ""
     return f"<details{opened}><summary>{html.escape(cell.title)}</summary>{inside}</details>"
 
 

@@ -16,7 +16,7 @@ from reproductions.mini.model import CHECKPOINT, SECOND_CHECKPOINT
 from reproductions.mini.parallel import Result, execute_all, read_results
 from reproductions.mini.run import Run
 from reproductions.mini.scores import h_scores, mean, rate_that_reaches, target_score
-from reproductions.mini.systems import SYSTEMS, Cell, System, adapted, systems_of
+from reproductions.mini.systems import SYSTEMS, Cell, System, adapted
 from reproductions.mini.tune import SEEDS as TUNING_SEEDS
 
 Stage = Literal["tune", "test", "frontier"]
@@ -90,7 +90,7 @@ def chosen(cell: Cell, system: System, size: Size, results: dict[str, Result]) -
 def settled(cell: Cell, size: Size, results: dict[str, Result]) -> dict[str, Method]:
     """By name, the cell's systems whose settings can be chosen by now."""
     found = {}
-    for system in systems_of(cell):
+    for system in SYSTEMS.values():
         try:
             found[system.name] = chosen(cell, system, size, results)
         except ValueError:
@@ -139,8 +139,8 @@ def study(
 ) -> None:
     """Run what the folder does not hold yet; writes `tune.jsonl`, `test.jsonl`, `costs.jsonl` and `frontier.jsonl`.
 
-    The core systems of every cell come first, cell by cell, then the others of full cells, then what the systems
-    cost, then the frontiers.
+    The core systems of every cell come first, cell by cell, then the others, then what the systems cost, then the
+    frontiers.
 
     Args:
         folder: for the results.
@@ -160,7 +160,7 @@ def study(
         raise ValueError(f"unknown system {unknown[0]!r}; there are {', '.join(SYSTEMS)}")
     require_test_seeds(seeds)
     parts = [
-        (cell, [s for s in systems_of(cell) if s.core == core and (not names or s.name in names)])
+        (cell, [s for s in SYSTEMS.values() if s.core == core and (not names or s.name in names)])
         for core in (True, False)
         for cell in cells
     ]

@@ -24,7 +24,7 @@ class System:
         choose: by what the settings are chosen on validation examples: "H", the harmonic mean of what is kept and the
             target score; "T", the target score alone; or the name of a system whose target score is to be met, with
             the lowest learning rate that meets it.
-        core: whether it is run in every cell, not in the full ones alone.
+        core: whether it is run in every cell before any system that is not.
         frontier: a setting and its values, run around the chosen settings to draw a curve.
     """
 
@@ -64,14 +64,12 @@ class Cell:
         base: "adamw" or "sgd".
         steps: of every system.
         rate: multiplies the learning rates of the table, which are AdamW's for digits.
-        full: whether all systems are run, or those of the core.
     """
 
     target: str
     base: Base
     steps: int
     rate: float = 1.0
-    full: bool = False
 
     @property
     def name(self) -> str:
@@ -79,8 +77,8 @@ class Cell:
 
 
 CELLS: tuple[Cell, ...] = (
-    Cell("digits", "adamw", 200, full=True),
-    Cell("caption", "adamw", 300, rate=2, full=True),
+    Cell("digits", "adamw", 200),
+    Cell("caption", "adamw", 300, rate=2),
     Cell("digits", "sgd", 200, rate=50),
     Cell("caption", "sgd", 300, rate=100),
 )
@@ -218,8 +216,3 @@ _ALL = (
     ),
 )  # fmt: skip
 SYSTEMS: dict[str, System] = {system.name: system for system in _ALL}
-
-
-def systems_of(cell: Cell) -> list[System]:
-    """The systems that are run in a cell, the most important first."""
-    return [system for system in SYSTEMS.values() if cell.full or system.core]

@@ -78,12 +78,14 @@ def tables(cell: CellOutcomes) -> list[Table]:
 
 
 def summary_table(cells: Sequence[CellOutcomes]) -> Table:
-    """Every system that was tested in one of the cells: T, P and H of full cells, H of the others, costs of the first.
+    """Every system that was tested in one of the cells: T, P and H with AdamW, H with SGD, costs of the first.
 
     Cells without results are left out.
     """
     shown = [cell for cell in cells if cell.systems]
-    wanted = [(cell, measure) for cell in shown for measure in (COMPARED if cell.cell.full else COMPARED[-1:])]
+    wanted = [
+        (cell, measure) for cell in shown for measure in (COMPARED if cell.cell.base == "adamw" else COMPARED[-1:])
+    ]
     names = [name for name in SYSTEMS if any(name in cell.systems for cell in shown)]
     rows = [
         (

@@ -17,7 +17,7 @@ from reproductions.mini.parallel import execute_all, read_results
 from reproductions.mini.questions import PRETRAINED_TASKS
 from reproductions.mini.run import Run, execute, rounded
 from reproductions.mini.scores import average, h_scores, kept, mean, rate_that_reaches, target_score
-from reproductions.mini.systems import CANDIDATES, CELLS, SYSTEMS, systems_of
+from reproductions.mini.systems import CANDIDATES, CELLS, SYSTEMS
 
 CELL = CELLS[0]
 SIZE = study.Size(steps=2, batch=4, tuning_examples=2, examples=2)
@@ -60,8 +60,6 @@ def test_every_system_is_tuned_as_much_and_is_told_apart():
         assert system.choose in ("H", "T", *SYSTEMS)
     assert len({system.label for system in SYSTEMS.values()}) == len(SYSTEMS)
     assert {c.name for c in CELLS} == {f"{t}-{b}" for t in ("digits", "caption") for b in ("adamw", "sgd")}
-    assert systems_of(CELLS[0]) == list(SYSTEMS.values())
-    assert all(system.core for system in systems_of(CELLS[2]))
 
 
 def test_learning_rates_of_another_cell_are_scaled_and_nothing_else_is():

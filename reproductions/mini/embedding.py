@@ -18,7 +18,7 @@ from reproductions.mini.model import load_checkpoint
 from reproductions.mini.outcomes import CellOutcomes
 from reproductions.mini.plots import COLOURS
 from reproductions.mini.study import checkpoint_of
-from reproductions.mini.systems import SYSTEMS
+from reproductions.mini.systems import SYSTEMS, TITLES
 
 EMBEDDED = ("zero-shot", "fine-tune", "mdgd")
 KINDS = {"visual": "last image token", "multimodal": "last token of the question"}
@@ -111,7 +111,7 @@ def _draw(source: Path, path: Path) -> Path:
         label(axis, f"{kind}: {token}", "", "")
         axis.set_xticks([])
         axis.set_yticks([])
-    target, base = source.stem.split("-")[1:]
-    figure.suptitle(f"t-SNE of features of the target's test examples: {target}, {base}, one seed")
+    title = TITLES[source.stem.removeprefix("tsne-")]
+    figure.suptitle(f"t-SNE of features of the target's test examples: {title}, one seed")
     one_legend(figure)
     return save(figure, path)

@@ -18,7 +18,7 @@ from reproductions.mini.model import load_checkpoint
 from reproductions.mini.outcomes import CellOutcomes
 from reproductions.mini.plots import COLOURS
 from reproductions.mini.study import checkpoint_of
-from reproductions.mini.systems import SYSTEMS
+from reproductions.mini.systems import SYSTEMS, TITLES
 from torch_mdgd import MDGDOptimizer, mdgd_backward
 
 RATIOS = (0.05, 0.1, 0.3, 0.5, 0.7, 1.0)
@@ -132,5 +132,5 @@ def _draw(cell: str, lines: Sequence[dict], path: Path) -> Path:
         for at, group in zip(percent, groups, strict=True):
             axis.plot([at] * len(group), group, ".", color="0.3", markersize=3)
         label(axis, f"({letter}) {name}", "numbers that may move, %", "")
-    figure.suptitle(f"MDGD-GM against its masking ratio: {cell.replace('-', ', ')}; line: mean, dots: seeds")
+    figure.suptitle(f"MDGD-GM against its masking ratio: {TITLES[cell]}; line: mean, dots: seeds")
     return save(figure, path)

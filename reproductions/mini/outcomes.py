@@ -90,7 +90,7 @@ class CellOutcomes:
 
     @property
     def title(self) -> str:
-        return f"{'digits' if self.cell.target == 'digits' else 'captions'}, {OPTIMIZERS[self.cell.base]}"
+        return self.cell.title
 
     def difference(self, measure: str, name: str, baseline: str) -> Difference | None:
         """What a system has more than another on the seeds of both; None where there are none."""
@@ -101,9 +101,6 @@ class CellOutcomes:
         """Whether two systems came to the same settings, and so share their runs."""
         keys = [{run["key"] for run in self.systems[each].runs.values()} for each in (name, baseline)]
         return bool(keys[0] & keys[1])
-
-
-OPTIMIZERS = {"adamw": "AdamW", "sgd": "SGD"}
 
 
 def load(folder: Path) -> list[CellOutcomes]:

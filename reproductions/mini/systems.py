@@ -75,6 +75,11 @@ class Cell:
     def name(self) -> str:
         return f"{self.target}-{self.base}"
 
+    @property
+    def title(self) -> str:
+        """What tables and figures call it."""
+        return f"{'digits' if self.target == 'digits' else 'captions'}, {'AdamW' if self.base == 'adamw' else 'SGD'}"
+
 
 CELLS: tuple[Cell, ...] = (
     Cell("digits", "adamw", 200),
@@ -82,6 +87,8 @@ CELLS: tuple[Cell, ...] = (
     Cell("digits", "sgd", 200, rate=50),
     Cell("caption", "sgd", 300, rate=100),
 )
+
+TITLES = {cell.name: cell.title for cell in CELLS}
 
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 HIGH_RATES = (5e-3, 1e-2, 2e-2, 4e-2)

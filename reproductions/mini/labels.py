@@ -4,11 +4,12 @@ import math
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
+from matplotlib.patheffects import withStroke
 from matplotlib.transforms import Bbox
 
-_RADII = (7, 13, 21, 31, 43, 57, 73)
-# Diagonals first: error bars are drawn along the axes.
-_ANGLES = tuple(math.radians(angle) for angle in (30, 150, 330, 210, 90, 270, 0, 180))
+_RADII = (7, 10, 13, 17, 21, 26, 31, 37, 43, 50, 57, 73)
+# Diagonals first: error bars are drawn along the axes. Those that texts cover shine through no letter.
+_ANGLES = tuple(math.radians(angle) for angle in (30, 150, 330, 210, 60, 120, 300, 240, 90, 270, 0, 180))
 _HALF_MARKER = 4.0
 _LINE_FROM = 18
 
@@ -60,6 +61,7 @@ def label_points(
         axis.annotate(
             text, point, ((centre[0] - x) / pixels, (centre[1] - y) / pixels), textcoords="offset points",
             fontsize=size, color=colour, ha="center", va="center", arrowprops=line if best[2] >= _LINE_FROM else None,
+            path_effects=[withStroke(linewidth=2, foreground="white")],
         )  # fmt: skip
 
 

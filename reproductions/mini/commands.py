@@ -177,6 +177,8 @@ def figures(
     optimizer: Annotated[str, typer.Option(help="adamw or sgd, for what is run.")] = "adamw",
 ) -> None:
     """Draw the study's figures."""
+    import torch
+
     from reproductions.mini.embedding import embed_cells
     from reproductions.mini.masking import mask_cells
     from reproductions.mini.outcomes import load
@@ -187,6 +189,8 @@ def figures(
     wanted = [c for c in cells if target in ("", c.cell.target) and optimizer in ("", c.cell.base)]
     if not wanted:
         raise typer.BadParameter(f"no cell has target {target!r} and optimizer {optimizer!r}")
+    # The model is too small to share among threads, which wait for each other where the machine has other work.
+    torch.set_num_threads(1)
     if tsne:
         embed_cells(results, wanted, console)
     if masking:

@@ -83,7 +83,9 @@ def draw_frontier(cell: CellOutcomes) -> Figure | None:
         left, [(T.mean, P.mean) for T, P in near.values()], [SYSTEMS[n].label for n in near],
         [FAMILY_COLOURS[n] for n in near],
     )  # fmt: skip
-    last = {name: line[-1] if cell.frontier else max(line, key=lambda pair: _h(*pair)) for name, line in curves.items()}
+    last = {
+        name: _end(line, right) if cell.frontier else max(line, key=lambda p: _h(*p)) for name, line in curves.items()
+    }
     label_points(
         right, list(last.values()), [SYSTEMS[n].label for n in last], [FAMILY_COLOURS[n] for n in last],
         avoid=[point for line in curves.values() for point in line],
@@ -106,6 +108,13 @@ def _means(groups: Mapping[str, Sequence[Sequence[Result]]]) -> dict[str, list[t
         for name, line in groups.items()
         if line
     }
+
+
+def _end(line: Sequence[tuple[float, float]], axis: Axes) -> tuple[float, float]:
+    """The last point of a curve that can be seen."""
+    (left, right), (bottom, top) = axis.get_xlim(), axis.get_ylim()
+    seen = [(T, P) for T, P in line if left <= T <= right and bottom <= P <= top]
+    return (seen or line)[-1]
 
 
 def _h(T: float, P: float) -> float:

@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from matplotlib.text import Text
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -290,6 +291,22 @@ def test_the_frontier_says_which_examples_it_shows(tmp_path):
         plt.close(figure)
     assert titles["with"].startswith("test, one setting varied")
     assert titles["without"].startswith("validation")
+
+
+def test_a_curve_that_leaves_the_figure_is_named_where_it_can_be_seen(tmp_path):
+    path = made_up(tmp_path, frontier=("fine-tune",)) / "frontier.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    fastest = max(line["settings"]["learning_rate"] for line in lines)
+    lines = [x | ({"T": 1.0, "P": 1.0} if x["settings"]["learning_rate"] == fastest else {}) for x in lines]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    figure = draw_frontier(load(tmp_path)[0])
+    figure.canvas.draw()
+    right = figure.axes[1]
+    (name,) = (text for text in right.texts if text.get_text() == SYSTEMS["fine-tune"].label)
+    box = Text.get_window_extent(name)
+    plt.close(figure)
+    assert right.bbox.contains(box.x0, box.y0)
+    assert right.bbox.contains(box.x1, box.y1)
 
 
 def test_commands_draw_and_name_a_folder_that_is_not_there(tmp_path):

@@ -8,7 +8,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.transforms import Bbox
 
 _RADII = (7, 10, 13, 17, 21, 26, 31, 37, 43, 50, 57, 73)
-# Diagonals first: error bars are drawn along the axes. Those that texts cover shine through no letter.
+# Diagonals first: error bars are drawn along the axes.
 _ANGLES = tuple(math.radians(angle) for angle in (30, 150, 330, 210, 60, 120, 300, 240, 90, 270, 0, 180))
 _HALF_MARKER = 4.0
 _LINE_FROM = 18
@@ -58,6 +58,7 @@ def label_points(
         note.remove()
         centre = ((box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2)
         line = {"arrowstyle": "-", "color": colour, "linewidth": 0.5, "alpha": 0.6, "shrinkA": 0, "shrinkB": 3}
+        # The white outline keeps lines below a text from being read as part of its letters.
         axis.annotate(
             text, point, ((centre[0] - x) / pixels, (centre[1] - y) / pixels), textcoords="offset points",
             fontsize=size, color=colour, ha="center", va="center", arrowprops=line if best[2] >= _LINE_FROM else None,

@@ -1,7 +1,9 @@
 """`python -m reproductions mini ...`: commands of the small experiment."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -51,7 +53,9 @@ def pretrain(
     console.print(f"wrote {output} after {report['seconds'] / 60:.1f} minutes", soft_wrap=True)
 
 
-Target = Annotated[str, typer.Option(help="What to fine-tune on: digits or caption.")]
+Target = Annotated[Literal["digits", "caption"], typer.Option(help="What to fine-tune on.")]
+TargetOrAll = Annotated[Literal["digits", "caption"] | None, typer.Option(help="Of what is run; both by default.")]
+OptimizerOrAll = Annotated[Literal["adamw", "sgd"] | None, typer.Option(help="Of what is run; both by default.")]
 Steps = Annotated[int, typer.Option(min=1, help="Optimizer steps of each fine-tuning.")]
 Examples = Annotated[int, typer.Option(min=1, help="Examples that measure each task.")]
 
@@ -72,7 +76,10 @@ def demo(
     """Fine-tune with and without MDGD and show what is forgotten: under 4 minutes on two cores."""
     from reproductions.mini import demo as demonstration
 
-    demonstration.demo(output, target, [int(seed) for seed in seeds.split(",")], steps, examples, _console())
+    with _refused():
+        numbers = _seeds(seeds)
+        demonstration.require_test_seeds(numbers)
+    demonstration.demo(output, target, numbers, steps, examples, _console())
 
 
 @app.command()
@@ -87,8 +94,11 @@ def tune(
 ) -> None:
     """Choose settings on validation examples and on seeds of their own: about half an hour on two cores."""
     from reproductions.mini import tune as tuning
+    from reproductions.mini.study import require_known
 
     names = methods.split(",") if methods else list(tuning.GRIDS)
+    with _refused():
+        require_known("method", names, tuning.GRIDS)
     tuning.tune(output, names, target, steps, examples, _console())
 
 
@@ -99,10 +109,11 @@ def study(
     ] = Path("runs/mini/study"),
     systems: Annotated[str, typer.Option(help="Which systems, separated by commas; all by default.")] = "",
     seeds: Annotated[str, typer.Option(help="Test seeds; even ones begin with the first checkpoint.")] = "0,1,2,3,4,5",
-    target: Annotated[str, typer.Option(help="digits or caption; both by default.")] = "",
-    optimizer: Annotated[str, typer.Option(help="adamw or sgd; both by default.")] = "",
+    target: TargetOrAll = None,
+    optimizer: OptimizerOrAll = None,
     stages: Annotated[
-        str, typer.Option(help="tune, test, cost, frontier: which parts, in this order.")
+        str,
+        typer.Option(help="tune, test, cost, frontier; edge: values beyond those that were tried. In this order."),
     ] = "tune,test,cost,frontier",
     workers: Annotated[int, typer.Option(min=0, help="Processes of one thread each; 0 for one a core.")] = 0,
     steps: Annotated[int, typer.Option(min=0, help="Steps of each fine-tuning; 0 for each target's own.")] = 0,
@@ -112,18 +123,17 @@ def study(
 ) -> None:
     """Run every system: choose its settings, test it, and draw its frontier. Resumes after a kill."""
     from reproductions.mini import study as studying
-    from reproductions.mini.systems import CELLS
+    from reproductions.mini.systems import CELLS, SYSTEMS
 
-    cells = [c for c in CELLS if target in ("", c.target) and optimizer in ("", c.base)]
-    if not cells:
-        raise typer.BadParameter(f"no cell has target {target!r} and optimizer {optimizer!r}")
-    wanted = stages.split(",")
-    for stage in wanted:
-        if stage not in studying.STAGES:
-            raise typer.BadParameter(f"stages must be some of {', '.join(studying.STAGES)}, got {stage!r}")
+    cells = [c for c in CELLS if target in (None, c.target) and optimizer in (None, c.base)]
+    names, wanted = systems.split(",") if systems else [], stages.split(",")
+    with _refused():
+        studying.require_known("system", names, SYSTEMS)
+        studying.require_known("stage", wanted, studying.STAGES)
+        numbers = _seeds(seeds)
+        studying.require_test_seeds(numbers)
     studying.study(
-        output, cells, systems.split(",") if systems else [], [int(seed) for seed in seeds.split(",")],
-        [stage for stage in studying.STAGES if stage in wanted],
+        output, cells, names, numbers, [stage for stage in studying.STAGES if stage in wanted],
         studying.Size(steps or None, batch, tuning_examples, examples), _console(), workers or None,
     )  # fmt: skip
 
@@ -173,8 +183,8 @@ def figures(
     masking: Annotated[
         bool, typer.Option("--masking", help="Fine-tune at every masking ratio first; kept in the results.")
     ] = False,
-    target: Annotated[str, typer.Option(help="digits or caption, for what is run; both by default.")] = "",
-    optimizer: Annotated[str, typer.Option(help="adamw or sgd, for what is run.")] = "adamw",
+    target: TargetOrAll = None,
+    optimizer: Annotated[Literal["adamw", "sgd"], typer.Option(help="Of what is run.")] = "adamw",
 ) -> None:
     """Draw the study's figures."""
     import torch
@@ -186,9 +196,7 @@ def figures(
 
     _require(results)
     console, cells = _console(), load(results)
-    wanted = [c for c in cells if target in ("", c.cell.target) and optimizer in ("", c.cell.base)]
-    if not wanted:
-        raise typer.BadParameter(f"no cell has target {target!r} and optimizer {optimizer!r}")
+    wanted = [c for c in cells if target in (None, c.cell.target) and optimizer == c.cell.base]
     # The model is too small to share among threads, which wait for each other where the machine has other work.
     torch.set_num_threads(1)
     if tsne:
@@ -202,6 +210,21 @@ def figures(
 def _require(results: Path) -> None:
     if not results.is_dir():
         raise typer.BadParameter(f"there is no folder {results}; `mini study --output {results}` makes it")
+
+
+@contextmanager
+def _refused() -> Iterator[None]:
+    """What is wrong with the arguments, without a traceback."""
+    try:
+        yield
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _seeds(text: str) -> list[int]:
+    if not all(part.strip().isdecimal() for part in text.split(",")):
+        raise ValueError(f"seeds are whole numbers separated by commas, got {text!r}")
+    return [int(part) for part in text.split(",")]
 
 
 def _console() -> "Console":

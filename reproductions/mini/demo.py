@@ -28,6 +28,13 @@ def runs(target: str, seeds: Sequence[int], steps: int, examples: int) -> list[R
     return [*trained, Run(PRETRAINED, target, "test", 0, 0, examples)]
 
 
+def require_test_seeds(seeds: Sequence[int]) -> None:
+    """Raise ValueError for a seed that settings may be chosen with."""
+    for seed in seeds:
+        if seed not in TEST_SEEDS:
+            raise ValueError(f"seed {seed} is kept for choosing settings; take one below {TEST_SEEDS.stop}")
+
+
 def demo(
     folder: Path, target: str, seeds: Sequence[int], steps: int, examples: int, console: Console
 ) -> dict[str, list[Result]]:
@@ -40,9 +47,7 @@ def demo(
         ValueError: a seed is one of those that settings are chosen with.
         FloatingPointError: a loss is not finite.
     """
-    kept = [seed for seed in seeds if seed not in TEST_SEEDS]
-    if kept:
-        raise ValueError(f"seed {kept[0]} is kept for choosing settings; take one below {TEST_SEEDS.stop}")
+    require_test_seeds(seeds)
     found: dict[str, list[Result]] = {name: [] for name in METHODS}
     wanted = runs(target, seeds, steps, examples)
     for run, result in zip(wanted, execute_all(wanted, folder / "results.jsonl", console), strict=True):

@@ -12,12 +12,14 @@ from reproductions.mini.costs import read_costs
 from reproductions.mini.methods import Method
 from reproductions.mini.parallel import Result, read_results
 from reproductions.mini.questions import PRETRAINED_TASKS
+from reproductions.mini.run import Run
 from reproductions.mini.scores import average, h_scores, kept, target_score
 from reproductions.mini.stats import Difference, paired
 from reproductions.mini.study import TEST_SEEDS, Size
 from reproductions.mini.systems import CELLS, SYSTEMS, Cell, System
 
 Measure = Callable[[Result], float]
+Tried = tuple[Method, Sequence[Result]]
 
 SCORES: dict[str, Measure] = {
     "T": target_score,
@@ -78,6 +80,7 @@ class CellOutcomes:
         untested: labels of the cell's other systems.
         frontier: by system, the setting that was varied and, by its values, the results that are there.
         tuning: by system, every candidate with validation results.
+        edges: by system that was tested, what was tried beyond the edges of its candidates.
         step_seconds: by system, of processor time.
     """
 
@@ -85,7 +88,8 @@ class CellOutcomes:
     systems: Mapping[str, Outcome]
     untested: tuple[str, ...]
     frontier: Mapping[str, tuple[str, Mapping[float, Sequence[Result]]]]
-    tuning: Mapping[str, Sequence[tuple[Method, Sequence[Result]]]]
+    tuning: Mapping[str, Sequence[Tried]]
+    edges: Mapping[str, Sequence[Tried]]
     step_seconds: Mapping[str, float]
 
     @property
@@ -125,13 +129,19 @@ def _cell(
     size = _size(cell, tuned, tested)
     outcomes = {system.name: _outcome(cell, system, size, tuned, tested) for system in SYSTEMS.values()}
     curves = {name: _frontier(cell, SYSTEMS[name], size, tuned, varied) for name in outcomes}
-    candidates = {name: _tuning(cell, SYSTEMS[name], size, tuned) for name in outcomes}
+    candidates = {name: _tried(study.tuning_runs(cell, [SYSTEMS[name]], size), tuned) for name in outcomes}
+    edges = {
+        name: _tried(study.edge_runs(cell, [outcome.system], size, tuned), tuned)
+        for name, outcome in outcomes.items()
+        if outcome.runs
+    }
     return CellOutcomes(
         cell,
         {name: outcome for name, outcome in outcomes.items() if outcome.runs},
         tuple(outcome.system.label for outcome in outcomes.values() if not outcome.runs),
         {name: curve for name, curve in curves.items() if curve},
         {name: tried for name, tried in candidates.items() if tried},
+        {name: tried for name, tried in edges.items() if tried},
         step_seconds,
     )
 
@@ -193,8 +203,7 @@ def _frontier(
     return (setting, dict(sorted(found.items()))) if found else None
 
 
-def _tuning(cell: Cell, system: System, size: Size, tuned: Mapping[str, Result]) -> list[tuple[Method, list[Result]]]:
-    runs = study.tuning_runs(cell, [system], size)
+def _tried(runs: Sequence[Run], tuned: Mapping[str, Result]) -> list[Tried]:
     methods = list({str(run.method.settings): run.method for run in runs}.values())
     found = [(m, [tuned[run.key] for run in runs if run.method == m and run.key in tuned]) for m in methods]
     return [(method, results) for method, results in found if results]

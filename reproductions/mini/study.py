@@ -3,7 +3,7 @@
 Each part is a list of runs in a file of JSON lines, so that it can be killed and taken up again at any point.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,7 +20,7 @@ from reproductions.mini.systems import SYSTEMS, Cell, System, adapted
 from reproductions.mini.tune import SEEDS as TUNING_SEEDS
 
 Stage = Literal["tune", "test", "frontier"]
-STAGES = ("tune", "test", "cost", "frontier")
+STAGES = ("tune", "test", "cost", "frontier", "edge")
 BATCH = 16
 TEST_SEEDS = tuple(range(6))
 FRONTIER_SEEDS = (0, 1)
@@ -46,6 +46,13 @@ class Size:
 def checkpoint_of(seed: int) -> Path:
     """Even seeds begin with the first pre-trained model, odd ones with the second."""
     return SECOND_CHECKPOINT if seed % 2 else CHECKPOINT
+
+
+def require_known(kind: str, names: Iterable[str], known: Collection[str]) -> None:
+    """Raise ValueError for a name that is not among those known, listing them."""
+    for name in names:
+        if name not in known:
+            raise ValueError(f"unknown {kind} {name!r}; there are {', '.join(known)}")
 
 
 def require_test_seeds(seeds: Sequence[int]) -> None:
@@ -127,6 +134,17 @@ def frontier_runs(cell: Cell, systems: Sequence[System], size: Size, tuned: dict
     return runs
 
 
+def edge_runs(cell: Cell, systems: Sequence[System], size: Size, tuned: dict[str, Result]) -> list[Run]:
+    """One value beyond each edge where settings were chosen by H, on validation examples. Nothing is chosen by it."""
+    return [
+        _run(method, cell, seed, size, "tune")
+        for seed in TUNING_SEEDS
+        for system in systems
+        if system.grid and system.choose == "H"
+        for method in system.beyond(chosen(cell, system, size, tuned), cell.base, cell.rate)
+    ]
+
+
 def study(
     folder: Path,
     cells: Sequence[Cell],
@@ -140,7 +158,7 @@ def study(
     """Run what the folder does not hold yet; writes `tune.jsonl`, `test.jsonl`, `costs.jsonl` and `frontier.jsonl`.
 
     The core systems of every cell come first, cell by cell, then the others, then what the systems cost, then the
-    frontiers.
+    frontiers, then what lies beyond the edges.
 
     Args:
         folder: for the results.
@@ -155,9 +173,7 @@ def study(
     Raises:
         ValueError: an unknown system; a seed that settings are chosen with; a part without the one before it.
     """
-    unknown = [name for name in names if name not in SYSTEMS]
-    if unknown:
-        raise ValueError(f"unknown system {unknown[0]!r}; there are {', '.join(SYSTEMS)}")
+    require_known("system", names, SYSTEMS)
     require_test_seeds(seeds)
     parts = [
         (cell, [s for s in SYSTEMS.values() if s.core == core and (not names or s.name in names)])
@@ -179,6 +195,9 @@ def study(
     for cell, systems in parts if "frontier" in stages else ():
         console.print(f"frontier, {cell.name}: {_names(systems)}", soft_wrap=True)
         execute_all(frontier_runs(cell, systems, size, tuned), folder / "frontier.jsonl", console, workers)
+    for cell, systems in parts if "edge" in stages else ():
+        console.print(f"beyond the edges, {cell.name}: {_names(systems)}", soft_wrap=True)
+        execute_all(edge_runs(cell, systems, size, tuned), folder / "tune.jsonl", console, workers)
 
 
 def _names(systems: Sequence[System]) -> str:

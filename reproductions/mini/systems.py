@@ -12,6 +12,9 @@ Grid = Mapping[str, tuple[Any, ...]]
 CANDIDATES = 4
 """How many settings are tried for every system, so that none is tuned harder than another."""
 
+SHARES = ("inputs", "tailor")
+"""Settings that lie between 0 and 1, and have no next value by ratios."""
+
 
 @dataclass(frozen=True)
 class System:
@@ -47,6 +50,19 @@ class System:
         """The methods that are tried for a base optimizer whose learning rates are `rate` times the table's."""
         combinations = [dict(zip(self.grid, values, strict=True)) for values in product(*self.grid.values())]
         return [adapted(self.method.with_settings(**chosen), base, rate) for chosen in combinations]
+
+    def beyond(self, chosen: Method, base: Base, rate: float) -> list[Method]:
+        """Where a setting was chosen at the edge of its values: the next one out, by the ratio to its neighbour.
+
+        All other settings stay as they were chosen.
+        """
+        found = []
+        for name in (name for name in self.grid if name not in SHARES):
+            values = sorted({method.settings[name] for method in self.candidates(base, rate)})
+            for edge, neighbour in ((values[0], values[1]), (values[-1], values[-2])) if len(values) > 1 else ():
+                if chosen.settings[name] == edge:
+                    found.append(chosen.with_settings(**{name: float(f"{edge**2 / neighbour:.4g}")}))
+        return found
 
 
 def adapted(method: Method, base: Base, rate: float) -> Method:

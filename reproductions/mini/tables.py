@@ -3,12 +3,13 @@
 import html
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 from rich.table import Table as RichTable
 
-from reproductions.mini.outcomes import CellOutcomes, Outcome
+from reproductions.mini.outcomes import SCORES, CellOutcomes, Outcome
+from reproductions.mini.scores import mean
 from reproductions.mini.stats import Difference, estimate, holm
 from reproductions.mini.systems import SYSTEMS
 from reproductions.mini.verdicts import FEWEST_SEEDS
@@ -70,11 +71,12 @@ class Table:
 
 
 def tables(cell: CellOutcomes) -> list[Table]:
-    """All tables of a cell: scores, costs and features, differences from each rival that there is."""
+    """All tables of a cell: scores, costs and features, differences from rivals, values beyond edges, if there are."""
     if not cell.systems:
         return []
     rivals = [rival for rival in RIVALS if rival in cell.systems]
-    return [score_table(cell), cost_table(cell), *(difference_table(cell, rival) for rival in rivals)]
+    edges = [edge_table(cell)] if cell.edges else []
+    return [score_table(cell), cost_table(cell), *(difference_table(cell, rival) for rival in rivals), *edges]
 
 
 def summary_table(cells: Sequence[CellOutcomes]) -> Table:
@@ -180,6 +182,25 @@ def difference_table(cell: CellOutcomes, rival: str) -> Table:
         notes.append(f"Chose the same settings, and so is the same: {'; '.join(SYSTEMS[n].label for n in alike)}.")
     columns = ("system", *(column for m in COMPARED for column in (f"Δ{m}", "p")), "seeds")
     return Table(f"{cell.title}: differences from {SYSTEMS[rival].label}", columns, tuple(rows), tuple(notes))
+
+
+def edge_table(cell: CellOutcomes) -> Table:
+    """Settings one value beyond an edge at which a system's were chosen, against those."""
+    rows = []
+    for name, found in cell.edges.items():
+        outcome = cell.systems[name]
+        (before,) = (results for method, results in cell.tuning[name] if method == outcome.method)
+        for method, results in found:
+            H = [mean(each, SCORES["H"]) for each in (before, results)]
+            scores = [f"{mean(results, SCORES[measure]):.1f}" for measure in ("T", "P")]
+            beyond = chosen_settings(replace(outcome, method=method))
+            rows.append((outcome.system.label, chosen_settings(outcome), f"{H[0]:.1f}", beyond, *scores, f"{H[1]:.1f}"))
+    note = (
+        "Validation examples, mean of two seeds. Where a setting was chosen at the edge of what was tried, the next "
+        "value beyond, by the ratio to its neighbour. Nothing was chosen by these."
+    )
+    columns = ("system", "chosen", "H", "beyond", "T there", "P there", "H there")
+    return Table(f"{cell.title}: beyond the edges of what was tried", columns, tuple(rows), (note,))
 
 
 def missing(cell: CellOutcomes) -> list[str]:

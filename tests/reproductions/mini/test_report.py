@@ -242,6 +242,26 @@ def test_the_summary_holds_every_cell_and_the_costs_of_the_first(tmp_path):
     assert found["Pre-trained"]["step time"] == "–"
 
 
+def test_values_beyond_edges_stand_beside_what_was_chosen(tmp_path):
+    folder = made_up(tmp_path, noise=0)
+    assert not load(folder)[0].edges
+    path = folder / "tune.jsonl"
+    tuned = {line["key"]: line for line in map(json.loads, path.read_text().splitlines())}
+    runs = study.edge_runs(CELL, [SYSTEMS[name] for name in ("mdgd", "lora", "inputs")], SIZE, tuned)
+    beyond = {0.0005: (70, 90), 0.001: (50, 100)}
+    lines = [result(run, *beyond[run.method.learning_rate], 60) for run in runs]
+    path.write_text("".join(json.dumps(line) + "\n" for line in [*tuned.values(), *lines]))
+    cell = load(folder)[0]
+    found = {(row[0], row[3]): row for row in tables(cell)[-1].rows}
+    at = tuned[next(run.key for run in study.tuning_runs(CELL, [SYSTEMS["lora"]], SIZE))]
+    H = f"{2 * at['T'] * at['P'] / (at['T'] + at['P']):.1f}"
+    assert found == {
+        ("MDGD", "rate 0.0005, α 3"): ("MDGD", "rate 0.001, α 3", H, "rate 0.0005, α 3", "70.0", "90.0", "78.8"),
+        ("MDGD", "rate 0.001, α 0.9"): ("MDGD", "rate 0.001, α 3", H, "rate 0.001, α 0.9", "50.0", "100.0", "66.7"),
+        ("LoRA", "rate 0.0005"): ("LoRA", "rate 0.001", H, "rate 0.0005", "70.0", "90.0", "78.8"),
+    }, "those of systems without tests are left out"
+
+
 def test_two_seeds_have_no_p(tmp_path):
     cell = load(made_up(tmp_path, seeds=(0, 1)))[0]
     assert {
@@ -318,7 +338,30 @@ def test_commands_draw_and_name_a_folder_that_is_not_there(tmp_path):
     for command in ("report", "figures"):
         called = CliRunner().invoke(app, [command, "--results", str(tmp_path / "gone")])
         assert called.exit_code == 2
-    assert CliRunner().invoke(app, ["figures", "--results", str(folder), "--target", "digit"]).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["study", "--systems", "mdgd,stepp"], "stepp"),
+        (["study", "--seeds", "0;1"], "0;1"),
+        (["study", "--seeds", "0,100"], "100"),
+        (["study", "--stages", "tune,costs"], "costs"),
+        (["study", "--target", "digit"], "digit"),
+        (["study", "--optimizer", "adam"], "adam"),
+        (["demo", "--seeds", "x"], "'x'"),
+        (["demo", "--seeds", "101"], "101"),
+        (["tune", "--methods", "adamw"], "adamw"),
+        (["figures", "--target", "digit"], "digit"),
+    ],
+)
+def test_arguments_are_refused_by_name_before_anything_runs(tmp_path, arguments, told):
+    output = tmp_path / "out"
+    called = CliRunner().invoke(app, [*arguments, "--output", str(output)])
+    assert called.exit_code == 2
+    assert "Invalid value" in called.output
+    assert told in called.output
+    assert not output.exists()
 
 
 def test_masking_runs_once_and_is_drawn(tmp_path, monkeypatch):

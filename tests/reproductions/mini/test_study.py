@@ -62,6 +62,20 @@ def test_every_system_is_tuned_as_much_and_is_told_apart():
     assert {c.name for c in CELLS} == {f"{t}-{b}" for t in ("digits", "caption") for b in ("adamw", "sgd")}
 
 
+def test_beyond_an_edge_lies_the_next_value_by_ratio_and_all_else_stays():
+    system = SYSTEMS["mdgd"]
+    low, high = system.candidates("sgd", 50.0)[0], system.candidates("sgd", 50.0)[-1]
+    assert (low.learning_rate, low.wrap["align"], high.learning_rate, high.wrap["align"]) == (0.05, 3, 0.1, 10)
+    assert system.beyond(low, "sgd", 50.0) == [
+        low.with_settings(learning_rate=0.025), low.with_settings(align=0.9),
+    ]  # fmt: skip
+    assert system.beyond(high, "sgd", 50.0) == [high.with_settings(learning_rate=0.2), high.with_settings(align=33.33)]
+    inside = SYSTEMS["lora"].candidates("adamw", 1.0)[1]
+    assert SYSTEMS["lora"].beyond(inside, "adamw", 1.0) == [], "neither an edge, nor another rank"
+    shares = SYSTEMS["inputs"].candidates("adamw", 1.0)[0]
+    assert SYSTEMS["inputs"].beyond(shares, "adamw", 1.0) == [shares.with_settings(learning_rate=5e-4)]
+
+
 def test_learning_rates_of_another_cell_are_scaled_and_nothing_else_is():
     plain = SYSTEMS["mdgd"].candidates("adamw", 1.0)
     scaled = SYSTEMS["mdgd"].candidates("sgd", 50.0)
@@ -139,6 +153,12 @@ def test_settings_are_chosen_by_each_systems_rule():
     assert study.chosen(CELL, SYSTEMS["zero-shot"], SIZE, {}).learning_rate is None
     with pytest.raises(ValueError, match="stage 'tune'"):
         study.chosen(CELL, SYSTEMS["align"], SIZE, results)
+    edges = study.edge_runs(CELL, [SYSTEMS[name] for name in ("zero-shot", "fine-tune", "mdgd")], SIZE, results)
+    mdgd = study.chosen(CELL, SYSTEMS["mdgd"], SIZE, results)
+    wanted = [mdgd.with_settings(learning_rate=5e-4), mdgd.with_settings(align=33.33)]
+    assert [(run.method, run.seed, run.split) for run in edges] == [
+        (method, seed, "validation") for seed in study.TUNING_SEEDS for method in wanted
+    ], "what was chosen by H, at its edges"
 
 
 def test_a_failed_candidate_counts_as_nothing():
@@ -166,7 +186,7 @@ def test_the_study_runs_and_resumes(tmp_path):
     study.study(*arguments, console, workers=1)
     files = {path.name: path.read_text() for path in tmp_path.iterdir()}
     assert {name: len(text.splitlines()) for name, text in files.items()} == {
-        "tune.jsonl": 2 * CANDIDATES, "test.jsonl": 2, "costs.jsonl": 1, "frontier.jsonl": 2 * 4,
+        "tune.jsonl": 2 * CANDIDATES + 2 * 2, "test.jsonl": 2, "costs.jsonl": 1, "frontier.jsonl": 2 * 4,
     }  # fmt: skip
     cost = json.loads(files["costs.jsonl"])
     assert (cost["cell"], cost["system"]) == (CELL.name, "restore")

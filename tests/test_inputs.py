@@ -245,6 +245,21 @@ def test_pictures_that_no_layer_saw_are_an_error():
         pass
 
 
+def test_a_layer_may_be_given_its_input_by_name():
+    model, pictures = Model(), batch()[0]
+    optimizers = [wrap(model), wrap(model)]
+    with optimizers[0].inputs.observe(MASK):
+        model.projector(pictures)
+    with optimizers[1].inputs.observe(MASK):
+        model.projector(input=pictures)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    for optimizer in optimizers:
+        optimizer.step()
+    assert_same_bits(covariances(optimizers[0]), covariances(optimizers[1]))
+    assert any(c.any() for c in covariances(optimizers[0]))
+
+
 def test_inputs_that_hold_nan_at_image_tokens_are_not_followed_and_others_may():
     model = Model()
     optimizer = wrap(model)

@@ -190,7 +190,7 @@ class VisualInputs:
         """
         last: list[Any] = []
         handles = [
-            module.register_forward_pre_hook(self._hook(i, name, mask, in_text, last))
+            module.register_forward_pre_hook(self._hook(i, name, mask, in_text, last), with_kwargs=True)
             for i, name, module, in_text in self._layers
         ]
         try:
@@ -205,11 +205,11 @@ class VisualInputs:
                 handle.remove()
 
     def _hook(self, i: int, name: str, mask: Tensor, in_text: bool, last: list[Any]) -> Any:
-        def see(module: nn.Module, args: tuple[Any, ...]) -> None:
+        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             # Inside a backward pass it is gradient checkpointing that runs the layer again.
             if torch._C._current_graph_task_id() != -1:
                 return
-            x = args[0]
+            x = args[0] if args else kwargs["input"]
             kind = in_text, i in self._biases, self._on(x.device, i).dtype, x._version
             # Those of q, k and v, and of a gate and what it multiplies, are one.
             if not last or last[0] is not x or last[1] != kind:

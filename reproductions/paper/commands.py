@@ -152,7 +152,7 @@ class _refusals:  # noqa: N801
         if error is None:
             return
         if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("reproductions"):
-            what = "lmms-eval" if error.name == "lmms_eval" else "'torch-mdgd[paper]'"
+            what = "lmms-eval" if error.name == "lmms_eval" else "-e '.[paper]'"
             typer.secho(f"{error.name} is not installed: pip install {what}", err=True, fg="red")
             raise typer.Exit(2) from error
         from reproductions.paper.config import ConfigError

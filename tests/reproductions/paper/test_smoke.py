@@ -123,7 +123,7 @@ def test_a_package_that_is_not_installed_is_named(command):
         "assert done.exit_code == 2, done.output; print(done.output)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "datasets is not installed: pip install 'torch-mdgd[paper]'" in done.stdout, done.stderr
+    assert "datasets is not installed: pip install -e '.[paper]'" in done.stdout, done.stderr
 
 
 def test_help_needs_no_torch():

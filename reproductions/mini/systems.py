@@ -173,7 +173,7 @@ _ALL = (
     ),
     System(
         _plain("lora", "LoRA"), "adapters on q and k, rank 8, and the connector",
-        {"learning_rate": (1e-3, 2e-3, 5e-3, 1e-2), "lora": (8,)},
+        {"learning_rate": (2.5e-4, 5e-4, 1e-3, 2e-3), "lora": (8,)},
     ),
     System(
         _plain("model-tailor", "Model Tailor"), "a tenth of a fine-tune on top of the old weights",

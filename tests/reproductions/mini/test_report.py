@@ -248,17 +248,17 @@ def test_values_beyond_edges_stand_beside_what_was_chosen(tmp_path):
     path = folder / "tune.jsonl"
     tuned = {line["key"]: line for line in map(json.loads, path.read_text().splitlines())}
     runs = study.edge_runs(CELL, [SYSTEMS[name] for name in ("mdgd", "lora", "inputs")], SIZE, tuned)
-    beyond = {0.0005: (70, 90), 0.001: (50, 100)}
+    beyond = {0.0005: (70, 90), 0.001: (50, 100), 0.000125: (80, 80)}
     lines = [result(run, *beyond[run.method.learning_rate], 60) for run in runs]
     path.write_text("".join(json.dumps(line) + "\n" for line in [*tuned.values(), *lines]))
     cell = load(folder)[0]
-    found = {(row[0], row[3]): row for row in tables(cell)[-1].rows}
-    at = tuned[next(run.key for run in study.tuning_runs(CELL, [SYSTEMS["lora"]], SIZE))]
-    H = f"{2 * at['T'] * at['P'] / (at['T'] + at['P']):.1f}"
+    found = {f"{row[0]}: {row[3]}": (*row[1:3], *row[4:]) for row in tables(cell)[-1].rows}
+    first = {name: tuned[study.tuning_runs(CELL, [SYSTEMS[name]], SIZE)[0].key] for name in ("mdgd", "lora")}
+    H = {name: f"{2 * at['T'] * at['P'] / (at['T'] + at['P']):.1f}" for name, at in first.items()}
     assert found == {
-        ("MDGD", "rate 0.0005, α 3"): ("MDGD", "rate 0.001, α 3", H, "rate 0.0005, α 3", "70.0", "90.0", "78.8"),
-        ("MDGD", "rate 0.001, α 0.9"): ("MDGD", "rate 0.001, α 3", H, "rate 0.001, α 0.9", "50.0", "100.0", "66.7"),
-        ("LoRA", "rate 0.0005"): ("LoRA", "rate 0.001", H, "rate 0.0005", "70.0", "90.0", "78.8"),
+        "MDGD: rate 0.0005, α 3": ("rate 0.001, α 3", H["mdgd"], "70.0", "90.0", "78.8"),
+        "MDGD: rate 0.001, α 0.9": ("rate 0.001, α 3", H["mdgd"], "50.0", "100.0", "66.7"),
+        "LoRA: rate 0.000125": ("rate 0.00025", H["lora"], "80.0", "80.0", "80.0"),
     }, "those of systems without tests are left out"
 
 

@@ -354,8 +354,25 @@ def test_what_it_cannot_protect_is_refused():
     for bad in (*wrong, {"refresh": 0}, {"refresh": 1.5}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             inputs(**bad)
+    with pytest.raises(ValueError, match="parts holds a module that is no part"):
+        inputs(parts=[model.projector, nn.Linear(4, 6)])
     with pytest.raises(TypeError, match="not a model of transformers"):
         VisualInputs(model)
+
+
+def test_parts_alone_are_protected():
+    models = Model(), Model()
+    optimizers = wrap(models[0]), wrap(models[1], parts=[models[1].projector, models[1].decoder.second])
+    for model, optimizer in zip(models, optimizers, strict=True):
+        train(model, optimizer, [0])
+    assert set(optimizers[1].inputs.names.values()) == {"projector", "decoder.second"}
+    plain = Model()
+    free = wrap(plain, energy=0)
+    train(plain, free, [0])
+    for name in ("projector", "second"):
+        assert_same_bits([layers(models[1])[name].weight], [layers(models[0])[name].weight])
+    assert_same_bits([models[1].decoder.first.weight], [plain.decoder.first.weight])
+    assert not torch.equal(models[0].decoder.first.weight, plain.decoder.first.weight)
 
 
 def test_a_sequence_other_than_the_masks_is_refused():

@@ -15,7 +15,7 @@ The paper has nothing like it. Adam-NSCL (CVPR 2021) projects Adam's step on the
 tasks; here the inputs to keep are those of the present step's pictures, and the optimizer is any.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -81,13 +81,14 @@ class VisualInputs:
 
     Args:
         model: whose modules are looked at; in DistributedDataParallel or not.
+        parts: of the model, to protect their layers alone, such as ``[connector(model)]``; all layers if None.
         energy: the fraction of each layer's visual inputs that is kept from change, in [0, 1].
         decay: of the covariance per step that has image tokens, in [0, 1).
         refresh: after how many steps Q is computed anew, which takes the cube of a width: raise it for wide layers.
         text_module: the decoder; that of a model of transformers if None.
 
     Raises:
-        ValueError: an argument out of range, naming it.
+        ValueError: an argument out of range, naming it; a part that the model does not hold.
         TypeError: no ``text_module``, and not a model of transformers.
     """
 
@@ -96,6 +97,7 @@ class VisualInputs:
         model: nn.Module,
         energy: float = 0.9,
         *,
+        parts: Iterable[nn.Module] | None = None,
         decay: float = 0.95,
         refresh: int = 10,
         text_module: nn.Module | None = None,
@@ -107,7 +109,17 @@ class VisualInputs:
         require_whole("VisualInputs: refresh", refresh)
         self.energy, self.decay, self.refresh = energy, decay, refresh
         inside = set((text_decoder(model) if text_module is None else text_module).modules())
-        self._modules = [(name, m, m in inside) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+        chosen = set(model.modules())
+        if parts is not None:
+            found = {module for part in parts for module in part.modules()}
+            if not found <= chosen:
+                raise ValueError("VisualInputs: parts holds a module that is no part of the model")
+            chosen = found
+        self._modules = [
+            (name, module, module in inside)
+            for name, module in model.named_modules()
+            if module in chosen and isinstance(module, nn.Linear)
+        ]
         self._count = 0
         # Places among the parameters: a layer may lose these very parameters when it is sharded.
         self._layers: list[tuple[int, str, nn.Linear, bool]] = []

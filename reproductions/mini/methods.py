@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from reproductions.mini.scored_masks import Batches, scored_mask
-from torch_mdgd import Given, Magnitude, MDGDOptimizer, Random, TopK, VisualInputs
+from torch_mdgd import Given, Magnitude, MDGDOptimizer, Random, TopK, VisualInputs, connector
 
 Base = Literal["adamw", "sgd"]
 
@@ -111,15 +111,15 @@ class Method:
 
 
 def _inputs(model: Any, layers: str, energy: float) -> VisualInputs:
-    decoder, projector = model.model.language_model, model.model.multi_modal_projector
-    parts: dict[str, list[nn.Module]] = {
-        "all": [model],
+    decoder = model.model.language_model
+    parts: dict[str, list[nn.Module] | None] = {
+        "all": None,
         "decoder": [decoder],
-        "projector": [projector],
+        "projector": [connector(model)],
         "attention": [layer.self_attn for layer in decoder.layers],
         "mlp": [layer.mlp for layer in decoder.layers],
     }
-    return VisualInputs(nn.ModuleList(parts[layers]), energy, text_module=decoder)
+    return VisualInputs(model, energy, parts=parts[layers])
 
 
 _FIELDS = {f.name for f in fields(Method)}

@@ -1,5 +1,6 @@
 """The frontier: target score against what is kept, so that a method that only learns less does not look better."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
@@ -47,8 +48,8 @@ def draw_frontier(cell: CellOutcomes) -> Figure | None:
     curves, source = _varied(cell)
     if not points and not curves:
         return None
-    figure, (left, right) = plt.subplots(1, 2, figsize=(14, 6.4))
-    figure.subplots_adjust(left=0.055, right=0.985, top=0.86, bottom=0.15, wspace=0.13)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(14, 6.6))
+    figure.subplots_adjust(left=0.055, right=0.985, top=0.865, bottom=0.17, wspace=0.13)
     best = max((_h(T.mean, P.mean) for T, P in points.values()), default=0.0)
     near = {name: pair for name, pair in points.items() if _h(pair[0].mean, pair[1].mean) > best - _FAR}
     for name, (T, P) in near.items():
@@ -73,10 +74,11 @@ def draw_frontier(cell: CellOutcomes) -> Figure | None:
     left.legend(
         handles=[Line2D([], [], marker="o", linestyle="", color=colour, label=family)
                  for family, (colour, names) in _FAMILIES.items() if set(names) & {*points, *curves}],
-        ncols=5, loc="lower left", bbox_to_anchor=(0, -0.19), frameon=False, fontsize=9, handletextpad=0.2,
+        ncols=5, loc="lower left", bbox_to_anchor=(0, -0.18), frameon=False, fontsize=9, handletextpad=0.2,
     )  # fmt: skip
     if far:
-        figure.text(0.055, 0.012, f"outside (T, P): {', '.join(far)}", fontsize=8, color="0.35")
+        outside = textwrap.fill(f"outside (T, P): {', '.join(far)}", 200)
+        figure.text(0.055, 0.012, outside, fontsize=8, color="0.35", linespacing=1.1)
     figure.suptitle(f"Learned against kept: {cell.title}")
     figure.canvas.draw()
     label_points(

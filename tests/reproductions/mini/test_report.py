@@ -313,6 +313,18 @@ def test_the_frontier_says_which_examples_it_shows(tmp_path):
     assert titles["without"].startswith("validation")
 
 
+def test_systems_outside_are_named_inside_the_figure(tmp_path):
+    far = {name: (20, 80, 60) for name in SYSTEMS if name not in SCORES}
+    figure = draw_frontier(load(made_up(tmp_path, SCORES | far, noise=0))[0])
+    figure.canvas.draw()
+    (text,) = (text for text in figure.texts if text.get_text().startswith("outside"))
+    box, told = text.get_window_extent(), text.get_text().replace("\n", " ")
+    plt.close(figure)
+    assert all(SYSTEMS[name].label in told for name in far)
+    assert figure.bbox.contains(box.x0, box.y0)
+    assert figure.bbox.contains(box.x1, box.y1)
+
+
 def test_a_curve_that_leaves_the_figure_is_named_where_it_can_be_seen(tmp_path):
     path = made_up(tmp_path, frontier=("fine-tune",)) / "frontier.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]

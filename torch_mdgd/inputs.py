@@ -81,8 +81,8 @@ class VisualInputs:
 
     Args:
         model: whose modules are looked at; in DistributedDataParallel or not.
-        parts: of the model, to protect their layers alone, such as ``[connector(model)]``; all layers if None.
         energy: the fraction of each layer's visual inputs that is kept from change, in [0, 1].
+        parts: of the model, to protect their layers alone, such as ``[connector(model)]``; all layers if None.
         decay: of the covariance per step that has image tokens, in [0, 1).
         refresh: after how many steps Q is computed anew, which takes the cube of a width: raise it for wide layers.
         text_module: the decoder; that of a model of transformers if None.

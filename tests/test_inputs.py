@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.properties import assert_same_bits
 from torch_mdgd import MDGDOptimizer, VisualInputs
+from torch_mdgd import inputs as inputs_module
 from torch_mdgd.inputs import decouple_weight, top_eigenvectors
 
 SEEDS = st.integers(0, 2**31)
@@ -258,6 +259,87 @@ def test_a_layer_may_be_given_its_input_by_name():
         optimizer.step()
     assert_same_bits(covariances(optimizers[0]), covariances(optimizers[1]))
     assert any(c.any() for c in covariances(optimizers[0]))
+
+
+class Shared(nn.Module):
+    """Two layers that see one tensor, of which the first has no bias; the tensor may change between them."""
+
+    def __init__(self, change=0.0):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 3, bias=False), nn.Linear(4, 3)
+        self.change = change
+        self.double()
+
+    def forward(self, x):
+        self.first(x)
+        if self.change:
+            x.add_(self.change)
+        self.second(x)
+
+
+@pytest.mark.parametrize("change", [0.0, 1.0])
+def test_layers_that_share_a_tensor_each_see_what_it_holds_then_and_their_bias(change):
+    model, x = Shared(change), normal(2, 5, 4)
+    inputs = VisualInputs(model, text_module=model)
+    optimizer = MDGDOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), update="project", space="step", protect=inputs
+    )
+    seen = x[MASK].clone()
+    with torch.no_grad(), inputs.observe(MASK):
+        model(x)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    then = torch.cat([seen + change, torch.ones(len(seen), 1, dtype=seen.dtype)], 1)
+    for c, entered in zip(covariances(optimizer), (seen, then), strict=True):
+        assert torch.allclose(c, 0.05 * entered.T @ entered / len(seen), rtol=1e-12)
+
+
+def test_a_first_step_without_pictures_does_not_put_off_the_first_basis():
+    model = Model()
+    inputs = VisualInputs(model, text_module=model.decoder, parts=[model.decoder], refresh=50)
+    optimizer = MDGDOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), update="project", space="step", protect=inputs
+    )
+    train(model, optimizer, [0], mask=torch.zeros_like(MASK))
+    assert not any(q.shape[1] for q in inputs.bases.values())
+    train(model, optimizer, [1])
+    assert all(q.shape[1] for q in inputs.bases.values())
+
+
+def test_bases_are_the_same_decomposed_one_at_a_time(monkeypatch):
+    found = []
+    for size in (inputs_module.BATCH, 1):
+        monkeypatch.setattr(inputs_module, "BATCH", size)
+        model = Model(bias=False)
+        model.decoder.second = nn.Linear(5, 3, bias=False).double()
+        model.decoder.third = nn.Linear(5, 3, bias=False).double()
+        optimizer = wrap(model)
+        with optimizer.inputs.observe(MASK):
+            hidden = torch.tanh(model.decoder.first(normal(2, 5, 6)))
+            model.decoder.second(hidden)
+            model.decoder.third(hidden.clone() ** 3)
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        found.append([q @ q.T for q in optimizer.inputs.bases.values()])
+    for x, y in zip(*found, strict=True):
+        assert torch.allclose(x, y, atol=1e-10)
+    assert sum(bool(x.any()) for x in found[0]) == 3
+
+
+def test_what_was_seen_before_loading_is_forgotten():
+    model = Model()
+    optimizer = wrap(model)
+    train(model, optimizer, [0])
+    saved, before = copy.deepcopy(optimizer.state_dict()), [c.clone() for c in covariances(optimizer)]
+    with optimizer.inputs.observe(MASK):
+        model(*batch(3))
+    optimizer.load_state_dict(saved)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert_same_bits(covariances(optimizer), before)
 
 
 def test_inputs_that_hold_nan_at_image_tokens_are_not_followed_and_others_may():

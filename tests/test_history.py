@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.properties import assert_close, assert_orthogonal, assert_same_bits, flat, split
 from tests.strategies import SCOPES, cases, make_case
-from torch_mdgd import MDGDOptimizer, TopK, history
+from torch_mdgd import MDGDOptimizer, TopK
 from torch_mdgd.decoupling import decouple_from_history
 
 F64 = (torch.float64,)
@@ -301,43 +301,6 @@ def test_numbers_outside_a_mask_stay_bit_for_bit(compact):
     for p, x, mask in zip(case.parameters, before, masks_of(optimizer, case.parameters), strict=True):
         assert_same_bits([p.detach()[~mask]], [x[~mask]])
         assert (p.detach()[mask] != x[mask]).all()
-
-
-def test_low_precision_and_other_layouts_lose_only_their_rounding():
-    base = make_case([(6, 5)], F64, 0)
-    values, drawn = base.parameters[0].detach(), [draw(base, seed) for seed in range(3)]
-    moved = {}
-    for name, p in {
-        "exact": values.clone(),
-        "transposed": values.T.contiguous().T,
-        "low": values.bfloat16(),
-    }.items():
-        parameter = torch.nn.Parameter(p)
-        optimizer = sgd([parameter], history=4)
-        for gradients in drawn:
-            roles = {role: [gradients[role][0].to(p.dtype)] for role in ("task", "visual")}
-            optimizer.set_gradients(**roles)
-            optimizer.step()
-            optimizer.zero_grad()
-        moved[name] = parameter.detach().double() - values
-    assert torch.allclose(moved["transposed"], moved["exact"], rtol=0, atol=1e-12)
-    size = moved["exact"].abs().max()
-    assert (moved["low"] - moved["exact"]).abs().max() < 0.1 * size
-
-
-def test_what_factors_would_not_shorten_is_kept_in_full():
-    kinds = {shape: type(history.remember(torch.zeros(shape), 3, False)) for shape in ((2, 2), (1, 9), (3, 2), (4, 4))}
-    assert kinds == {
-        (2, 2): history.Rows, (1, 9): history.Rows, (3, 2): history.Factors, (4, 4): history.Factors,
-    }  # fmt: skip
-
-
-def test_a_gradient_that_the_iteration_does_not_see_is_stored_as_nothing():
-    memory = history.remember(torch.zeros(4, 5), 2, False)
-    memory.left[0], memory.right[0] = 1, 1
-    memory.store(0, torch.zeros(4), torch.zeros(6), torch.tensor(1.0), torch.tensor(True))
-    assert not memory.left.any()
-    assert not memory.right.any()
 
 
 def test_bytes_are_those_of_the_formula():

@@ -6,80 +6,20 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-import matplotlib.pyplot as plt
-import numpy as np
 import pytest
 import torch
-from matplotlib.text import Text
-from rich.console import Console
 from typer.testing import CliRunner
 
 from reproductions.mini import masking, study
 from reproductions.mini.claims import CLAIMS, Claim, Condition
 from reproductions.mini.commands import app
-from reproductions.mini.frontier import draw_frontier
 from reproductions.mini.outcomes import load
-from reproductions.mini.questions import PRETRAINED_TASKS
 from reproductions.mini.report import verdicts_markdown, write_report
-from reproductions.mini.run import Run
 from reproductions.mini.stats import Estimate
 from reproductions.mini.systems import CELLS, SYSTEMS
 from reproductions.mini.tables import cost_table, difference_table, score_table, summary_table, tables
 from reproductions.mini.verdicts import against, rank_and_forgetting, together, verdicts
-
-CELL = CELLS[0]
-SIZE = study.Size()
-QUIET = Console(quiet=True)
-SCORES = {
-    "zero-shot": (0, 99, 70), "fine-tune": (92, 80, 64), "fine-tune-low": (88, 90, 66), "mdgd": (88, 96, 69),
-    "align": (88, 96, 69), "history": (92, 93, 68), "lora": (45, 60, 72), "replay": (91, 98, 71),
-}  # fmt: skip
-"""T, P and rank by system."""
-COSTS = (("digits-adamw", "mdgd", 0.3), ("digits-adamw", "fine-tune", 0.1), ("digits-sgd", "mdgd", 0.5))
-"""Seconds a step by cell and system."""
-
-
-def result(run: Run, T: float, P: float, rank: float) -> dict:
-    """A result as of `execute`, with an answer of every task that is right for the better models."""
-    tasks = (*PRETRAINED_TASKS, run.target)
-    answer = "<b>&" if P > 85 else "two"
-    return {
-        "key": run.key, "method": "whoever ran first", "settings": run.method.settings, "target": run.target,
-        "split": run.split, "seed": run.seed, "steps": run.steps, "batch": run.batch, "trained": 459_520,
-        "versions": {"torch": "2.13.0"}, "P": P, "P_restricted": P + 1, "T": T, "T_words": T + 2,
-        "exact": dict.fromkeys(tasks, P), "effective_rank": {"scenes": rank, run.target: rank - 20},
-        "rank": dict.fromkeys(tasks, rank), "drift": dict.fromkeys(tasks, 0.2),
-        "relative_drift": dict.fromkeys(tasks, 0.1), "losses": [1.0, 0.5],
-        "traces": {"cos_task_visual": [0.5, 0.1], "visual_loss": [0.1, 0.2]} if run.method.wrap else {},
-        "answers": {task: [answer, "one"] for task in tasks}, "peak_bytes": 2_000,
-    }  # fmt: skip
-
-
-def made_up(folder: Path, scores=SCORES, seeds=range(4), size=SIZE, noise=0.3, frontier=(), cost_of_rate=200.0):
-    """A folder of results: settings of every system tuned, then these scores on these seeds, a little apart.
-
-    T rises with the learning rate, and P falls with it unless its cost is zero.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(0)
-    tuned = {
-        run.key: result(
-            run, 50 + 10 * run.method.learning_rate**0.1, 90 / (1 + cost_of_rate * run.method.learning_rate), 60
-        )
-        for run in study.tuning_runs(CELL, [system for system in SYSTEMS.values() if system.grid], size)
-    }
-    lines = {}
-    for name, (T, P, rank) in scores.items():
-        for run in study.test_runs(CELL, [SYSTEMS[name]], seeds, size, tuned):
-            wobble = 0 if name == "zero-shot" else noise * rng.standard_normal(3)
-            lines[run.key] = result(run, *np.clip(np.array([T, P, rank]) + wobble, 0, 100).tolist())
-    varied = study.frontier_runs(CELL, [SYSTEMS[name] for name in frontier], size, tuned)
-    curves = [result(run, 80 + i, 90 - i, 60) for i, run in enumerate(varied)]
-    files = {"tune": tuned.values(), "test": lines.values(), "frontier": curves}
-    for stage, found in files.items():
-        if found:
-            (folder / f"{stage}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in found))
-    return folder
+from tests.reproductions.mini.made_up import CELL, COSTS, QUIET, SCORES, SIZE, made_up, result
 
 
 def verdict(folder: Path, beginning: str):
@@ -301,46 +241,6 @@ def test_a_report_of_nothing_says_so(tmp_path):
     assert "<img" not in page
 
 
-def test_the_frontier_says_which_examples_it_shows(tmp_path):
-    titles = {}
-    for name, frontier in (("with", ("mdgd",)), ("without", ())):
-        cell = load(made_up(tmp_path / name, frontier=frontier))[0]
-        figure = draw_frontier(cell)
-        titles[name] = figure.axes[1].get_title()
-        assert (len(cell.frontier["mdgd"][1]) == 5) if frontier else not cell.frontier
-        plt.close(figure)
-    assert titles["with"].startswith("test, one setting varied")
-    assert titles["without"].startswith("validation")
-
-
-def test_systems_outside_are_named_inside_the_figure(tmp_path):
-    far = {name: (20, 80, 60) for name in SYSTEMS if name not in SCORES}
-    figure = draw_frontier(load(made_up(tmp_path, SCORES | far, noise=0))[0])
-    figure.canvas.draw()
-    (text,) = (text for text in figure.texts if text.get_text().startswith("outside"))
-    box, told = text.get_window_extent(), text.get_text().replace("\n", " ")
-    plt.close(figure)
-    assert all(SYSTEMS[name].label in told for name in far)
-    assert figure.bbox.contains(box.x0, box.y0)
-    assert figure.bbox.contains(box.x1, box.y1)
-
-
-def test_a_curve_that_leaves_the_figure_is_named_where_it_can_be_seen(tmp_path):
-    path = made_up(tmp_path, frontier=("fine-tune",)) / "frontier.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    fastest = max(line["settings"]["learning_rate"] for line in lines)
-    lines = [x | ({"T": 1.0, "P": 1.0} if x["settings"]["learning_rate"] == fastest else {}) for x in lines]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    figure = draw_frontier(load(tmp_path)[0])
-    figure.canvas.draw()
-    right = figure.axes[1]
-    (name,) = (text for text in right.texts if text.get_text() == SYSTEMS["fine-tune"].label)
-    box = Text.get_window_extent(name)
-    plt.close(figure)
-    assert right.bbox.contains(box.x0, box.y0)
-    assert right.bbox.contains(box.x1, box.y1)
-
-
 def test_commands_draw_and_name_a_folder_that_is_not_there(tmp_path):
     folder = made_up(tmp_path / "results")
     out = tmp_path / "figures"
@@ -350,30 +250,6 @@ def test_commands_draw_and_name_a_folder_that_is_not_there(tmp_path):
     for command in ("report", "figures"):
         called = CliRunner().invoke(app, [command, "--results", str(tmp_path / "gone")])
         assert called.exit_code == 2
-
-
-@pytest.mark.parametrize(
-    ("arguments", "told"),
-    [
-        (["study", "--systems", "mdgd,stepp"], "stepp"),
-        (["study", "--seeds", "0;1"], "0;1"),
-        (["study", "--seeds", "0,100"], "100"),
-        (["study", "--stages", "tune,costs"], "costs"),
-        (["study", "--target", "digit"], "digit"),
-        (["study", "--optimizer", "adam"], "adam"),
-        (["demo", "--seeds", "x"], "'x'"),
-        (["demo", "--seeds", "101"], "101"),
-        (["tune", "--methods", "adamw"], "adamw"),
-        (["figures", "--target", "digit"], "digit"),
-    ],
-)
-def test_arguments_are_refused_by_name_before_anything_runs(tmp_path, arguments, told):
-    output = tmp_path / "out"
-    called = CliRunner().invoke(app, [*arguments, "--output", str(output)])
-    assert called.exit_code == 2
-    assert "Invalid value" in called.output
-    assert told in called.output
-    assert not output.exists()
 
 
 def test_masking_runs_once_and_is_drawn(tmp_path, monkeypatch):

@@ -201,7 +201,7 @@ def test_what_it_cannot_protect_is_refused():
     for bad in (*wrong, {"refresh": 0}, {"refresh": 1.5}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             inputs(**bad)
-    with pytest.raises(ValueError, match="parts holds a module that is no part"):
+    with pytest.raises(ValueError, match="parts holds a layer that is no part"):
         inputs(parts=[model.projector, nn.Linear(4, 6)])
     with pytest.raises(TypeError, match="not a model of transformers"):
         VisualInputs(model)
@@ -209,7 +209,9 @@ def test_what_it_cannot_protect_is_refused():
 
 def test_parts_alone_are_protected():
     models = Model(), Model()
-    optimizers = wrap(models[0]), wrap(models[1], parts=[models[1].projector, models[1].decoder.second])
+    # As connector() returns several modules: in a list that the model does not hold.
+    parts = nn.ModuleList([models[1].projector, models[1].decoder.second])
+    optimizers = wrap(models[0]), wrap(models[1], parts=[parts])
     for model, optimizer in zip(models, optimizers, strict=True):
         train(model, optimizer, [0])
     assert set(optimizers[1].inputs.names.values()) == {"projector", "decoder.second"}

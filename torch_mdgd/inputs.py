@@ -109,17 +109,14 @@ class VisualInputs:
         require_whole("VisualInputs: refresh", refresh)
         self.energy, self.decay, self.refresh = energy, decay, refresh
         inside = set((text_decoder(model) if text_module is None else text_module).modules())
-        chosen = set(model.modules())
-        if parts is not None:
-            found = {module for part in parts for module in part.modules()}
-            if not found <= chosen:
-                raise ValueError("VisualInputs: parts holds a module that is no part of the model")
-            chosen = found
-        self._modules = [
-            (name, module, module in inside)
-            for name, module in model.named_modules()
-            if module in chosen and isinstance(module, nn.Linear)
-        ]
+        layers = {m: name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+        # Layers alone, for a list that holds several parts is none of the model's own.
+        chosen = {
+            m for part in ([model] if parts is None else parts) for m in part.modules() if isinstance(m, nn.Linear)
+        }
+        if not chosen <= layers.keys():
+            raise ValueError("VisualInputs: parts holds a layer that is no part of the model")
+        self._modules = [(name, m, m in inside) for m, name in layers.items() if m in chosen]
         self._count = 0
         # Places among the parameters: a layer may lose these very parameters when it is sharded.
         self._layers: list[tuple[int, str, nn.Linear, bool]] = []

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torch_mdgd import equations
+from tests.reference import equations
 
 Gradients = Sequence[Tensor | None]
 
@@ -28,30 +28,27 @@ def split(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
 
 
 def expected(
-    roles: Sequence[Gradients],
+    kinds: Sequence[Gradients],
     like: Sequence[Tensor],
     *,
-    update: equations.Update = "regularize",
+    rule: str = "MDGD",
     align: float = 1.0,
     regularize: float = 1.0,
-    scope: str = "tensor",
     masks: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
-    """d by equations (9) or (11), written for flat float64 vectors: one of all parameters, or one for each."""
-    if scope == "tensor" and len(like) > 1:
-        out = []
-        for t, p in enumerate(like):
-            own = None if masks is None else [masks[t]]
-            rows = [[role[t]] for role in roles]
-            out += expected(rows, [p], update=update, align=align, regularize=regularize, masks=own)
-        return out
-    g, v, g0, v0 = (flat(role, like) for role in roles)
-    if masks is None:
-        return split(equations.mdgd(g, v, g0, v0, align, regularize, update), like)
-    mask = flat(masks, like)
-    if update == "regularize":
-        return split(equations.mdgd_gm(g, v, mask, align), like)
-    return split(mask * equations.mdgd(g, v, g0, v0, align, regularize, update), like)
+    """d of "MDGD", (9) or under masks (11), or of "Project", written for flat float64 vectors, one for each parameter."""
+    out = []
+    for t, p in enumerate(like):
+        g, v, g0, v0 = (flat([gradients[t]], [p]) for gradients in kinds)
+        mask = torch.ones_like(g) if masks is None else flat([masks[t]], [p])
+        if rule == "Project":
+            d = mask * equations.project(g, v, align)
+        elif masks is None:
+            d = equations.mdgd(g, v, g0, v0, align, regularize)
+        else:
+            d = equations.mdgd_gm(g, v, mask, align)
+        out += split(d, [p])
+    return out
 
 
 def assert_close(actual: Gradients, wanted: Sequence[Tensor], inputs: Sequence[Gradients] = ()) -> None:

@@ -1,25 +1,21 @@
 """The passes of one training step, in place of ``loss.backward()``."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torch_mdgd.budget import drift_sums
-from torch_mdgd.distributed import Ranks, gather_around
-from torch_mdgd.inputs import VisualInputs
+from torch_mdgd.captures import REFERENCE
+from torch_mdgd.models.families import PICTURES
+from torch_mdgd.models.tap import Batch, VisualTap, visual_alignment_loss
+from torch_mdgd.models.vision_cache import reuse_frozen_vision
 from torch_mdgd.optimizer import MDGDOptimizer
-from torch_mdgd.reuse import reuse_frozen_vision
-from torch_mdgd.roles import DECOUPLED_REFERENCE, ROLES
-from torch_mdgd.visual import Batch, VisualTap, visual_alignment_loss
-
-Schedule = Literal["sequential", "together"]
-# What batches call pictures and films.
-PICTURES = ("pixel_values", "pixel_values_videos", "images")
+from torch_mdgd.parallel.ranks import Ranks, gather_around
+from torch_mdgd.rules.base import KINDS
 
 
 def mdgd_backward(
@@ -34,7 +30,6 @@ def mdgd_backward(
     visual_weight: float | None = None,
     scaler: torch.amp.GradScaler | None = None,
     combine: bool = True,
-    schedule: Schedule = "sequential",
     reuse_vision: bool = True,
 ) -> Tensor:
     """Capture every gradient that the optimizer's update needs from one batch, and leave d in ``.grad``.
@@ -43,7 +38,7 @@ def mdgd_backward(
     φ, then θ); without: 2 and 2. All forward passes see the same random numbers, so that dropout makes no drift; the
     model stays in the mode, train or eval, that it is in.
 
-    With ``protect=VisualInputs(model)`` it is one forward and one backward pass in any case, and there is no L_v.
+    A rule that needs the task gradient alone takes one forward and one backward pass in any case, and there is no L_v.
 
     A step without image tokens has no L_v, and nothing to be kept from: it is the wrapped optimizer's own, d = g
     (under a mask M ⊙ g), in one forward and one backward pass; with a warning if the batch holds pictures. A
@@ -63,11 +58,8 @@ def mdgd_backward(
         combine: False for all but the last micro-batch of a step, so that gradients add up before the update is
             formed, which is not linear in them. Those of a step that is never made stay until the optimizer's
             ``zero_grad()``; the model's does not know of them.
-        schedule: "together" keeps the graph at φ while that at θ is built and used: 2 forward and 4 backward passes,
-            for the activations of two graphs and two more exchanges of values. Without gradients at the reference
-            there is one graph in any case. Not for models whose parameters are sharded.
         reuse_vision: run the frozen parts of the vision tower once, not in each pass; exact, see
-            :func:`~torch_mdgd.reuse.reuse_frozen_vision`.
+            :func:`~torch_mdgd.models.vision_cache.reuse_frozen_vision`.
 
     Returns:
         the task loss, detached, without weight or scale. L_v is in ``optimizer.diagnostics["visual_loss"]``, of this
@@ -81,53 +73,43 @@ def mdgd_backward(
 
     Raises:
         TypeError: ``optimizer`` is not an :class:`MDGDOptimizer`; a kind of parallelism that is not supported.
-        ValueError: an unknown schedule, or one that the model's kind of parallelism does not support; Lightning runs
-            several processes, and the optimizer was not told by ``average_over``.
+        ValueError: Lightning runs several processes, and the optimizer was not told by ``average_over``.
         RuntimeError: the model returns no loss, or no trainable parameter influences z; sharded parameters, and only
             some ranks have image tokens.
     """
     wrapped = find_optimizer(optimizer)
-    if schedule not in ("sequential", "together"):
-        raise ValueError(f"mdgd_backward: schedule must be 'sequential' or 'together', got {schedule!r}")
     ranks = Ranks(model, wrapped.averaged_over)
     ranks.require_averaging(optimizer)
-    if ranks.sharded and schedule == "together":
-        raise ValueError("mdgd_backward: schedule='together' is not for sharded parameters: use 'sequential'")
     if ranks.group is not None:
         wrapped.average_over(ranks.group)
     if not ranks.sharded:
         _warn_of_strangers(model, wrapped)
     tap = tap or VisualTap.for_model(model)
-    passes = _Passes(model, wrapped, batch, tap, loss, alignment, scaler)
-    passes.sharded = ranks.sharded
-    pictures, share = ranks.share(tap.mask(batch).sum())
+    passes = _Passes(model, wrapped, batch, tap, loss, alignment, scaler, ranks)
+    pictures, share = ranks.share(passes.images.sum())
     passes.weights = {"task": weight, "visual": share * (weight if visual_weight is None else visual_weight)}
     if not pictures:
         _warn_of_unmarked_pictures(batch)
     # Known of the last micro-batch alone: one without pictures before it may be followed by one that has some.
     seen = pictures or any(x is not None for x in wrapped.captured.get("visual", ()))
-    plain = combine and not seen and not wrapped.chooses_mask
-    reference = len(wrapped.required_roles) == 4 and not plain
+    needs = wrapped.needs(pictures=seen or not combine)
+    wrapped.rule.sum_over(ranks.groups)
     try:
         with reuse_frozen_vision(model) if reuse_vision else nullcontext(), ranks.no_sync():
-            if wrapped.inputs is not None:
-                wrapped.inputs.sum_over(ranks.groups)
-                task_loss, visual_loss = passes.observed(wrapped.inputs), None
-            elif reference and pictures and schedule == "together":
-                task_loss, visual_loss = passes.together()
+            if "visual" in wrapped.needs():
+                task_loss, visual_loss = passes.one_at_a_time(needs == KINDS, pictures, reduce=combine)
             else:
-                task_loss, visual_loss = passes.one_at_a_time(reference, pictures, reduce=combine)
+                task_loss, visual_loss = passes.task_alone(), None
     except BaseException:
         # Half of a batch's gradients would count twice when the batch is tried again.
         wrapped.discard()
         raise
     if visual_loss is not None:
         wrapped.record(visual_loss=ranks.mean(visual_loss * share))
-    if passes.drift is not None:
-        wrapped.observe_drift(ranks.mean(passes.drift))
-    if plain:
-        for role in (*ROLES[2:], DECOUPLED_REFERENCE):
-            wrapped.captured.pop(role, None)
+    if combine and len(needs) < len(KINDS):
+        # Of earlier micro-batches, which could not know.
+        for kind in (*KINDS[2:], REFERENCE):
+            wrapped.captured.pop(kind, None)
     if combine:
         wrapped.combine()
     return task_loss
@@ -177,9 +159,6 @@ class _Passes:
     """The forward and backward passes over one batch."""
 
     weights: dict[str, float]
-    # With a drift budget: how far z is from the reference, and how large that is.
-    drift: Tensor | None = None
-    sharded: bool
 
     def __init__(
         self,
@@ -190,9 +169,11 @@ class _Passes:
         loss: Callable[[Batch], Tensor] | None,
         alignment: Literal["l1", "mse"],
         scaler: torch.amp.GradScaler | None,
+        ranks: Ranks,
     ) -> None:
-        self.model, self.optimizer, self.batch = model, optimizer, batch
+        self.model, self.optimizer, self.batch, self.ranks = model, optimizer, batch, ranks
         self.tap, self.loss, self.alignment, self.scaler = tap, loss, alignment, scaler
+        self.images = tap.mask(batch)
         self.random = _Randomness({p.device for p in model.parameters()})
 
     def one_at_a_time(self, reference: bool, pictures: bool, reduce: bool) -> tuple[Tensor, Tensor]:
@@ -201,52 +182,45 @@ class _Passes:
         if reference:
             z = self.features() if pictures else None
             with self.optimizer.reference(self.model):
-                z_reference = self.both_gradients(z)[2]
+                task_loss, z_reference = self.forward()
+                self.both_gradients(task_loss, z_reference, z, "reference_visual")
+            z_reference = z_reference.detach()
+            del task_loss
             if reduce:
                 self.optimizer.reduce_reference()
         elif pictures:
             with self.optimizer.reference(self.model):
                 z_reference = self.features()
-        return self.both_gradients(z_reference if pictures else None)[:2]
+        with self.optimizer.rule.observe(self.images):
+            task_loss, z = self.forward()
+            if pictures and z_reference is not None:
+                self.optimizer.rule.saw_features(z, z_reference, self.ranks.mean)
+            visual_loss = self.both_gradients(task_loss, z, z_reference if pictures else None, "visual")
+        return task_loss.detach(), visual_loss
 
-    def observed(self, inputs: VisualInputs) -> Tensor:
-        """Task loss; what image tokens bring to the trained layers is all that is asked of them."""
-        with inputs.observe(self.tap.mask(self.batch)):
+    def task_alone(self) -> Tensor:
+        """Task loss, from one forward and one backward pass."""
+        with self.optimizer.rule.observe(self.images):
             task_loss = _loss_of(self.run()[0])
             self.backward("task", task_loss)
         return task_loss.detach()
-
-    def together(self) -> tuple[Tensor, Tensor]:
-        """The same with two graphs: that at φ waits for z(θ), and is gone through with φ in the parameters again."""
-        with self.optimizer.reference():
-            with _surviving_exchanges(self.optimizer.parameters):
-                task_loss, z_reference = self.forward()
-            self.backward("task", task_loss, retain_graph=True)
-            # With the loss goes the part of the graph between z and the loss.
-            del task_loss
-        task_loss, visual_loss, z = self.both_gradients(z_reference.detach())
-        with self.optimizer.reference():
-            self.backward("visual", visual_alignment_loss(z_reference, z, self.alignment))
-        return task_loss, visual_loss
 
     def features(self) -> Tensor:
         """Z, without a graph."""
         with torch.no_grad():
             return self.run()[1]
 
-    def both_gradients(self, z_fixed: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """One forward pass and a backward pass for each loss; returns task loss, L_v and z, without graphs."""
-        task_loss, z = self.forward()
+    def both_gradients(
+        self, task_loss: Tensor, z: Tensor, z_fixed: Tensor | None, kind: Literal["visual", "reference_visual"]
+    ) -> Tensor:
+        """A backward pass for each loss of one graph; returns L_v, without a graph."""
         visual_loss = visual_alignment_loss(z, z if z_fixed is None else z_fixed, self.alignment)
-        if z_fixed is not None and self.optimizer.drift_budget is not None:
-            self.drift = drift_sums(z, z_fixed)
         if z_fixed is None:
-            nothing = [None] * len(self.optimizer.parameters)
-            self.optimizer.set_gradients(**{self.optimizer.role("visual"): nothing})
+            self.optimizer.set_gradients(**{kind: [None] * len(self.optimizer.parameters)})
         else:
             self.backward("visual", visual_loss, retain_graph=True)
         self.backward("task", task_loss)
-        return task_loss.detach(), visual_loss.detach(), z.detach()
+        return visual_loss.detach()
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Task loss and z, with their graph."""
@@ -266,18 +240,18 @@ class _Passes:
         run: Any = self.model if loss is None else lambda **inputs: loss(inputs)
         return self.tap(run, self.batch)
 
-    def backward(self, role: Literal["task", "visual"], loss: Tensor, retain_graph: bool = False) -> None:
+    def backward(self, kind: Literal["task", "visual"], loss: Tensor, retain_graph: bool = False) -> None:
         if not loss.requires_grad:
             raise RuntimeError(
-                f"mdgd_backward: nothing that the {role} loss depends on requires gradients: is a parameter trainable, "
+                f"mdgd_backward: nothing that the {kind} loss depends on requires gradients: is a parameter trainable, "
                 "and this outside torch.no_grad()?"
             )
         scale = 1.0 if self.scaler is None else self.scaler.get_scale()
-        weighted: Any = loss * self.weights[role]
-        if role == "visual" and self.sharded:
+        weighted: Any = loss * self.weights[kind]
+        if kind == "visual" and self.ranks.sharded:
             gather_around(self.tap.text_module, self.model)
         # Autocast is for forward passes; around this one it would round what the forward pass did not.
-        with torch.autocast(loss.device.type, enabled=False), self.optimizer.capture(role, scale=scale):
+        with torch.autocast(loss.device.type, enabled=False), self.optimizer.capture(kind, scale=scale):
             (weighted if self.scaler is None else self.scaler.scale(weighted)).backward(retain_graph=retain_graph)
 
 
@@ -286,31 +260,6 @@ def _loss_of(output: Any) -> Tensor:
     if loss is None:
         raise RuntimeError("mdgd_backward: the model returned no loss; does the batch have labels?")
     return loss
-
-
-@contextmanager
-def _surviving_exchanges(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """A graph built inside may be gone through after the parameters were exchanged, if they were exchanged back.
-
-    Autograd counts writes and refuses a saved tensor that was written to; an exchange there and back leaves the same
-    bits, which it cannot know. For all other tensors the count is still checked.
-    """
-    storages = {p.untyped_storage().data_ptr() for p in parameters}
-
-    def pack(x: Tensor) -> tuple[Tensor, int | None]:
-        return x, None if x.untyped_storage().data_ptr() in storages else x._version
-
-    def unpack(packed: tuple[Tensor, int | None]) -> Tensor:
-        x, version = packed
-        if version is not None and x._version != version:
-            raise RuntimeError(
-                "mdgd_backward: the model wrote over a tensor that its backward pass needs, in place: use "
-                "schedule='sequential'"
-            )
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        yield
 
 
 class _Randomness:

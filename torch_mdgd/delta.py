@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_mdgd import sharded
 from torch_mdgd.optimizer import MDGDOptimizer
+from torch_mdgd.parallel import dtensor
 
 FORMAT = "torch_mdgd delta 1"
 VALUES, POSITIONS = ".values", ".positions"
@@ -67,21 +67,21 @@ def save_delta(model: nn.Module, path: str | os.PathLike[str], optimizer: MDGDOp
     for i, p in enumerate(parameters):
         if id(p) not in names:
             raise ValueError(f"save_delta: parameter {i} of the optimizer is not one of this model's")
-    tuned = [p.detach().cpu().reshape(-1) for p in sharded.local(parameters)]
+    tuned = [p.detach().cpu().reshape(-1) for p in dtensor.local(parameters)]
     tuned = [
-        x.clone() if x.data_ptr() == p.data_ptr() else x for x, p in zip(tuned, sharded.local(parameters), strict=True)
+        x.clone() if x.data_ptr() == p.data_ptr() else x for x, p in zip(tuned, dtensor.local(parameters), strict=True)
     ]
     tensors: dict[str, Tensor] = {}
     with optimizer.reference(model):
         base = fingerprint(model)
-        for p, part, new in zip(parameters, sharded.local(parameters), tuned, strict=True):
+        for p, part, new in zip(parameters, dtensor.local(parameters), tuned, strict=True):
             changed = (_bits(part.detach().cpu().reshape(-1)) != _bits(new)).nonzero().squeeze(1)
-            changed, values = sharded.in_whole(changed.to(p.device), [new[changed].to(p.device)], p)
+            changed, values = dtensor.in_whole(changed.to(p.device), [new[changed].to(p.device)], p)
             if changed.numel():
                 tensors[names[id(p)] + VALUES] = values[0].cpu()
                 tensors[names[id(p)] + POSITIONS] = changed.cpu()
     metadata = {"format": FORMAT, "base": base, "checksum": _digest(tensors.items())}
-    divided = any(map(sharded.is_sharded, parameters))
+    divided = any(map(dtensor.is_sharded, parameters))
     if not divided or torch.distributed.get_rank() == 0:
         part = Path(f"{os.fspath(path)}.part")
         save_file(tensors, part, metadata)
@@ -107,10 +107,10 @@ def apply_delta(model: nn.Module, path: str | os.PathLike[str]) -> AppliedDelta:
     Raises:
         ImportError: safetensors is not installed.
         ValueError: the file is no delta, is cut short or was changed, or belongs on another model; naming it. Or the
-            model is sharded.
+            model is dtensor.
     """
     library = _safetensors()
-    sharded.refuse_sharded("apply_delta", list(model.parameters()), "apply it before fully_shard")
+    dtensor.refuse_sharded("apply_delta", list(model.parameters()), "apply it before fully_shard")
     try:
         with library.safe_open(os.fspath(path), framework="pt") as file:
             metadata = file.metadata() or {}
@@ -151,7 +151,7 @@ def _bits(x: Tensor) -> Tensor:
 def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.sha256()
     for name, held in sorted(tensors, key=lambda item: item[0]):
-        x = sharded.whole(held)
+        x = dtensor.whole(held)
         digest.update(f"{name} {x.dtype} {tuple(x.shape)}\n".encode())
         digest.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -1,11 +1,10 @@
 """What to look at while fine-tuning: the effective rank of features, and the angles between gradients."""
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
-from torch_mdgd.equations import agreement, drift, pool, ratio
+from torch_mdgd.kernels import ratio
+from torch_mdgd.rules.base import agreement, drift
 
 
 def effective_rank(Z: Tensor) -> float:
@@ -31,34 +30,19 @@ def effective_rank(Z: Tensor) -> float:
     return float(torch.special.entr(sigma / sigma.sum()).sum().exp())
 
 
-def read(
-    recorded: Mapping[str, Tensor], products: tuple[Tensor, Tensor] | None, kept: tuple[int, int] | None
-) -> dict[str, float]:
-    """What ``MDGDOptimizer.diagnostics`` shows: this waits for the device.
-
-    Args:
-        recorded: other scalars, by name.
-        products: the arguments of :func:`gradient_diagnostics`; None before the first combine.
-        kept: how many numbers may move, of how many; None without a mask.
-    """
-    values = {**recorded, **(gradient_diagnostics(*products) if products else {})}
-    out = {name: float(value) for name, value in values.items()}
-    return out if kept is None else {**out, "kept_fraction": kept[0] / kept[1]}
-
-
-def gradient_diagnostics(products: Tensor, together: Tensor) -> dict[str, Tensor]:
+def gradient_diagnostics(products: Tensor) -> dict[str, Tensor]:
     """Angles and lengths over all parameters, from the inner products of one step.
 
     Args:
-        products: inner products of (g, v), shape (T, 2, 2), or of (g, v, g~0), shape (T, 3, 3).
-        together: bool, shape (T,): parameters of scope "global".
+        products: inner products of (g), (g, v) or (g, v, g̃₀), float64, shape (T, R, R).
 
     Returns:
-        scalars on the same device: ``cos_task_visual`` = cos(g, v), ``visual_to_task`` = ‖v‖/‖g‖ and, with a
-        reference, ``cos_task_reference`` = cos(g~, g~0) and ``regularizer_to_task`` = ‖r‖/‖g‖. A zero vector has
-        cosine 0 with everything.
+        scalars on the same device: with R > 1 ``cos_task_visual`` = cos(g, v) and ``visual_to_task`` = ‖v‖/‖g‖; with
+        R = 3 ``cos_task_reference`` = cos(g̃, g̃₀) and ``regularizer_to_task`` = ‖r‖/‖g‖. A zero vector has cosine 0
+        with everything.
     """
-    scoped = pool(products, together)
+    if products.shape[-1] == 1:
+        return {}
     total = products.sum(0)
     g_norm, v_norm = total[0, 0].sqrt(), total[1, 1].sqrt()
     out = {
@@ -66,7 +50,8 @@ def gradient_diagnostics(products: Tensor, together: Tensor) -> dict[str, Tensor
         "visual_to_task": ratio(v_norm, g_norm),
     }
     if products.shape[-1] == 3:
-        a, c = drift(scoped), agreement(scoped)
+        a = drift(products)
+        c = agreement(products, a)
         gg, gv, gs = products[:, 0].unbind(1)
         vv, vs, ss = products[:, 1, 1], products[:, 1, 2], products[:, 2, 2]
         g_tilde_norm = (gg - 2 * a * gv + a * a * vv).sum().clamp(min=0).sqrt()

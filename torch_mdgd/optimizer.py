@@ -1,149 +1,251 @@
-"""``MDGDOptimizer``: wrap any ``torch.optim`` optimizer; capture gradients, combine them, step."""
+"""``MDGDOptimizer``: wrap any ``torch.optim`` optimizer; capture gradients, combine them by a rule, step."""
 
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # What torch's optimizers use: torch.compiler.disable would import all of dynamo together with this package.
 from torch._compile import _disable_dynamo
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
-from torch_mdgd import equations, settings, sharded
-from torch_mdgd.budget import DriftBudget
-from torch_mdgd.capturing import CapturingOptimizer
-from torch_mdgd.decoupling import Decoupling
-from torch_mdgd.diagnostics import read
-from torch_mdgd.drift import VisualDrift
-from torch_mdgd.inputs import VisualInputs
-from torch_mdgd.masking import Mask
-from torch_mdgd.recall import Recall
-from torch_mdgd.roles import DECOUPLED_REFERENCE, ROLES, assign, destination, refuse_stray, warn_of_idle_groups
-from torch_mdgd.schedule import NOT_CHOSEN, MaskSchedule
-from torch_mdgd.storage import NO_REFERENCE, storage_for
+from torch_mdgd import kernels
+from torch_mdgd.captures import REFERENCE, Captures, Step, assign, refuse_stray
+from torch_mdgd.checks import require_number
+from torch_mdgd.diagnostics import gradient_diagnostics
+from torch_mdgd.kernels import Tensors
+from torch_mdgd.masks.base import Mask, ScoreInputs
+from torch_mdgd.parallel import ranks
+from torch_mdgd.rules.base import KINDS, PREFIX, Rule
+from torch_mdgd.rules.mdgd import MDGD
+from torch_mdgd.storage import among_trained, storage_for
+from torch_mdgd.storage.entries import pack, unpack
+
+Group = dict[str, Any]
+
+RULE = f"{PREFIX}rule"
+AGE = "mask_age"
+NO_REFERENCE = "the state dict holds no reference: it stays at the wrapped weights: right if training began there"
+NOT_CHOSEN = (
+    "a gradient holds NaN or Inf at the step that chooses the mask; nothing was changed. zero_grad() and go on with "
+    "another batch, or train under a gradient scaler, which skips such steps"
+)
 
 
-class MDGDOptimizer(CapturingOptimizer):
+class MDGDOptimizer(Optimizer):
     """Modality-decoupled gradient descent around any optimizer of ``torch.optim``.
 
     Two gradients are captured at the current weights θ, task g and visual v, and, for the published update, the same
     two at the reference φ. :meth:`combine` leaves d in every ``.grad``; :meth:`step` runs the wrapped optimizer on it.
-    See :mod:`torch_mdgd.equations`. With nothing captured, a step is exactly the wrapped optimizer's.
+    With nothing captured, a step is exactly the wrapped optimizer's.
 
-    The hyper-parameters below live in the parameter groups: give a group its own value under the same key.
+    It is an optimizer in every respect, whose groups, state and defaults are those of ``base``. Global step hooks of
+    torch fire twice a step, for this optimizer and for ``base``.
+
+    The rule's weights live in the parameter groups as ``mdgd_<name>``, such as ``mdgd_align``. A group that is given to
+    ``base`` with such a key keeps its own value; a schedule may change it at any time. Wrapping ``base`` again, for the
+    next task, begins with the new rule's weights and a new φ.
 
     Args:
         base: the optimizer to wrap; afterwards ``self.base``. φ is copied from its parameters now.
-        update: "regularize" is d = g + αv + βr (9); "reference" is r + αv; "project" is g~ + αv, which needs no
-            gradients at φ. Under a mask, "regularize" is M ⊙ (g + αv) (11).
-        space: "gradient" changes what the wrapped optimizer gets; "step" (with ``update="project"``) gives it g and
-            takes the drift out of the move it makes: see :mod:`torch_mdgd.decoupling`.
-        align: α ≥ 0, the weight of the visual gradient. Gradient space only.
-        regularize: β ≥ 0, the weight of r. With 0 no gradients at φ are needed. Only ``update="regularize"``.
-        restore: a ≥ 0, the length of the restoring move relative to the step's. Step space only.
-        history: k ≥ 1, how many visual gradients are taken out of a move, this step's and those before: 1 removes what
-            raises the visual loss, more remove all components along them; see :mod:`torch_mdgd.history`. Step space.
-        scope: "tensor" projects each parameter on its own, "global" all parameters of that scope as one vector.
-        mask: which numbers may move, such as ``TopK(0.1)``: MDGD-GM.
-        drift_budget: δ > 0, how far visual features may move, as a part of their size: sets α; ``align`` then is where
-            it begins, in units of ‖g‖ / ‖v‖. See :mod:`torch_mdgd.budget`. Gradient space only.
-        protect: in step space, take out of moves what would change layers' answers to image tokens, in place of the
-            visual gradient, which is not needed then: see :mod:`torch_mdgd.inputs`.
-        compact: keep φ and the wrapped optimizer's state for the numbers inside the mask alone. For optimizers that
-            treat every number of a parameter alike and apart; see :mod:`torch_mdgd.compact`.
-        reference_every: so many steps share the gradients at φ, for one more gradient-sized buffer: r then compares
-            with another batch. A mask is chosen from its own step's; see :mod:`torch_mdgd.recall`.
+        rule: what becomes of the gradients, see :mod:`torch_mdgd.rules`; ``MDGD()``, the published update, if None.
+        mask: which elements may move, see :mod:`torch_mdgd.masks`; ``TopK(0.1)`` makes MDGD-GM of ``MDGD()``.
+        compact: keep φ and the wrapped optimizer's state for the elements inside the mask alone. For optimizers that
+            treat every element of a parameter alike and apart; see :mod:`torch_mdgd.storage.compact`.
 
     Raises:
-        TypeError: ``base`` is no optimizer, wrapped already, re-evaluates closures (LBFGS), or DeepSpeed's or FSDP1's;
-            ``mask``, ``protect`` or ``compact`` is of another kind.
-        ValueError: an argument is out of range or excludes another, naming them. ``base`` stays as it was.
+        TypeError: ``base`` is no optimizer, is wrapped already, re-evaluates closures (LBFGS), or is DeepSpeed's,
+            FSDP1's or ZeRO's; ``rule``, ``mask`` or ``compact`` is of another kind.
+        ValueError: an argument is out of range or excludes another, naming them; ``base`` holds a parameter twice.
+            ``base`` stays as it was.
     """
 
+    base: Optimizer
+
     def __init__(
-        self,
-        base: Optimizer,
-        *,
-        update: settings.Update = "regularize",
-        space: settings.Space = "gradient",
-        align: float = 1.0,
-        regularize: float = 1.0,
-        restore: float = 0.0,
-        history: int = 1,
-        scope: settings.Scope = "tensor",
-        mask: Mask | None = None,
-        drift_budget: float | None = None,
-        protect: VisualInputs | None = None,
-        compact: bool = False,
-        reference_every: int = 1,
+        self, base: Optimizer, rule: Rule | None = None, *, mask: Mask | None = None, compact: bool = False
     ) -> None:
-        super().__init__(base)
-        self._settings: dict[str, Any] = {
-            "update": update, "space": space, "scope": scope,
-            "align": align, "regularize": regularize, "restore": restore, "history": history,
-        }  # fmt: skip
-        if protect is not None and not isinstance(protect, VisualInputs):
-            raise TypeError(f"protect must be a VisualInputs or None, got {type(protect).__name__}")
-        # Copies, until it is known that all goes together.
-        groups = [settings.complete(group, self._settings) for group in base.param_groups]
-        masked = mask is not None
-        parameters = [p for group in groups for p in group["params"]]
-        self._recall = Recall(reference_every, groups, masked)
-        self._budget = DriftBudget(drift_budget, groups)
-        self._storage = storage_for(parameters, base, mask, compact)
-        self._schedule = MaskSchedule(mask, groups)
-        self._decoupling: Decoupling = (
-            VisualDrift(groups, masked, compact) if protect is None else protect.attached(groups, masked)
-        )
+        _refuse(base)
+        rule = MDGD() if rule is None else rule
+        if not isinstance(rule, Rule):
+            raise TypeError(f"rule must be a Rule such as MDGD(), or None, got {rule!r}")
+        groups = [_settings(group, rule) for group in base.param_groups]
+        parameters = [p for group in base.param_groups for p in group["params"]]
+        storage = storage_for(parameters, base, mask, compact)
+        rule.attach(parameters, mask is not None)
+        # Not Optimizer.__init__, which would make a second set of groups; this installs the hooks and patches step.
+        Optimizer.__setstate__(self, {"base": base})
+        self.rule, self.mask = rule, mask
+        self._storage = storage
+        # Changed in place and never assigned anew: Lightning calls methods on a stand-in that reads our attributes.
+        self._captures = Captures()
+        self._made = _Made()
         self._recorded: dict[str, Tensor] = {}
-        for group, completed in zip(base.param_groups, groups, strict=True):
-            group.update(completed)
+        for group, settings in zip(base.param_groups, groups, strict=True):
+            _replace(group, settings)
+
+    # --------------------------------------------------------------------------------------------------------------
+    # The wrapped optimizer's own. Nothing of it is cached: loading a state dict rebuilds its groups, and sharding
+    # replaces the parameters in them. Nothing else shows through: a fused base claims to unscale gradients by itself,
+    # and a gradient scaler that believes this of the wrapper applies steps a thousand times too large.
 
     @property
-    def mask(self) -> Mask | None:
-        """The mask that numbers are chosen by."""
-        return self._schedule.mask
+    def param_groups(self) -> list[Group]:
+        """The wrapped optimizer's parameter groups."""
+        return self.base.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[Group]) -> None:
+        self.base.param_groups = value
 
     @property
-    def drift_budget(self) -> float | None:
-        """δ, how far visual features may move, as a part of their size; None where α is fixed."""
-        return self._budget.budget
+    def state(self) -> Any:
+        """The wrapped optimizer's state, per parameter."""
+        return self.base.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.base.state = value
 
     @property
-    def inputs(self) -> VisualInputs | None:
-        """What protects the layers' answers to image tokens, None where visual gradients do."""
-        return self._decoupling if isinstance(self._decoupling, VisualInputs) else None
+    def defaults(self) -> dict[str, Any]:
+        """The wrapped optimizer's default hyper-parameters."""
+        return self.base.defaults
+
+    @defaults.setter
+    def defaults(self, value: dict[str, Any]) -> None:
+        self.base.defaults = value
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Hooks stay behind, as in torch; so does the bound step that a scheduler put on the instance.
+        return {k: v for k, v in self.__dict__.items() if "_hooks" not in k and k != "step"}
+
+    # --------------------------------------------------------------------------------------------------------------
+    # Capture.
 
     @property
-    def chooses_mask(self) -> bool:
-        """Whether the next combine chooses a mask."""
-        return self._schedule.due(self._storage.masked, self.param_groups)
+    def parameters(self) -> list[Tensor]:
+        """All T parameters in order: the order of gradients, masks and of :meth:`set_gradients`.
+
+        Raises:
+            RuntimeError: a group was added to ``base`` behind this optimizer's back.
+        """
+        found = [p for group in self.param_groups for p in group["params"]]
+        if len(found) != len(self._storage):
+            raise RuntimeError(
+                f"{len(found)} parameters, but a reference for {len(self._storage)}: "
+                "call add_param_group on the MDGDOptimizer, not on its base"
+            )
+        return found
+
+    def needs(self, pictures: bool = True) -> tuple[str, ...]:
+        """The gradients that the next combine needs: "task", "visual", "reference_task", "reference_visual", in order.
+
+        Args:
+            pictures: False for a step without pictures, which needs no more than "task" unless it chooses a mask.
+        """
+        if self._mask_is_due():
+            return KINDS
+        return self.rule.needs(self._weights(), self.mask is not None) if pictures else KINDS[:1]
 
     @property
-    def required_roles(self) -> tuple[str, ...]:
-        """The gradients that the next combine needs: task, with visual directions two, with the reference all four."""
-        if self.inputs is not None:
-            return ROLES[:1]
-        anew = self._recall.held is None and self._needs_reference
-        return ROLES if anew or self.chooses_mask else ROLES[:2]
+    def captured(self) -> dict[str, list[Tensor | None]]:
+        """What was captured for this step so far, by kind: the buffers themselves."""
+        return self._captures.gradients
+
+    def capture(self, kind: Literal["task", "visual"], *, scale: float = 1.0) -> AbstractContextManager[None]:
+        """Whatever backward passes inside leave in ``.grad`` is kept as this gradient, and ``.grad`` cleared.
+
+        Captures of one kind add up until the next :meth:`combine` (micro-batches). Inside :meth:`reference` they are
+        gradients at φ. An exception inside discards all that was captured for this step.
+
+        Args:
+            kind: "task" or "visual".
+            scale: the loss scale in force, such as ``scaler.get_scale()``: all captures of a step must agree.
+
+        Raises:
+            ValueError: an unknown kind; another scale than this step's earlier captures; a sparse gradient.
+            RuntimeError: captures are nested; ``.grad`` holds a gradient that no capture took; no parameter received
+                a gradient.
+        """
+        if kind not in ("task", "visual"):
+            raise ValueError(f"capture: kind must be 'task' or 'visual', got {kind!r}")
+        self._made.clear()
+        return self._captures.record(f"reference_{kind}" if self._storage.swapped else kind, self.parameters, scale)
+
+    @contextmanager
+    def reference(self, model: nn.Module | None = None) -> Iterator[None]:
+        """The reference φ is in the parameters here; θ comes back bit for bit, also after an exception.
+
+        Run forward and backward inside: autograd refuses a backward pass across the exchange. If ``fully_shard`` has
+        sharded the parameters, pass the model: it drops what it gathered of them.
+        """
+        if self._storage.swapped or self._captures.recording:
+            raise RuntimeError("reference: already inside reference() or capture()")
+        parameters = self.parameters
+        with ranks.resharded(parameters, model):
+            self._storage.exchange_(parameters)
+            try:
+                yield
+            finally:
+                self._storage.exchange_(parameters)
+
+    @torch.no_grad()
+    def set_gradients(
+        self,
+        *,
+        task: Tensors | None = None,
+        visual: Tensors | None = None,
+        reference_task: Tensors | None = None,
+        reference_visual: Tensors | None = None,
+    ) -> None:
+        """Capture gradients computed elsewhere: copied, and added to those captured already.
+
+        Each argument is a sequence in parameter order of tensors of the parameters' shapes, with None for a missing
+        gradient, which counts as zero.
+
+        Raises:
+            ValueError: a sequence or a tensor of the wrong size, naming kind and parameter; nothing was captured.
+        """
+        self._made.clear()
+        given = zip(KINDS, (task, visual, reference_task, reference_visual), strict=True)
+        self._captures.add({kind: x for kind, x in given if x is not None}, self.parameters)
 
     @torch.no_grad()
     def reduce_reference(self) -> None:
-        """Form g~0 (7) now, which frees one gradient-sized buffer; no captures at φ may follow in this step."""
-        if DECOUPLED_REFERENCE not in self._captures:
-            self._captures.require(ROLES[2:])
-            g0, v0 = self._captures.take(ROLES[2:], self.parameters)
-            together = self._together()
-            self._captures.gradients[DECOUPLED_REFERENCE] = equations.decouple_reference_(g0, v0, together)
+        """Form g̃₀ (7) now, which frees one gradient-sized buffer; no captures at φ may follow in this step."""
+        if REFERENCE not in self._captures.gradients:
+            self._captures.require(KINDS[2:])
+            g0, v0 = self._captures.take(KINDS[2:], self.parameters)
+            # g̃₀ is formed before anything is multiplied with it: ⟨g̃₀, g̃₀⟩ from the expanded square would lose every
+            # digit when g₀ is nearly parallel to v₀.
+            out = [x if x is not None else y for x, y in zip(g0, v0, strict=True)]
+            along = kernels.inner_products([g0, v0], [v0])
+            b = self.rule.drift(torch.cat([torch.zeros_like(along), along], dim=2))
+            kernels.combine_(out, [g0, v0], torch.stack([torch.ones_like(b), -b], dim=1))
+            self._captures.gradients[REFERENCE] = out
+
+    def average_over(self, group: ranks.Group | None) -> None:
+        """From now on, combine the means of all captures over these processes; not those of FSDP2, which has summed."""
+        self._captures.group = group
+
+    @property
+    def averaged_over(self) -> ranks.Group | None:
+        """What :meth:`average_over` was told."""
+        return self._captures.group
 
     def discard(self) -> None:
-        """Forget what was captured or combined since the last step; ``.grad`` stays as it is."""
+        """Forget what was captured, seen or combined since the last step; ``.grad`` stays as it is."""
         self._captures.clear()
-        self._captures.directions = self._captures.combined = None
-        self._schedule.refused = self._schedule.waits = False
-        self._recall.use(None)
+        self._made.clear()
+        self.rule.forget()
+
+    # --------------------------------------------------------------------------------------------------------------
+    # Combine and step.
 
     @_disable_dynamo
     @torch.no_grad()
@@ -154,45 +256,25 @@ class MDGDOptimizer(CapturingOptimizer):
             RuntimeError: a gradient that the update needs was not captured, naming it; ``.grad`` holds one that no
                 capture took; inside :meth:`capture` or :meth:`reference`.
         """
-        parameters = self._outside("combine")
+        parameters = self._idle("combine")
         self._storage.follow(parameters)
-        needed = self.required_roles
-        if self.inputs is not None and "task" in self._captures:
-            self._captures.gradients.setdefault("visual", [None] * len(parameters))
-        if not self.chooses_mask and self._captures.absent("visual"):
-            # No pictures in this step: without gradients at φ it is the wrapped optimizer's own.
-            needed = ROLES[:2]
-        self._captures.require(needed)
+        self._captures.require(self.needs(pictures=not self._captures.empty("visual")))
         refuse_stray(parameters)
-        if len(needed) == 4 or all(role in self._captures for role in ROLES[2:]):
+        if all(kind in self._captures.gradients for kind in KINDS[2:]):
             self.reduce_reference()
-        elif self._recall.held is not None and self._needs_reference and not self._captures.absent("visual"):
-            self._captures.gradients.setdefault(DECOUPLED_REFERENCE, self._recall.held)
-        drift, scale = self._budget.drift(self._captures), self._captures.scale or 1.0
-        roles = self._captures.take(("task", "visual", DECOUPLED_REFERENCE), parameters)
-        self.discard()
-        if any(x is not None for x in roles[1]):
-            warn_of_idle_groups(self.param_groups, roles)
-        self._recall.use(roles[2] if len(roles) == 3 and self._needs_reference else None)
-
-        together = self._together()
-        self._captures.products = sharded.inner_products(roles), together
-        products = equations.pool(*self._captures.products)
-        if self.chooses_mask:
-            masks = self._schedule.masks(roles, products, together, parameters, self.param_groups, scale)
-            if masks is not None:
-                self._storage.choose(masks, self.base, parameters)
-                self._decoupling.begin()
-        self._schedule.count(self.param_groups)
-        d = [destination(gradients, p) for p, *gradients in zip(parameters, *roles, strict=True)]
-        v = settings.in_step_space(self.param_groups, roles[1])
-        self._captures.directions = None if v is None else self._storage.restrict_(v)
-        strength = self._budget.strength(drift, self._captures.products[0], self.param_groups)
-        masked = self._storage.masked
-        coefficients = equations.coefficients_of_groups(products, self.param_groups, masked, strength)
-        self._storage.combine_(d, roles, coefficients)
-        self._captures.combined = [None if x is None else x.to(p.dtype) for p, x in zip(parameters, d, strict=True)]
-        assign(parameters, self._captures.combined)
+        step = self._captures.close(parameters)
+        self._warn_of_idle_groups(step)
+        products = kernels.inner_products(step.gradients)
+        self._made.begin(products)
+        if self._mask_is_due():
+            self._choose_mask(parameters, step, products)
+        if self.rule.corrects:
+            self._made.visual = self._storage.restrict_(step.visual)
+        w = {name: x.to(products.device) for name, x in self._weights().items()}
+        coefficients = self.rule.coefficients(products, w, self._storage.masked)
+        self._storage.combine_(step.d, step.gradients, coefficients)
+        self._made.d = [None if x is None else x.to(p.dtype) for p, x in zip(parameters, step.d, strict=True)]
+        assign(parameters, self._made.d)
 
     @_disable_dynamo
     @torch.no_grad()
@@ -209,20 +291,15 @@ class MDGDOptimizer(CapturingOptimizer):
         Raises:
             RuntimeError: as :meth:`combine`; or the mask could not be chosen because a gradient holds NaN or Inf.
         """
-        parameters, loss = self._outside("step"), None
+        parameters, loss = self._idle("step"), None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         if self._captures:
             self.combine()
-        if self._schedule.refused:
+        if self._made.refused:
             raise RuntimeError(NOT_CHOSEN)
-        if self._captures.replaced(parameters):
-            self._captures.directions = self._recall.used = None
-        if not self._schedule.waits:
-            decouple_ = self._decoupling.of_step(self._captures.directions, self.param_groups)
-            self._storage.step(self.base, parameters, decouple_)
-            self._recall.keep(self.param_groups)
+        self._storage.step(self.base, parameters, self._correction(parameters))
         self.discard()
         return loss
 
@@ -231,77 +308,249 @@ class MDGDOptimizer(CapturingOptimizer):
         self.discard()
         self.base.zero_grad(set_to_none=set_to_none)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the wrapped optimizer, with this optimizer's settings where it has none of its own.
+    def _idle(self, verb: str) -> list[Tensor]:
+        """The parameters, for what must not happen while ``.grad`` or the parameters hold something else."""
+        if self._captures.recording or self._storage.swapped:
+            raise RuntimeError(f"{verb}: leave capture() and reference() first")
+        return self.parameters
+
+    def _weights(self) -> dict[str, Tensor]:
+        """The rule's weights by parameter: float64, shape (T,), on the CPU."""
+        groups = [group for group in self.param_groups for _ in group["params"]]
+        return {
+            name: torch.tensor([group[PREFIX + name] for group in groups], dtype=torch.float64, device="cpu")
+            for name in self.rule.weights
+        }
+
+    def _mask_is_due(self) -> bool:
+        """Whether the next combine chooses a mask."""
+        if self.mask is None or not self.mask.scored:
+            return False
+        refresh = self.mask.refresh
+        return not self._storage.masked or (refresh is not None and self._storage.age >= refresh)
+
+    def _choose_mask(self, parameters: list[Tensor], step: Step, products: Tensor) -> None:
+        assert self.mask is not None
+        if not bool(products.isfinite().all()):
+            # d will hold it too, and a gradient scaler that skips the step leaves the choice to the next one.
+            self._made.refused = True
+            return
+        t = [t for t, one in enumerate(self._storage.trained) if one]
+        g, v, g0_tilde = ([xs[i] for i in t] for xs in (step.task, step.visual, step.reference))
+        inputs = ScoreInputs(g, v, g0_tilde, self.rule.drift(products)[t])
+        masks = self.mask.choose([parameters[i] for i in t], inputs)
+        self._storage.choose(among_trained(masks, self._storage.trained), self.base, parameters)
+
+    def _correction(self, parameters: list[Tensor]) -> Callable[[Tensors, Tensors], None] | None:
+        """The rule's correction of this step's moves. One by visual gradients needs those of this very step."""
+        visual = self._made.visual_for(parameters)
+        if not self.rule.corrects:
+            return None
+        w = self._weights()
+        if visual is None and "visual" in self.rule.needs(w, self.mask is not None):
+            return None
+        return partial(self.rule.correct_, visual=visual, w=w)
+
+    def _warn_of_idle_groups(self, step: Step) -> None:
+        """Not an error: some groups are of modules that not every batch runs."""
+        d = iter(step.d)
+        for i, group in enumerate(self.param_groups):
+            idle = all([next(d) is None for _ in group["params"]])
+            if idle and len(step.gradients) > 1 and any(p.requires_grad for p in group["params"]):
+                warnings.warn(
+                    f"combine: no parameter of group {i} received a gradient of any kind, so none moves. Is the group "
+                    "used in the losses? (Reentrant gradient checkpointing can drop gradients: use_reentrant=False "
+                    "does not.)",
+                    stacklevel=6,
+                )
+
+    # --------------------------------------------------------------------------------------------------------------
+    # Groups, checkpoints, diagnostics.
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group to the wrapped optimizer, with the rule's weights where it has none of its own.
 
         Its reference is its values now.
 
         Raises:
             RuntimeError: gradients are captured for this step, or the mask has been chosen.
-            ValueError: a setting is out of range or excludes another, naming them; nothing was added.
+            ValueError: a weight is out of range, naming it; nothing was added.
         """
-        self._outside("add_param_group")
-        if self._captures or self._captures.directions is not None or self._storage.masked:
+        self._idle("add_param_group")
+        if self._captures or self._made.d is not None or self._storage.masked:
             why = "the mask has been chosen" if self._storage.masked else "gradients are captured for this step"
             raise RuntimeError(f"add_param_group: {why}; add groups before")
-        completed = settings.complete(param_group, self._settings)
-        self._check_groups([*self.param_groups, completed])
-        param_group.update(completed)
+        _replace(param_group, _settings(param_group, self.rule))
         self.base.add_param_group(param_group)
-        self._storage.extend(self.base.param_groups[-1]["params"])
-        self._decoupling.extend(self.base.param_groups[-1])
+        new = self.base.param_groups[-1]["params"]
+        self._storage.extend(new)
+        self.rule.extend(new)
 
     def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's state dict, with φ and the mask in each parameter's state."""
-        self._outside("state_dict")
-        self._before_save()
-        return self._after_save(
-            self._recall.save(self._decoupling.save(self._storage.save(self.base)), self.parameters)
-        )
+        """The wrapped optimizer's state dict; φ, the mask and the rule's state lie in each parameter's state."""
+        self._idle("state_dict")
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        inner, own = self._storage.save(self.base)
+        state = dict(self.rule.state())
+        if self.mask is not None and self.mask.refresh is not None:
+            state[AGE] = torch.tensor(self._storage.age)
+        for name, x in state.items():
+            each = [x] * len(self._storage) if isinstance(x, Tensor) else x
+            own[name] = [x if one else None for x, one in zip(each, self._storage.trained, strict=True)]
+        packed = pack(inner, own)
+        for after in self._optimizer_state_dict_post_hooks.values():
+            packed = after(self, packed) or packed
+        return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` returned; the wrapped optimizer's own works too, and leaves φ as it is.
 
         Raises:
-            ValueError: it belongs to other parameters, naming the first that differs, or holds settings that are out of
-                range or exclude others; nothing was changed.
+            ValueError: it belongs to other parameters, naming the first that differs, or holds weights that are out of
+                range; nothing was changed.
         """
-        parameters = self._outside("load_state_dict")
-        state_dict = self._before_load(state_dict)
-        state_dict["param_groups"] = settings.complete_saved(state_dict["param_groups"], self.param_groups)
-        self._check_groups(state_dict["param_groups"])
-        self._decoupling.check(state_dict, parameters)
-        if not self._storage.load(state_dict, self.base, parameters):
+        parameters = self._idle("load_state_dict")
+        state_dict = dict(state_dict)
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = before(self, state_dict) or state_dict
+        state_dict["param_groups"] = _loaded(state_dict["param_groups"], self.param_groups, self.rule)
+        inner, found = unpack(state_dict, parameters)
+        self.rule.check_state(found, parameters)
+        if not self._storage.load(inner, found, self.base, parameters):
             warnings.warn(NO_REFERENCE, stacklevel=2)
-        self._decoupling.load(state_dict, parameters)
-        self._recall.load(state_dict, parameters, self.param_groups)
-        self._schedule.begin()
+        self.rule.load_state(found, parameters)
+        self._storage.age = next((int(x) for x in found.get(AGE, ()) if x is not None), 0)
         self.discard()
-        self._after_load()
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
     @property
     def diagnostics(self) -> dict[str, float]:
         """Numbers about the last combine, computed when asked for (which waits for the device); {} before the first.
 
         ``cos_task_visual``, ``visual_to_task``, with a reference ``cos_task_reference`` and ``regularizer_to_task``
-        (see :func:`torch_mdgd.diagnostics.gradient_diagnostics`), with a mask ``kept_fraction``, with a drift budget
-        ``visual_drift`` and ``align``, α of the first group, and whatever :meth:`record` was given.
+        (see :func:`torch_mdgd.diagnostics.gradient_diagnostics`), with a mask ``kept_fraction``, the rule's own, and
+        whatever :meth:`record` was given.
         """
-        kept = self._storage.kept(self.parameters) if self._storage.masked else None
-        return read(self._recorded | self._budget.recorded, self._captures.products, kept)
+        products = self._made.products
+        values = {**self._recorded, **self.rule.diagnostics()}
+        if products is not None:
+            values |= gradient_diagnostics(products)
+        out = {name: float(value) for name, value in values.items()}
+        if self._storage.masked:
+            kept, total = self._storage.kept(self.parameters)
+            out["kept_fraction"] = kept / total
+        return out
 
     def record(self, **values: Tensor) -> None:
         """Show these scalars in :attr:`diagnostics` too, read from the device only when asked for."""
-        self._recorded |= {name: value.detach() for name, value in values.items()}
+        self._recorded.update({name: value.detach() for name, value in values.items()})
 
-    def _check_groups(self, groups: list[dict[str, Any]]) -> None:
-        self._budget.check_groups(groups)
-        self._decoupling.check_groups(groups)
 
-    @property
-    def _needs_reference(self) -> bool:
-        # Parameters first: that refuses groups which were added to the base, and have no settings.
-        return bool(self.parameters) and settings.needs_reference(self.param_groups, self.mask is not None)
+class _Made:
+    """What combine has made for the step: d, v for the rule's correction, and whether a mask was refused."""
 
-    def _together(self) -> Tensor:
-        return torch.tensor(settings.together(self.param_groups, "gradient"), device=self.parameters[0].device)
+    products: Tensor | None = None
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Gradients stay behind when parameters are copied.
+        return {**vars(self), "d": None}
+
+    def clear(self) -> None:
+        self.d: list[Tensor | None] | None = None
+        self.visual: list[Tensor | None] | None = None
+        self.refused = False
+
+    def begin(self, products: Tensor) -> None:
+        self.clear()
+        self.products = products
+
+    def visual_for(self, parameters: Sequence[Tensor]) -> list[Tensor | None] | None:
+        """V of this step; None if every ``.grad`` was replaced since combine, e.g. by ``model.zero_grad()``.
+
+        So it is after a gradient scaler has skipped a step. A warning says so if other gradients are there.
+        """
+        d = self.d
+        if self.visual is None or d is None:
+            return self.visual
+        if any(x is not None and x is p.grad for x, p in zip(d, parameters, strict=True)):
+            return self.visual
+        if any(p.grad is not None for p in parameters):
+            warnings.warn(
+                "step: .grad was replaced since combine(), so this is a step of the wrapped optimizer alone; change "
+                "gradients in place, and after a step that was skipped call zero_grad() of the MDGDOptimizer",
+                stacklevel=4,
+            )
+        return None
+
+
+def _refuse(base: Any) -> None:
+    if not isinstance(base, Optimizer):
+        raise TypeError(f"base must be a torch.optim.Optimizer, got {type(base).__name__}")
+    if isinstance(base, MDGDOptimizer):
+        raise TypeError(f"base is wrapped already, in {type(base).__name__}: wrap the plain optimizer, once")
+    if isinstance(base, LBFGS):
+        raise TypeError("LBFGS evaluates its closure several times a step, each on another gradient: not supported")
+    parameters = [p for group in base.param_groups for p in group["params"]]
+    if len(set(parameters)) < len(parameters):
+        raise ValueError("base holds a parameter more than once, so its values could not be exchanged in place")
+    ranks.refuse_optimizer(base)
+
+
+def _settings(group: Group, rule: Rule, saved: Group | None = None) -> Group:
+    """What a group holds of the rule: its name, and its weights by prefixed keys.
+
+    Weights come from ``saved``, else from the group, else from the rule. What another wrapping has left in a group is
+    told by the rule's name beside it, and is not taken for an argument.
+
+    Raises:
+        ValueError: a weight out of range or of no such name, or a group that is maximised.
+    """
+    if group.get("maximize") and not rule.corrects:
+        raise ValueError("maximize=True would raise the visual loss as well: minimise the negative of your objective")
+    given = {key: value for key, value in group.items() if _is_own(key)} if RULE not in group else {}
+    given |= saved or {}
+    defaults = {PREFIX + name: value for name, value in rule.weights.items()}
+    for key in given:
+        if key not in (RULE, *defaults):
+            raise ValueError(f"a parameter group has {key!r}, and the rule {rule} has no such weight")
+    weights = {key: require_number(key, given.get(key, value), least=0) for key, value in defaults.items()}
+    return {RULE: type(rule).__name__, **weights}
+
+
+def _replace(group: Group, settings: Group) -> None:
+    for key in [key for key in group if _is_own(key)]:
+        del group[key]
+    group.update(settings)
+
+
+def _loaded(saved: Sequence[Group], groups: Sequence[Group], rule: Rule) -> list[Group]:
+    """Copies of the groups of a state dict, with the present weights unless they were saved with this rule.
+
+    Raises:
+        ValueError: a weight out of range; or there is another number of groups.
+    """
+    if len(saved) != len(groups):
+        raise ValueError(f"the loaded state dict has {len(saved)} parameter groups, this optimizer {len(groups)}")
+    theirs, ours = ([len(group["params"]) for group in those] for those in (saved, groups))
+    if theirs != ours and sum(theirs) == sum(ours):
+        raise ValueError(
+            f"the parameter groups of the loaded state dict hold {theirs} parameters, those of this optimizer {ours}: "
+            "build it with the same groups, in the same order, before loading"
+        )
+    out = []
+    for old, group in zip(saved, groups, strict=True):
+        now = {key: value for key, value in group.items() if _is_own(key)}
+        if old.get(RULE) == type(rule).__name__:
+            now |= {key: value for key, value in old.items() if key in now}
+        rest = {key: value for key, value in old.items() if not _is_own(key)}
+        out.append({**rest, **_settings(rest, rule, now)})
+    return out
+
+
+def _is_own(key: Any) -> bool:
+    return isinstance(key, str) and key.startswith(PREFIX)

@@ -13,28 +13,21 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.tiny_models import llava, llava_batch
-from torch_mdgd import Magnitude, MDGDOptimizer, TopK, mdgd_backward
-from torch_mdgd.equations import sign_agreement
+from torch_mdgd import MDGDOptimizer, Magnitude, TopK, mdgd_backward
+from torch_mdgd.rules import MDGD, Project, StepProject
 
-# Masks of sign agreement are decided by ties alone.
-TIES = TopK(0.35, similarity=sign_agreement, refresh=1)
 FORMS: dict[str, dict[str, Any]] = {
-    "regularize": {},
-    "regularize, global": {"scope": "global"},
-    "reference": {"update": "reference", "align": 0.5},
-    "project, global": {"update": "project", "scope": "global"},
-    "step": {"update": "project", "space": "step", "restore": 0.1},
-    "history": {"update": "project", "space": "step", "history": 3, "restore": 0.1},
-    "history, global": {"update": "project", "space": "step", "history": 3, "scope": "global"},
-    "step, global": {"update": "project", "space": "step", "scope": "global"},
-    "masked": {"mask": TopK(0.3, warmup=2, refresh=2)},
-    "masked per tensor": {"mask": TopK(0.3, scope="tensor")},
-    "masked by ties": {"mask": TIES, "scope": "global"},
-    "masked step": {"update": "project", "space": "step", "mask": TopK(0.3)},
-    "shared reference": {"reference_every": 3},
-    "masked when wrapped": {"update": "project", "mask": Magnitude(0.3)},
+    "published": {},
+    "align": {"rule": lambda: MDGD(align=0.5, regularize=0)},
+    "project": {"rule": lambda: Project()},
+    "step": {"rule": lambda: StepProject(restore=0.1)},
+    "masked": {"mask": TopK(0.3, refresh=2)},
+    "masked once": {"mask": TopK(0.3)},
+    "masked step": {"rule": lambda: StepProject(), "mask": TopK(0.3)},
+    "masked when wrapped": {"rule": lambda: Project(), "mask": Magnitude(0.3)},
 }
-COMPACT = {f"{name}, compact": {**form, "compact": True} for name, form in FORMS.items() if "mask" in form}
+UNMASKED = ("published", "align", "project", "step", "masked")
+COMPACT = {f"{name}, compact": {**form, "compact": True} for name, form in FORMS.items() if name not in UNMASKED}
 FORMS |= COMPACT
 STEPS = 4
 
@@ -119,7 +112,7 @@ def train(
         with torch.no_grad():
             z = model(x)[0]
         with optimizer.reference(model):
-            if len(optimizer.required_roles) == 4:
+            if len(optimizer.needs()) == 4:
                 visual(z)
                 task()
             with torch.no_grad():
@@ -134,10 +127,16 @@ def train(
         yield {**found, "weights": [whole(p) for p in model.parameters()]}
 
 
+def wrapped(base: torch.optim.Optimizer, form: dict[str, Any]) -> MDGDOptimizer:
+    """With a rule of its own each time."""
+    make = form.get("rule", lambda: None)
+    return MDGDOptimizer(base, make(), mask=form.get("mask"), compact=form.get("compact", False))
+
+
 def by_hand(kind: str, form: str, rank: int = 0, world: int = 1) -> list[dict[str, Any]]:
     net = network()
     model = parallel(net, kind)
-    return list(train(model, MDGDOptimizer(adamw(net), **FORMS[form]), rank, world))
+    return list(train(model, wrapped(adamw(net), FORMS[form]), rank, world))
 
 
 def twice_after_one_forward(rank: int, world: int, average: bool) -> list[Tensor | None]:

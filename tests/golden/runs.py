@@ -13,7 +13,7 @@ import torch.multiprocessing
 from torch import Tensor, nn
 
 from tests.distributed import setups
-from tests.golden.rules import BUDGETED, INPUTS, RULES, observed, wrapped
+from tests.golden.rules import BUDGETED, INPUTS, RULES, observed, tell_drift, wrapped
 
 STEPS = 4
 BASES: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -34,13 +34,13 @@ def given(name: str, base: str) -> dict[str, Tensor]:
     optimizer = wrapped(name, BASES[base](parameters), None)
     out = {}
     for step in range(STEPS):
-        roles = {
-            role: [normal(*spec) for spec in SHAPES]
-            for role in ("task", "visual", "reference_task", "reference_visual")
+        gradients = {
+            kind: [normal(*spec) for spec in SHAPES]
+            for kind in ("task", "visual", "reference_task", "reference_visual")
         }
         if step == 2:
-            roles["visual"][1] = roles["reference_task"][2] = None
-        optimizer.set_gradients(**{role: roles[role] for role in optimizer.required_roles})
+            gradients["visual"][1] = gradients["reference_task"][2] = None
+        optimizer.set_gradients(**{kind: gradients[kind] for kind in optimizer.needs()})
         optimizer.combine()
         out |= {f"d {step} {i}": p.grad for i, p in enumerate(parameters)}
         optimizer.step()
@@ -69,7 +69,7 @@ def trained(name: str, kind: str, rank: int = 0, world: int = 1) -> dict[str, Te
             found: dict[str, Any] = {"d": [], "weights": [setups.whole(p) for p in net.parameters()]}
         else:
             if name in BUDGETED:
-                optimizer.observe_drift(torch.tensor([0.3 * step, 4.0], dtype=torch.float64))
+                tell_drift(optimizer, 0.3 * step, 4.0)
             (found,) = setups.train(model, optimizer, rank, world, [step])
         for key in ("d", "weights"):
             out |= {f"{key} {step} {i}": x for i, x in enumerate(found[key]) if x is not None}

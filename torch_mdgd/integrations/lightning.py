@@ -5,8 +5,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from torch_mdgd.backward import find_optimizer, mdgd_backward
-from torch_mdgd.distributed import Ranks
-from torch_mdgd.visual import Batch
+from torch_mdgd.models.tap import Batch
+from torch_mdgd.parallel.ranks import Ranks
 
 
 class MDGDModuleMixin:
@@ -43,7 +43,7 @@ class MDGDModuleMixin:
         Args:
             model: called as ``model(**batch)``; its output has a ``loss``.
             batch: inputs and labels.
-            **options: ``tap``, ``loss``, ``alignment``, ``schedule`` and ``reuse_vision`` of
+            **options: ``tap``, ``loss``, ``alignment`` and ``reuse_vision`` of
                 :func:`~torch_mdgd.mdgd_backward`; what is about accumulation and scaling follows the Trainer.
 
         Returns:

@@ -1,7 +1,7 @@
 """``MDGDTrainer``: the Trainer of transformers, with the passes of MDGD in its training step."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, Literal
 
@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
-from torch_mdgd.backward import Schedule, find_optimizer, mdgd_backward
+from torch_mdgd.backward import find_optimizer, mdgd_backward
 from torch_mdgd.diagnostics import effective_rank
+from torch_mdgd.masks.base import Mask
+from torch_mdgd.models.tap import Batch, VisualTap
 from torch_mdgd.optimizer import MDGDOptimizer
-from torch_mdgd.visual import Batch, VisualTap
+from torch_mdgd.rules.base import Rule
 
 # What TRL's trainers count in every call of compute_loss; it is called once for each forward pass.
 COUNTERS = ("_metrics", "_total_train_tokens")
@@ -37,10 +39,11 @@ class MDGDTrainerMixin:
 
     Args:
         *args: the Trainer's own, like all keywords but these.
-        mdgd: keywords for :class:`MDGDOptimizer`, such as ``{"align": 1.0, "mask": TopK(0.1)}``.
+        rule: of the :class:`MDGDOptimizer`, or a function of the model that returns it; ``MDGD()`` if None.
+        mask: of the :class:`MDGDOptimizer`.
+        compact: of the :class:`MDGDOptimizer`.
         tap: where z comes from; ``VisualTap.for_model(model)`` if None.
         alignment: the form of L_v (5).
-        schedule: of the passes, see :func:`~torch_mdgd.mdgd_backward`.
         effective_rank_steps: add the effective rank (4) of z to the log, measured every so many steps; 0 for never. It
             takes a singular value decomposition of a matrix (image tokens in the micro-batch, hidden).
         **kwargs: the Trainer's own.
@@ -60,20 +63,20 @@ class MDGDTrainerMixin:
     def __init__(
         self,
         *args: Any,
-        mdgd: Mapping[str, Any] | None = None,
+        rule: Rule | Callable[[nn.Module], Rule] | None = None,
+        mask: Mask | None = None,
+        compact: bool = False,
         tap: VisualTap | None = None,
         alignment: Literal["l1", "mse"] = "l1",
-        schedule: Schedule = "sequential",
         effective_rank_steps: int = 0,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         trainer: Any = self
-        self.mdgd = dict(mdgd or {})
+        self.mdgd_rule, self.mdgd_mask, self.mdgd_compact = rule, mask, compact
         self._given_tap = tap
         self.mdgd_tap = _watching(tap, trainer.model)
         self.mdgd_alignment: Literal["l1", "mse"] = alignment
-        self.mdgd_schedule: Schedule = schedule
         self.effective_rank_steps = effective_rank_steps
         _refuse_unsupported(trainer)
 
@@ -85,12 +88,17 @@ class MDGDTrainerMixin:
         while not isinstance(inner, MDGDOptimizer) and hasattr(inner, "optimizer"):
             inner = inner.optimizer
         if not isinstance(inner, MDGDOptimizer):
-            optimizer = MDGDOptimizer(optimizer, **self.mdgd)
+            rule: Any = self.mdgd_rule
+            if rule is not None and not isinstance(rule, Rule):
+                rule = rule(self.model)  # type: ignore[attr-defined]
+            optimizer = MDGDOptimizer(optimizer, rule, mask=self.mdgd_mask, compact=self.mdgd_compact)
             vars(self)["optimizer"] = optimizer
             # With model_init every call of train() has a model of its own.
             self.mdgd_tap = _watching(self._given_tap, self.model)  # type: ignore[attr-defined]
-        elif self.mdgd and inner is optimizer:
-            raise ValueError("MDGDTrainer: the optimizer is an MDGDOptimizer already: leave out mdgd, or pass its base")
+        elif inner is optimizer and (self.mdgd_rule or self.mdgd_mask or self.mdgd_compact):
+            raise ValueError(
+                "MDGDTrainer: the optimizer is an MDGDOptimizer already: leave out rule and mask, or pass its base"
+            )
         wrapped: torch.optim.Optimizer = optimizer
         return wrapped
 
@@ -128,7 +136,6 @@ class MDGDTrainerMixin:
                 visual_weight=1 / micro_batches,
                 scaler=trainer.accelerator.scaler,
                 combine=trainer.accelerator.sync_gradients,
-                schedule=self.mdgd_schedule,
             )
         self._measure_rank(trainer)
         return out

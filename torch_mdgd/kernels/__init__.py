@@ -1,6 +1,7 @@
 """The operations that everything else is made of, each over a list of tensors, on the backend that suits it.
 
-Kernels know nothing of optimizers: they take roles (lists of tensors in parameter order) and numbers.
+Kernels know nothing of optimizers: they take vectors (lists of tensors in parameter order) and numbers. Sharded tensors
+(DTensors) are taken as the whole tensors that they are: kernels run on the shards, and sums go over all processes.
 """
 
 from collections.abc import Sequence
@@ -9,55 +10,69 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from torch_mdgd.kernels import shards
 from torch_mdgd.kernels.dispatch import backend_for, backend_module, use_backend
-from torch_mdgd.kernels.types import Role, Similarity
+from torch_mdgd.kernels.types import Tensors
+from torch_mdgd.parallel.dtensor import is_sharded, local, sum_shards_
 
 __all__ = [
-    "Role",
-    "Similarity",
+    "Tensors",
     "backend_for",
     "combine_",
     "inner_products",
+    "ratio",
     "top_k_masks",
     "top_k_similarity_masks",
     "use_backend",
 ]
 
 
+def ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """Numerator / denominator, and 0 where the denominator is 0: projecting on a zero vector removes nothing.
+
+    NaN stays NaN.
+    """
+    return torch.where(denominator == 0, torch.zeros_like(numerator), numerator / denominator)
+
+
 @torch.no_grad()
-def inner_products(rows: Sequence[Role], columns: Sequence[Role] | None = None) -> Tensor:
+def inner_products(rows: Sequence[Tensors], columns: Sequence[Tensors] | None = None) -> Tensor:
     """All inner products ⟨rows[r][t], columns[c][t]⟩ in one pass over the data.
 
     Args:
-        rows: R roles of T tensors each; within a parameter t all tensors have one shape, dtypes may differ.
-        columns: C roles; the rows themselves if None.
+        rows: R vectors of T tensors each; within a parameter t all tensors have one shape, dtypes may differ.
+        columns: C vectors; the rows themselves if None.
 
     Returns:
-        float64 tensor of shape (T, R, C) on the device of the first tensor, summed so that its error is about
-        1e-7 of ‖x‖‖y‖ at any length and scale (a plain float32 sum is off in the fourth digit at a few million
+        float64 tensor of shape (T, R, C) on the device of the first tensor, the same in all processes. Its error is
+        about 1e-7 of ‖x‖‖y‖ at any length and scale (a plain float32 sum is off in the fourth digit at a few million
         numbers), and 1e-16 for float64 tensors. NaN and Inf come through. The same data on the same device and
         with as many threads give the same bits. No host sync.
     """
-    columns = rows if columns is None else columns
-    return cast(Tensor, backend_module(*rows, *columns).inner_products(rows, columns))
+    left = [local(vector) for vector in rows]
+    right = left if columns is None else [local(vector) for vector in columns]
+    table = cast(Tensor, backend_module(*left, *right).inner_products(left, right))
+    every = (*rows, *(columns or ()))
+    return sum_shards_(table, [next((x for x in xs if x is not None), None) for xs in zip(*every, strict=True)])
 
 
 @torch.no_grad()
 def combine_(
-    out: Role, roles: Sequence[Role], coefficients: Tensor, masks: Sequence[Tensor | None] | None = None
+    out: Tensors, vectors: Sequence[Tensors], coefficients: Tensor, masks: Sequence[Tensor | None] | None = None
 ) -> None:
-    """Write out[t] = masks[t] · Σ_r coefficients[t, r] · roles[r][t], in one pass and in place.
+    """Write out[t] = masks[t] · Σ_r coefficients[t, r] · vectors[r][t], in one pass and in place.
 
     Args:
-        out: T tensors, or None where nothing is to be written; each may be one of the roles' own tensors.
-        roles: R roles of T tensors; None counts as zero.
+        out: T tensors, or None where nothing is to be written; each may be one of the vectors' own tensors.
+        vectors: R vectors of T tensors; None counts as zero.
         coefficients: shape (T, R), float64. A zero coefficient still carries NaN and Inf along.
         masks: bool tensors of the parameters' shapes, None for an unmasked parameter. A product, so that NaN
             and Inf outside the mask stay visible.
 
     Sums in float32 (float64 for float64 tensors) and rounds once to out's dtype.
     """
-    backend_module(out).combine_(out, roles, coefficients, masks)
+    parts, here = [local(vector) for vector in vectors], local(out)
+    backend_module(here).combine_(here, parts, coefficients, None if masks is None else local(masks))
 
 
 @torch.no_grad()
@@ -76,24 +91,23 @@ def top_k_masks(scores: Sequence[Tensor], k: int) -> list[Tensor]:
     Raises:
         ValueError: k is out of range, or there is a NaN (the message names its tensor).
     """
+    if any(map(is_sharded, scores)):
+        return shards.top_k_masks(scores, k)
     return cast("list[Tensor]", backend_module(scores).top_k_masks(scores, k))
 
 
 @torch.no_grad()
-def top_k_similarity_masks(
-    g: Role, v: Role, g0: Role, a: Tensor | None, k: int, similarity: Similarity = torch.mul
-) -> list[Tensor | None]:
-    """The masks of the k largest scores s[t] = similarity(g[t] − a[t] · v[t], g0[t]), which never exist as a whole.
+def top_k_similarity_masks(g: Tensors, v: Tensors, g0: Tensors, a: Tensor | None, k: int) -> list[Tensor | None]:
+    """The masks of the k largest scores s[t] = (g[t] − a[t] · v[t]) ⊙ g0[t], which never exist as a whole.
 
     The scores are computed block by block in float64, so that products of tiny or huge numbers keep their order.
 
     Args:
-        g: T tensors on one device; None counts as zero, here and below.
+        g: T tensors on one device; None counts as zero, here and below. Of sharded tensors there is no None.
         v: T tensors.
         g0: T tensors.
         a: shape (T,), float64; zeros if None (v is then not read).
         k: 1 ≤ k ≤ total count.
-        similarity: elementwise on two float64 blocks of one shape.
 
     Returns:
         bool tensors with k true values in all, chosen as by :func:`top_k_masks`; None where g, v and g0 are None.
@@ -101,4 +115,8 @@ def top_k_similarity_masks(
     Raises:
         ValueError: k is out of range, or a score is NaN (the message names its parameter).
     """
-    return cast("list[Tensor | None]", backend_module(g, v, g0).top_k_similarity_masks(g, v, g0, a, k, similarity))
+    if any(map(is_sharded, g)):
+        scale = torch.zeros(len(g), dtype=torch.float64) if a is None else a
+        whole = [cast("Sequence[Tensor]", vector) for vector in (g, v, g0)]
+        return list(shards.top_k_similarity_masks(whole, scale, k))
+    return cast("list[Tensor | None]", backend_module(g, v, g0).top_k_similarity_masks(g, v, g0, a, k))

@@ -2,18 +2,33 @@
 
 import importlib.util
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from importlib import import_module
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from torch_mdgd.kernels import eager, oracle
-
 VARIABLE = "TORCH_MDGD_BACKEND"
-BACKENDS = ("oracle", "eager", "triton")
+
+
+@cache
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _for_cuda(tensor: Tensor) -> bool:
+    return tensor.device.type == "cuda" and torch.version.hip is None and _triton_installed()
+
+
+# A backend is a module with the four operations, and says for which tensors it is taken unasked; the first that is wins.
+BACKENDS: dict[str, Callable[[Tensor], bool]] = {
+    "triton": _for_cuda,
+    "eager": lambda tensor: True,
+    "oracle": lambda tensor: False,
+}
 
 # A plain global, which torch.compile can guard on.
 _forced: str | None = None
@@ -31,8 +46,9 @@ def backend_for(tensor: Tensor | None) -> str:
     name = _forced or os.environ.get(VARIABLE)
     if name:
         return _known(name, f"the environment variable {VARIABLE}")
-    on_cuda = tensor is not None and tensor.device.type == "cuda" and torch.version.hip is None
-    return "triton" if on_cuda and _triton_installed() else "eager"
+    if tensor is None:
+        return "eager"
+    return next(name for name, suits in BACKENDS.items() if suits(tensor))
 
 
 @contextmanager
@@ -55,20 +71,12 @@ def backend_module(*lists: Sequence[Tensor | None]) -> ModuleType:
     first = next((x for tensors in lists for x in tensors if x is not None), None)
     name = backend_for(first)
     # One launch reads the memory of one device: a model that is spread over several would have it read another's.
-    if name == "triton" and len({x.device for tensors in lists for x in tensors if x is not None}) < 2:
-        # Here, because Triton need not be installed.
-        from torch_mdgd.kernels import triton
-
-        return triton
-    return oracle if name == "oracle" else eager
+    if name == "triton" and len({x.device for tensors in lists for x in tensors if x is not None}) > 1:
+        name = "eager"
+    return import_module(f"torch_mdgd.kernels.{name}")
 
 
 def _known(name: str, origin: str) -> str:
     if name not in BACKENDS:
-        raise ValueError(f"{origin} names the backend {name!r}; there are {', '.join(BACKENDS)}")
+        raise ValueError(f"{origin} names the backend {name!r}; there are {', '.join(sorted(BACKENDS))}")
     return name
-
-
-@cache
-def _triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from torch_mdgd.kernels.selection import top_k_masks, top_k_similarity_masks
-from torch_mdgd.kernels.types import Role
+from torch_mdgd.kernels.types import Tensors
 
 __all__ = ["combine_", "inner_products", "top_k_masks", "top_k_similarity_masks"]
 
@@ -19,14 +19,14 @@ SMALL = 1 << 14
 TINY = 2.0**-80
 
 
-def inner_products(rows: Sequence[Role], columns: Sequence[Role]) -> Tensor:
+def inner_products(rows: Sequence[Tensors], columns: Sequence[Tensors]) -> Tensor:
     """See :func:`torch_mdgd.kernels.inner_products`.
 
     On the CPU, products are rounded to float32 and summed pairwise within a block (as torch sums), and blocks are
     summed in float64. Blocks that over- or underflow are done again in float64. Short vectors, float64 vectors
     and other devices, where looking at a sum would wait for it, are done in float64 throughout.
     """
-    device = next((x.device for role in (*rows, *columns) for x in role if x is not None), torch.device("cpu"))
+    device = next((x.device for vector in (*rows, *columns) for x in vector if x is not None), torch.device("cpu"))
     table = torch.zeros(len(rows[0]), len(rows), len(columns), dtype=torch.float64, device=device)
     # Made once, for the pages of a large buffer cost more to get than the products that go into it.
     scratch = torch.empty(len(rows) + len(columns) + 1, BLOCK)
@@ -39,16 +39,16 @@ def inner_products(rows: Sequence[Role], columns: Sequence[Role]) -> Tensor:
     return table
 
 
-def _alike(rows: Sequence[Role], columns: Sequence[Role]) -> list[tuple[list[int], list[int], list[int]]]:
+def _alike(rows: Sequence[Tensors], columns: Sequence[Tensors]) -> list[tuple[list[int], list[int], list[int]]]:
     """Parameters that can share their calls, with the rows and columns that they have: (parameters, rows, columns).
 
     Those of one small size share; every other parameter is alone, and an empty one nowhere.
     """
     groups: dict[tuple[int, ...], tuple[list[int], list[int], list[int]]] = {}
     for t in range(len(rows[0])):
-        rs = [r for r, role in enumerate(rows) if role[t] is not None]
-        cs = [c for c, role in enumerate(columns) if role[t] is not None]
-        n = next((x.numel() for role in rows if (x := role[t]) is not None), 0)
+        rs = [r for r, vector in enumerate(rows) if vector[t] is not None]
+        cs = [c for c, vector in enumerate(columns) if vector[t] is not None]
+        n = next((x.numel() for vector in rows if (x := vector[t]) is not None), 0)
         if n and cs:
             key = (n, -1, *rs, -1, *cs) if n <= SMALL else (n, t)
             groups.setdefault(key, ([], rs, cs))[0].append(t)
@@ -114,7 +114,7 @@ def _fast_products(left: list[Tensor], right: list[Tensor], scratch: Tensor) -> 
 
 
 def combine_(
-    out: Role, roles: Sequence[Role], coefficients: Tensor, masks: Sequence[Tensor | None] | None = None
+    out: Tensors, vectors: Sequence[Tensors], coefficients: Tensor, masks: Sequence[Tensor | None] | None = None
 ) -> None:
     """See :func:`torch_mdgd.kernels.combine_`. A coefficient that float32 cannot hold well makes the sum float64."""
     size = coefficients.abs()
@@ -129,7 +129,7 @@ def combine_(
         row = (double if exact[t] or target.dtype == torch.float64 else single)[t]
         # As Python numbers where that waits for nothing: torch then adds a multiple twice as fast.
         scalars = row.tolist() if target.device.type == "cpu" else row.to(target.device).unbind()
-        terms = [(x.reshape(-1), c) for role, c in zip(roles, scalars, strict=True) if (x := role[t]) is not None]
+        terms = [(x.reshape(-1), c) for vector, c in zip(vectors, scalars, strict=True) if (x := vector[t]) is not None]
         mask = masks[t] if masks is not None else None
         flat = target.view(-1) if target.is_contiguous() else target.new_empty(target.numel())
         if (row.dtype, flat.device) not in buffers:

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torch_mdgd.kernels.types import Role, Similarity
+from torch_mdgd.kernels.types import Tensors
 
 
-def inner_products(rows: Sequence[Role], columns: Sequence[Role]) -> Tensor:
+def inner_products(rows: Sequence[Tensors], columns: Sequence[Tensors]) -> Tensor:
     """See :func:`torch_mdgd.kernels.inner_products`."""
     table = torch.zeros(len(rows[0]), len(rows), len(columns), dtype=torch.float64)
     for r, row in enumerate(rows):
@@ -23,15 +23,15 @@ def inner_products(rows: Sequence[Role], columns: Sequence[Role]) -> Tensor:
 
 
 def combine_(
-    out: Role, roles: Sequence[Role], coefficients: Tensor, masks: Sequence[Tensor | None] | None = None
+    out: Tensors, vectors: Sequence[Tensors], coefficients: Tensor, masks: Sequence[Tensor | None] | None = None
 ) -> None:
     """See :func:`torch_mdgd.kernels.combine_`."""
     for t, target in enumerate(out):
         if target is None:
             continue
         total = torch.zeros(target.shape, dtype=torch.float64, device=target.device)
-        for r, role in enumerate(roles):
-            x = role[t]
+        for r, vector in enumerate(vectors):
+            x = vector[t]
             if x is not None:
                 total = total + coefficients[t, r].to(target.device) * x.double()
         mask = masks[t] if masks is not None else None
@@ -55,9 +55,7 @@ def top_k_masks(scores: Sequence[Tensor], k: int) -> list[Tensor]:
     return [part.view(s.shape) for part, s in zip(parts, scores, strict=True)]
 
 
-def top_k_similarity_masks(
-    g: Role, v: Role, g0: Role, a: Tensor | None, k: int, similarity: Similarity
-) -> list[Tensor | None]:
+def top_k_similarity_masks(g: Tensors, v: Tensors, g0: Tensors, a: Tensor | None, k: int) -> list[Tensor | None]:
     """See :func:`torch_mdgd.kernels.top_k_similarity_masks`."""
     scores: list[Tensor | None] = []
     for t, tensors in enumerate(zip(g, v, g0, strict=True)):
@@ -66,6 +64,6 @@ def top_k_similarity_masks(
             scores.append(None)
             continue
         task, visual, reference = (torch.zeros_like(some).double() if x is None else x.double() for x in tensors)
-        scores.append(similarity(task if a is None else task - a[t].item() * visual, reference))
+        scores.append((task if a is None else task - a[t].item() * visual) * reference)
     masks = iter(top_k_masks([s for s in scores if s is not None], k))
     return [None if s is None else next(masks) for s in scores]

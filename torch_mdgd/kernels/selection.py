@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torch_mdgd.kernels.types import Role, Similarity
+from torch_mdgd.kernels.types import Tensors
 
 # How many scores are looked at together: float32 ones that exist, float64 ones that are computed from three vectors.
 BLOCK = 1 << 18
@@ -46,14 +46,12 @@ def top_k_masks(scores: Sequence[Tensor], k: int) -> list[Tensor]:
     return masks
 
 
-def top_k_similarity_masks(
-    g: Role, v: Role, g0: Role, a: Tensor | None, k: int, similarity: Similarity
-) -> list[Tensor | None]:
+def top_k_similarity_masks(g: Tensors, v: Tensors, g0: Tensors, a: Tensor | None, k: int) -> list[Tensor | None]:
     """See :func:`torch_mdgd.kernels.top_k_similarity_masks`."""
     like = [next((x for x in xs if x is not None), None) for xs in zip(g, v, g0, strict=True)]
     masks = [None if x is None else torch.empty(x.shape, dtype=torch.bool, device=x.device) for x in like]
     present = [t for t, x in enumerate(like) if x is not None]
-    flat = [[None if (x := role[t]) is None else x.reshape(-1) for role in (g, v, g0)] for t in present]
+    flat = [[None if (x := vector[t]) is None else x.reshape(-1) for vector in (g, v, g0)] for t in present]
     scalars = None if a is None else a.double()[present].tolist()
 
     def read(p: int, where: slice | Tensor) -> Tensor:
@@ -61,7 +59,7 @@ def top_k_similarity_masks(
         task, visual, reference = (
             some.new_zeros(some.shape, dtype=torch.float64) if x is None else x[where].double() for x in flat[p]
         )
-        return similarity(task if scalars is None else task - scalars[p] * visual, reference).double()
+        return (task if scalars is None else task - scalars[p] * visual) * reference
 
     source = Source(read, [f"the similarity of parameter {t}" for t in present], COMPUTED_BLOCK)
     select(source, [mask for mask in masks if mask is not None], k)

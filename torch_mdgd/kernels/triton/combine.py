@@ -12,7 +12,7 @@ from torch import Tensor
 
 from torch_mdgd.kernels.triton import chunks
 from torch_mdgd.kernels.triton.chunks import load, pointer
-from torch_mdgd.kernels.types import Role
+from torch_mdgd.kernels.types import Tensors
 
 # Outside of these, float32 may not hold a coefficient's digits.
 TINY = tl.constexpr(2.0**-80)
@@ -20,13 +20,13 @@ HUGE = tl.constexpr(2.0**80)
 
 
 def combine_(
-    out: Role, roles: Sequence[Role], coefficients: Tensor, masks: Sequence[Tensor | None] | None = None
+    out: Tensors, vectors: Sequence[Tensors], coefficients: Tensor, masks: Sequence[Tensor | None] | None = None
 ) -> None:
     """See :func:`torch_mdgd.kernels.combine_`."""
     places = [t for t, target in enumerate(out) if target is not None]
     targets = [target for target in out if target is not None]
     if targets:
-        terms = [role[t] for role in roles for t in places]
+        terms = [vector[t] for vector in vectors for t in places]
         table = coefficients.to(targets[0].device, torch.float64)
         _combine(targets, terms, table, places, [None if masks is None else masks[t] for t in places])
 
@@ -39,7 +39,7 @@ def _combine(
     places: Sequence[int],
     masks: Sequence[Tensor | None],
 ) -> None:
-    """The combination of R roles (of len(out) tensors each, one role after the other) over ``out``.
+    """The combination of R vectors (of len(out) tensors each, one vector after the other) over ``out``.
 
     Row ``places[t]`` of the coefficients belongs to ``out[t]``.
     """

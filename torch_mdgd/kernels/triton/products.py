@@ -13,7 +13,7 @@ from torch import Tensor
 
 from torch_mdgd.kernels.triton import chunks
 from torch_mdgd.kernels.triton.chunks import load
-from torch_mdgd.kernels.types import Role
+from torch_mdgd.kernels.types import Tensors
 
 # Nearer to zero, a tile's float32 sum may have lost products to underflow.
 TINY = tl.constexpr(2.0**-80)
@@ -22,18 +22,20 @@ COLUMNS = 8
 SUM_BLOCK = 1024
 
 
-def inner_products(rows: Sequence[Role], columns: Sequence[Role]) -> Tensor:
+def inner_products(rows: Sequence[Tensors], columns: Sequence[Tensors]) -> Tensor:
     """See :func:`torch_mdgd.kernels.inner_products`."""
     count = len(rows[0])
-    device = next((x.device for role in (*rows, *columns) for x in role if x is not None), torch.device("cpu"))
+    device = next((x.device for vector in (*rows, *columns) for x in vector if x is not None), torch.device("cpu"))
     if not count or not columns:
         return torch.zeros(count, len(rows), len(columns), dtype=torch.float64, device=device)
     if columns is rows and len(rows) <= COLUMNS:
-        everything = [x for role in rows for x in role]
+        everything = [x for vector in rows for x in vector]
         return _products(everything, [], count, device)
 
     def table(r: int, c: int) -> Tensor:
-        left, right = ([x for role in side for x in role] for side in (rows[r : r + COLUMNS], columns[c : c + COLUMNS]))
+        left, right = (
+            [x for vector in side for x in vector] for side in (rows[r : r + COLUMNS], columns[c : c + COLUMNS])
+        )
         return _products(left, right, count, device)
 
     across = range(0, len(columns), COLUMNS)

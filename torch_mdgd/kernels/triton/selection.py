@@ -17,10 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torch_mdgd.kernels import selection as eager
 from torch_mdgd.kernels.triton import chunks
 from torch_mdgd.kernels.triton.chunks import load, pointer
-from torch_mdgd.kernels.types import Role, Similarity
+from torch_mdgd.kernels.types import Tensors
 
 DIGIT = 11
 
@@ -34,16 +33,12 @@ def top_k_masks(scores: Sequence[Tensor], k: int) -> list[Tensor]:
     return masks
 
 
-def top_k_similarity_masks(
-    g: Role, v: Role, g0: Role, a: Tensor | None, k: int, similarity: Similarity
-) -> list[Tensor | None]:
-    """See :func:`torch_mdgd.kernels.top_k_similarity_masks`. Only the product, ``torch.mul``, has a kernel."""
-    if similarity is not torch.mul:
-        return eager.top_k_similarity_masks(g, v, g0, a, k, similarity)
+def top_k_similarity_masks(g: Tensors, v: Tensors, g0: Tensors, a: Tensor | None, k: int) -> list[Tensor | None]:
+    """See :func:`torch_mdgd.kernels.top_k_similarity_masks`."""
     like = [next((x for x in tensors if x is not None), None) for tensors in zip(g, v, g0, strict=True)]
     present = [t for t, x in enumerate(like) if x is not None]
     masks = [None if x is None else torch.empty(x.shape, dtype=torch.bool, device=x.device) for x in like]
-    parts = [[None if (x := role[t]) is None else x.contiguous().view(-1) for role in (g, v, g0)] for t in present]
+    parts = [[None if (x := vector[t]) is None else x.contiguous().view(-1) for vector in (g, v, g0)] for t in present]
     scale = None if a is None else a.double()[present].contiguous()
     names = [f"the similarity of parameter {t}" for t in present]
     _select(parts, [mask for mask in masks if mask is not None], scale, k, 64, names)

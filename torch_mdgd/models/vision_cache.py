@@ -8,10 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from torch_mdgd.parts import unwrap
-
-# What models call the module that looks at pictures.
-VISION_NAMES = ("vision_tower", "vision_model", "vision_encoder", "visual", "vpm")
+from torch_mdgd.models.families import TOWERS
+from torch_mdgd.models.parts import unwrap
 
 
 @contextmanager
@@ -25,7 +23,7 @@ def reuse_frozen_vision(model: nn.Module) -> Iterator[None]:
     connector inside is trained (Qwen-VL).
 
     Args:
-        model: any module; one without a part of these names (``VISION_NAMES``) is left alone.
+        model: any module; one without a vision tower by name (``families.TOWERS``) is left alone.
     """
     with ExitStack() as stack:
         for part in frozen_vision_parts(model):
@@ -38,7 +36,7 @@ def frozen_vision_parts(model: nn.Module) -> list[nn.Module]:
     towers: dict[str, nn.Module] = {}
     for name, module in unwrap(model).named_modules():
         inside = any(name.startswith(f"{tower}.") for tower in towers)
-        if name.rpartition(".")[2] in VISION_NAMES and not inside:
+        if name.rpartition(".")[2] in TOWERS and not inside:
             towers[name] = module
     return [part for tower in towers.values() for part in _frozen(tower)]
 

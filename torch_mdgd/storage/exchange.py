@@ -14,14 +14,8 @@ PIECE = 1 << 20
 
 
 @torch.no_grad()
-def snapshot(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """A detached copy of each parameter."""
-    return [p.detach().clone() for p in parameters]
-
-
-@torch.no_grad()
-def exchange_(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """Swap the contents of each parameter with those of its value, bit for bit.
+def exchange_(parameters: Sequence[Tensor], values: Sequence[Tensor | None]) -> None:
+    """Swap the contents of each parameter with those of its value, bit for bit; None leaves one alone.
 
     ``copy_`` and not ``.data``: autograd then sees the change, and refuses a backward pass through a graph that was
     built on the other values.
@@ -29,13 +23,14 @@ def exchange_(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     Raises:
         ValueError: a shape or dtype differs, naming the parameter's position.
     """
-    for i, (p, x) in enumerate(zip(parameters, values, strict=True)):
+    pairs = [(i, p, x) for i, (p, x) in enumerate(zip(parameters, values, strict=True)) if x is not None]
+    for i, p, x in pairs:
         if p.shape != x.shape or p.dtype != x.dtype:
             raise ValueError(
                 f"parameter {i} is {p.dtype}, shape {tuple(p.shape)}, but its reference {x.dtype}, {tuple(x.shape)}: "
                 "parameters were replaced or cast after MDGDOptimizer was built; wrap the optimizer last"
             )
-    all_or_none(_swap_, [pieces for p, x in zip(parameters, values, strict=True) for pieces in _pieces(p, x)])
+    all_or_none(_swap_, [pieces for _, p, x in pairs for pieces in _pieces(p, x)])
     forget_casts()
 
 

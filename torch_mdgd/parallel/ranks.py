@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from torch_mdgd.sharded import is_sharded
+from torch_mdgd.parallel.dtensor import is_sharded
 
 Group: TypeAlias = Any
 

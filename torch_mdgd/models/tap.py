@@ -6,14 +6,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from torch_mdgd.parts import decoder_layers, text_decoder, unwrap
+from torch_mdgd.models.families import TOKENS, WITHOUT_IMAGE_TOKENS
+from torch_mdgd.models.parts import decoder_layers, text_decoder, unwrap
 
 Batch = Mapping[str, Any]
-# What configurations of transformers call the token that stands for a piece of a picture or of a film.
-TOKEN_NAMES = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
-# Families whose configuration names an image token although no picture enters the decoder's sequence.
-WITHOUT_IMAGE_TOKENS = {"mllama": "it attends to pictures from outside its token sequence"}
-
 BUILD_IT = "build VisualTap(text_module, mask) yourself, from a module and a function that marks image tokens"
 
 
@@ -64,7 +60,7 @@ class VisualTap:
             raise ValueError(f"VisualTap: {name} has no image tokens: {WITHOUT_IMAGE_TOKENS[config.model_type]}")
         if config.is_encoder_decoder or config.get_text_config().is_encoder_decoder:
             raise ValueError(f"VisualTap: the image tokens of {name} are in its encoder; {BUILD_IT}")
-        ids = [getattr(config, key) for key in TOKEN_NAMES if isinstance(getattr(config, key, None), int)]
+        ids = [getattr(config, key) for key in TOKENS if isinstance(getattr(config, key, None), int)]
         if not ids:
             raise ValueError(f"VisualTap: the configuration of {name} names no image token; {BUILD_IT}")
         return cls(decoder, lambda batch: _is_one_of(batch, ids), layers)

@@ -13,31 +13,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PREFIX = "mdgd_"
+from torch_mdgd.rules.base import PREFIX
 
 
-def pack(state_dict: dict[str, Any], own: Mapping[str, Sequence[Tensor] | None]) -> dict[str, Any]:
+def pack(state_dict: dict[str, Any], own: Mapping[str, Sequence[Tensor | None]]) -> dict[str, Any]:
     """The wrapped optimizer's state dict with more entries for each parameter; tensors are shared, not copied.
 
     Args:
         state_dict: of the wrapped optimizer.
-        own: by name, one tensor for each parameter, or None to leave the name out.
+        own: by name, one tensor for each parameter, or None for a parameter that has none.
     """
     state = dict(state_dict["state"])
     for i, key in enumerate(_keys(state_dict)):
-        more = {PREFIX + name: tensors[i] for name, tensors in own.items() if tensors is not None}
-        state[key] = {**state.get(key, {}), **more}
+        more = {PREFIX + name: x for name, tensors in own.items() if (x := tensors[i]) is not None}
+        if more:
+            state[key] = {**state.get(key, {}), **more}
     return {**state_dict, "state": state}
 
 
-def unpack(state_dict: dict[str, Any], parameters: Sequence[Tensor]) -> tuple[dict[str, Any], dict[str, list[Tensor]]]:
+def unpack(
+    state_dict: dict[str, Any], parameters: Sequence[Tensor]
+) -> tuple[dict[str, Any], dict[str, list[Tensor | None]]]:
     """The opposite of :func:`pack`; changes nothing.
 
     Returns:
         the wrapped optimizer's own state dict, and what was packed into it, by name.
 
     Raises:
-        ValueError: it is for another number of parameters, or a name is there for some parameters only.
+        ValueError: it is for another number of parameters, or a name lacks for some parameter that is trained.
     """
     keys = _keys(state_dict)
     if len(keys) != len(parameters):
@@ -50,23 +53,14 @@ def unpack(state_dict: dict[str, Any], parameters: Sequence[Tensor]) -> tuple[di
         inner = {k: v for k, v in entry.items() if not _is_own(k)} if isinstance(entry, dict) else entry
         if inner or entry == {}:
             state[key] = inner
-    found: dict[str, list[Tensor]] = {}
+    found: dict[str, list[Tensor | None]] = {}
     for name in {k for key in keys for k in state_dict["state"].get(key, {}) if _is_own(k)}:
-        for i, key in enumerate(keys):
-            if name not in state_dict["state"].get(key, {}):
+        held = [state_dict["state"].get(key, {}).get(name) for key in keys]
+        for i, (x, p) in enumerate(zip(held, parameters, strict=True)):
+            if x is None and p.requires_grad:
                 raise ValueError(f"the loaded state dict has {name!r} for some parameters but not for parameter {i}")
-        found[name.removeprefix(PREFIX)] = [state_dict["state"][key][name].detach() for key in keys]
+        found[name.removeprefix(PREFIX)] = [None if x is None else x.detach() for x in held]
     return {**state_dict, "state": state}, found
-
-
-def require_shapes(name: str, tensors: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> None:
-    """Raise a ValueError that names the first parameter whose loaded tensor has another shape than it needs."""
-    for i, (x, shape) in enumerate(zip(tensors, shapes, strict=True)):
-        if tuple(x.shape) != tuple(shape):
-            raise ValueError(
-                f"the loaded state dict's {PREFIX + name!r} of parameter {i} has shape {tuple(x.shape)}, needed is "
-                f"{tuple(shape)}: it was saved from another model or in another parameter order"
-            )
 
 
 def load_distributed(state_dict: dict[str, Any], checkpoint_id: str | os.PathLike[str]) -> None:
@@ -86,7 +80,7 @@ def load_distributed(state_dict: dict[str, Any], checkpoint_id: str | os.PathLik
     metadata = FileSystemReader(checkpoint_id).read_metadata()
     paths = metadata.planner_data or {}
     # Without these no mask was chosen, and the state is of the parameters' shapes.
-    chosen = any(path[-1] == f"{PREFIX}moved" for path in paths.values())
+    chosen = {f"{PREFIX}positions", f"{PREFIX}reference"} <= {path[-1] for path in paths.values()}
     saved: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
     for key, path in paths.items():
         entry, found = _at(state_dict, path[:-1]), metadata.state_dict_metadata[key]

@@ -5,15 +5,7 @@ from typing import Any
 
 from torch import nn
 
-# What models call the modules between the vision tower and the text decoder.
-CONNECTOR_NAMES = (
-    "multi_modal_projector",  # LLaVA, LLaVA-NeXT, LLaVA-OneVision, Gemma3, PaliGemma, InternVL
-    "connector",  # Idefics2, Idefics3, SmolVLM
-    "merger",  # Qwen-VL, inside its vision tower; MiniCPM-V
-    "deepstack_merger_list",  # Qwen3-VL, beside its merger: what enters the first decoder layers from earlier ones
-    "resampler",  # MiniCPM-V 2
-    "mm_projector",  # LLaVA as first published
-)
+from torch_mdgd.models.families import CONNECTORS
 
 
 def last_decoder_layers(model: nn.Module, n: int) -> list[nn.Module]:
@@ -34,7 +26,7 @@ def last_decoder_layers(model: nn.Module, n: int) -> list[nn.Module]:
 
 
 def connector(model: nn.Module) -> nn.Module:
-    """What maps the vision tower's features into the text decoder: found by name, see ``CONNECTOR_NAMES``.
+    """What maps the vision tower's features into the text decoder: found by name, see ``models.families``.
 
     Args:
         model: a vision-language model, as it is or in DistributedDataParallel.
@@ -47,10 +39,10 @@ def connector(model: nn.Module) -> nn.Module:
         ValueError: no module has such a name.
     """
     inner = unwrap(model)
-    found = [part for name, part in inner.named_modules() if name.rpartition(".")[2] in CONNECTOR_NAMES]
+    found = [part for name, part in inner.named_modules() if name.rpartition(".")[2] in CONNECTORS]
     if not found:
         raise ValueError(
-            f"connector: no module of {type(inner).__name__} is called {' or '.join(CONNECTOR_NAMES)}; its parts are "
+            f"connector: no module of {type(inner).__name__} is called {' or '.join(CONNECTORS)}; its parts are "
             + ", ".join(name for name, _ in inner.named_modules() if name and name.count(".") < 2)
         )
     return found[0] if len(found) == 1 else nn.ModuleList(found)

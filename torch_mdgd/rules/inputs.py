@@ -15,34 +15,22 @@ The paper has nothing like it. Adam-NSCL (CVPR 2021) projects Adam's step on the
 tasks; here the inputs to keep are those of the present step's pictures, and the optimizer is any.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torch_mdgd import checkpoint, sharded
-from torch_mdgd.decoupling import Decouple
-from torch_mdgd.kernels import Role
-from torch_mdgd.parts import text_decoder
-from torch_mdgd.settings import Group, is_finite, require_whole
+from torch_mdgd.checks import require_number, require_whole
+from torch_mdgd.kernels import Tensors
+from torch_mdgd.models.parts import text_decoder
+from torch_mdgd.parallel import dtensor
+from torch_mdgd.rules.base import KINDS, Rule, Weights, lone, require_shapes, task_alone
 
-AGE = "inputs_age"
-# What groups must be set to: its moves are of layers, and it knows no visual gradient.
-ALONE = {"space": "step", "restore": 0, "history": 1, "scope": "tensor"}
+AGE, COVARIANCE, BASIS = "inputs_age", "covariance", "basis"
 # How many numbers of covariances are decomposed together.
 BATCH = 1 << 26
-
-
-def decouple_weight(delta: Tensor, basis: Tensor) -> Tensor:
-    """ΔW (I − Q Qᵀ): the oracle.
-
-    Args:
-        delta: the move ΔW, shape (outputs, width).
-        basis: Q, orthonormal columns, shape (width, k).
-    """
-    return delta - delta @ basis @ basis.T
 
 
 def top_eigenvectors(covariances: Tensor, energy: float, groups: Sequence[Any] = ()) -> list[Tensor]:
@@ -67,12 +55,11 @@ def top_eigenvectors(covariances: Tensor, energy: float, groups: Sequence[Any] =
     return [q[:, :k].contiguous() for q, k in zip(vectors, ranks, strict=True)]
 
 
-class VisualInputs:
-    """What image tokens bring to each trained linear layer, and the part of moves that would change its answer.
+class ProtectInputs(Rule):
+    """The wrapped optimizer gets g, and its move loses what changes layers' answers to image tokens.
 
-    Pass it as ``MDGDOptimizer(base, update="project", space="step", protect=VisualInputs(model))``.
-    :func:`~torch_mdgd.mdgd_backward` then runs one forward and one backward pass; a loop of one's own runs its forward
-    pass inside :meth:`observe`.
+    :func:`~torch_mdgd.mdgd_backward` runs one forward and one backward pass; a loop of your own runs its forward pass
+    inside :meth:`observe`.
 
     A layer of the text decoder counts the marked tokens of its sequence; what enters any other layer, as in the
     projector and the vision tower, is all of pictures. With LoRA, its two matrices are such layers themselves, the
@@ -92,6 +79,8 @@ class VisualInputs:
         TypeError: no ``text_module``, and not a model of transformers.
     """
 
+    corrects = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -102,12 +91,13 @@ class VisualInputs:
         refresh: int = 10,
         text_module: nn.Module | None = None,
     ) -> None:
-        if not is_finite(energy) or not 0 <= energy <= 1:
-            raise ValueError(f"VisualInputs: energy must lie in [0, 1], got {energy!r}")
-        if not is_finite(decay) or not 0 <= decay < 1:
-            raise ValueError(f"VisualInputs: decay must lie in [0, 1), got {decay!r}")
-        require_whole("VisualInputs: refresh", refresh)
-        self.energy, self.decay, self.refresh = energy, decay, refresh
+        if not 0 <= require_number("ProtectInputs: energy", energy) <= 1:
+            raise ValueError(f"ProtectInputs: energy must lie in [0, 1], got {energy!r}")
+        if not 0 <= require_number("ProtectInputs: decay", decay) < 1:
+            raise ValueError(f"ProtectInputs: decay must lie in [0, 1), got {decay!r}")
+        self.energy, self.decay = energy, decay
+        self.refresh = require_whole("ProtectInputs: refresh", refresh)
+        self.age = 0
         inside = set((text_decoder(model) if text_module is None else text_module).modules())
         layers = {m: name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
         # Layers alone, for a list that holds several parts is none of the model's own.
@@ -115,7 +105,7 @@ class VisualInputs:
             m for part in ([model] if parts is None else parts) for m in part.modules() if isinstance(m, nn.Linear)
         }
         if not chosen <= layers.keys():
-            raise ValueError("VisualInputs: parts holds a layer that is no part of the model")
+            raise ValueError("ProtectInputs: parts holds a layer that is no part of the model")
         self._modules = [(name, m, m in inside) for m, name in layers.items() if m in chosen]
         self._count = 0
         # Places among the parameters: a layer may lose these very parameters when it is sharded.
@@ -134,42 +124,30 @@ class VisualInputs:
         # A process group belongs to its process.
         return {**vars(self), "_groups": (), "_sums": {}, "_counts": {}}
 
-    def attached(self, groups: Sequence[Group], masked: bool) -> "VisualInputs":
-        """This, with its layers found among the parameters of an optimizer.
+    def attach(self, parameters: Sequence[Tensor], masked: bool) -> None:
+        """Find the layers among the parameters of an optimizer.
 
         Raises:
-            ValueError: it cannot protect what that optimizer moves, or belongs to one already.
+            ValueError: there are none, it belongs to another optimizer already, or there is a mask.
         """
         if self._count:
-            raise ValueError("protect=VisualInputs belongs to another optimizer already: make a new one")
+            raise ValueError("ProtectInputs belongs to another optimizer already: make a new one")
         if masked:
-            raise ValueError(
-                "protect=VisualInputs mixes the numbers of a row, and so would move some outside a mask: leave out one"
-            )
-        self.check_groups(groups)
-        for group in groups:
-            self.extend(group)
+            raise ValueError("ProtectInputs mixes the elements of a row, and would move some outside a mask: drop one")
+        self.extend(parameters)
         if not self.names:
-            raise ValueError("protect=VisualInputs: the optimizer holds the weight of no nn.Linear of the model")
-        groups[0].setdefault(AGE, 0)
-        return self
+            raise ValueError("ProtectInputs: the optimizer holds the weight of no nn.Linear of the model")
 
-    def check_groups(self, groups: Sequence[Group]) -> None:
-        """See :class:`torch_mdgd.decoupling.Decoupling`, here and below."""
-        for name, needed in ALONE.items():
-            for value in (group[name] for group in groups if group[name] != needed):
-                raise ValueError(f"protect=VisualInputs works with {name}={needed!r} alone, got {name}={value!r}")
-
-    def extend(self, group: Group) -> None:
+    def extend(self, parameters: Sequence[Tensor]) -> None:
         """Look for layers whose weights are in a new group."""
-        places: dict[Any, int] = {p: self._count + i for i, p in enumerate(group["params"])}
-        self._count += len(places)
+        places: dict[Any, int] = {p: self._count + i for i, p in enumerate(parameters)}
+        self._count += len(parameters)
         for name, module, in_text in self._modules:
             i, bias = places.get(module.weight), places.get(module.bias)
             if i is not None:
                 weight: Any = module.weight
-                if sharded.is_sharded(weight) and any(p.is_shard() and p.dim for p in weight.placements):
-                    raise ValueError(f"protect=VisualInputs: {name} is not sharded by rows, along its first dimension")
+                if dtensor.is_sharded(weight) and any(p.is_shard() and p.dim for p in weight.placements):
+                    raise ValueError(f"ProtectInputs: {name} is not sharded by rows, along its first dimension")
                 self._layers.append((i, name, module, in_text))
                 self.names.setdefault(i, name)
                 if bias is not None:
@@ -179,35 +157,43 @@ class VisualInputs:
                 self.covariances[i] = torch.zeros(width, width, dtype=dtype, device=weight.device)
                 self.bases[i] = self.covariances[i][:, :0]
 
+    def needs(self, w: Weights, masked: bool) -> tuple[str, ...]:
+        """The task gradient alone: one forward and one backward pass."""
+        return KINDS[:1]
+
+    def coefficients(self, products: Tensor, w: Weights, masked: bool) -> Tensor:
+        """D = g."""
+        return task_alone(products)
+
     def sum_over(self, groups: Sequence[Any]) -> None:
-        """From now on, sums are over the ranks of these process groups too; :func:`mdgd_backward` says so itself."""
+        """From now on, sums are over the processes of these groups too; :func:`mdgd_backward` says so itself."""
         self._groups = groups
 
     @contextmanager
-    def observe(self, mask: Tensor) -> Iterator[None]:
+    def observe(self, images: Tensor) -> Iterator[None]:
         """A forward pass inside tells of its inputs; those of micro-batches add up until the optimizer's next step.
 
         What gradient checkpointing runs again in a backward pass is not counted again. An exception inside discards
         what was seen for this step.
 
         Args:
-            mask: bool, shape (batch, tokens), true at image tokens.
+            images: bool, shape (batch, tokens), true at image tokens.
 
         Raises:
-            ValueError: a layer of the decoder sees another sequence than that of the mask.
+            ValueError: a layer of the decoder sees another sequence than that of the images.
             RuntimeError: there are image tokens, and no layer was run: hooks that ``torch.compile`` has left out.
         """
         last: list[Any] = []
         handles = [
-            module.register_forward_pre_hook(self._hook(i, name, mask, in_text, last), with_kwargs=True)
+            module.register_forward_pre_hook(self._hook(i, name, images, in_text, last), with_kwargs=True)
             for i, name, module, in_text in self._layers
         ]
         try:
             yield
-            if not last and bool(mask.any()):
-                raise RuntimeError("VisualInputs: no protected layer was run inside observe, or hooks do not reach it")
+            if not last and bool(images.any()):
+                raise RuntimeError("ProtectInputs: no protected layer was run inside observe, or hooks do not reach it")
         except BaseException:
-            self._sums, self._counts = {}, {}
+            self.forget()
             raise
         finally:
             for handle in handles:
@@ -240,18 +226,18 @@ class VisualInputs:
             x = torch.where(tokens.to(x.device).reshape(-1, 1), x, torch.zeros_like(x))
         return x.T @ x, torch.full_like(like[0, 0], len(x)) if tokens is None else tokens.sum().to(like)
 
-    def of_step(self, directions: Role | None, groups: Sequence[Group]) -> Decouple | None:
-        """Take in what the step has seen; see above."""
+    def correct_(self, parameters: Tensors, before: Tensors, visual: Tensors | None, w: Weights) -> None:
+        """Take in what the step has seen, and take its span out of the moves."""
         if self._sums or self._groups:
             self._follow()
-        age = int(groups[0].get(AGE, 0))
-        if due := age % self.refresh == 0:
+        if due := self.age % self.refresh == 0:
             self._decompose()
-        found = any(q.shape[1] for q in self.bases.values())
-        if found or not due:
+        if any(q.shape[1] for q in self.bases.values()):
+            self.age += 1
+            self._remove_(dtensor.local(parameters), dtensor.local(before))
+        elif not due:
             # Before the first picture it stays due.
-            groups[0][AGE] = age + 1
-        return self._decouple_ if found else None
+            self.age += 1
 
     def _on(self, device: torch.device, i: int) -> Tensor:
         """C, where its layer now is."""
@@ -284,48 +270,49 @@ class VisualInputs:
                 found = top_eigenvectors(torch.stack([self.covariances[i] for i in chunk]), self.energy, self._groups)
                 self.bases |= dict(zip(chunk, found, strict=True))
 
-    def _decouple_(self, parameters: Sequence[Tensor], before: Sequence[Tensor]) -> None:
-        after, begun = sharded.local(parameters), sharded.local(before)
+    def _remove_(self, after: Tensors, before: Tensors) -> None:
         for i, q in self.bases.items():
-            parts = [(i, q[: parameters[i].shape[1]])]
-            if i in self._biases:
-                parts.append((self._biases[i], q[-1:]))
-            along = torch.stack([_matrix(after[j] - begun[j]).to(q.dtype) @ rows for j, rows in parts]).sum(0)
-            for j, rows in parts:
-                p = _matrix(after[j])
-                p.copy_(p.to(q.dtype) - along @ rows.T)
+            width = len(q) - (i in self._biases)
+            rows = {i: q[:width]} | ({self._biases[i]: q[width:]} if i in self._biases else {})
+            live = [(p, x, rows[j]) for j in rows if (p := after[j]) is not None and (x := before[j]) is not None]
+            if live:
+                along = torch.stack([_matrix(p - x).to(q.dtype) @ part for p, x, part in live]).sum(0)
+                for p, _, part in live:
+                    matrix = _matrix(p)
+                    matrix.copy_(matrix.to(q.dtype) - along @ part.T)
 
-    def begin(self) -> None:
-        """Masks are refused."""
+    def forget(self) -> None:
+        """Forget the sums of the step under way."""
+        self._sums, self._counts = {}, {}
 
-    def save(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """C, and Q with zeros up to the width: of one shape at all times, as torch.distributed.checkpoint needs."""
+    def state(self) -> dict[str, Tensor | Sequence[Tensor]]:
+        """C, and Q with zeros up to the width: of one shape at all times."""
         nothing = [torch.zeros(0) for _ in range(self._count)]
         covariances, bases = list(nothing), list(nothing)
         for i, c in self.covariances.items():
             covariances[i] = c.clone()
             bases[i] = nn.functional.pad(self.bases[i], (0, len(c) - self.bases[i].shape[1]))
-        return checkpoint.pack(state_dict, {"covariance": covariances, "basis": bases})
+        return {COVARIANCE: covariances, BASIS: bases, AGE: torch.tensor(self.age)}
 
-    def check(self, state_dict: dict[str, Any], parameters: Sequence[Tensor]) -> None:
+    def check_state(self, found: Mapping[str, Tensors], parameters: Sequence[Tensor]) -> None:
         """Raise a ValueError if what was protected there is not what is here."""
-        found = checkpoint.unpack(state_dict, parameters)[1]
         shapes = [self.covariances[i].shape if i in self.covariances else (0,) for i in range(len(parameters))]
-        for name in ("covariance", "basis"):
+        for name in (COVARIANCE, BASIS):
             if name in found:
-                checkpoint.require_shapes(name, found[name], shapes)
+                require_shapes(name, found[name], shapes)
 
-    def load(self, state_dict: dict[str, Any], parameters: Sequence[Tensor]) -> None:
-        """The opposite of :meth:`save`; without it, nothing is known of inputs."""
-        found = checkpoint.unpack(state_dict, parameters)[1]
-        self._sums, self._counts = {}, {}
+    def load_state(self, found: Mapping[str, Tensors], parameters: Sequence[Tensor]) -> None:
+        """The opposite of :meth:`state`; without it, nothing is known of inputs."""
+        self.forget()
+        age = lone(found, AGE)
+        self.age = 0 if age is None else int(age)
         for i, c in self.covariances.items():
             c.zero_()
             self.bases[i] = c[:, :0]
-            if "covariance" in found:
-                c.copy_(found["covariance"][i])
-                basis = found["basis"][i].to(c)
-                self.bases[i] = basis[:, : int(basis.any(0).sum())].clone()
+            covariance, basis = (found[name][i] if name in found else None for name in (COVARIANCE, BASIS))
+            if covariance is not None and basis is not None:
+                c.copy_(covariance)
+                self.bases[i] = basis[:, : int(basis.any(0).sum())].to(c, copy=True)
 
 
 def _matrix(x: Tensor) -> Tensor:
@@ -339,7 +326,7 @@ def _tokens(x: Tensor, mask: Tensor, in_text: bool, name: str) -> Tensor | None:
         return mask
     if in_text:
         raise ValueError(
-            f"VisualInputs: the mask has shape {tuple(mask.shape)}, the input of {name} {tuple(x.shape)}: the model "
+            f"ProtectInputs: the mask has shape {tuple(mask.shape)}, the input of {name} {tuple(x.shape)}: the model "
             "changed the sequence, so its image tokens need a mask of their own"
         )
     return None

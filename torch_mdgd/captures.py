@@ -1,0 +1,200 @@
+"""The gradients captured for one step, by kind, and how they get there from ``.grad``."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_mdgd.kernels import Tensors
+from torch_mdgd.parallel import dtensor, ranks
+from torch_mdgd.rules.base import KINDS
+
+# g̃₀, which takes the place of the two kinds at the reference once it is formed.
+REFERENCE = "reference"
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step combines.
+
+    Attributes:
+        task: g, T tensors.
+        visual: v.
+        reference: g̃₀.
+        gradients: those of the three that are there, in this order: (g), (g, v) or (g, v, g̃₀).
+        d: where the combination goes: over g, into a new buffer if only others have a gradient, nowhere if none has.
+    """
+
+    task: list[Tensor | None]
+    visual: list[Tensor | None]
+    reference: list[Tensor | None]
+    gradients: list[list[Tensor | None]]
+    d: list[Tensor | None]
+
+
+class Captures:
+    """One gradient per kind and parameter; a kind adds up over its captures (micro-batches)."""
+
+    def __init__(self) -> None:
+        self.gradients: dict[str, list[Tensor | None]] = {}
+        self.scale: float | None = None
+        self.recording = False
+        self.group: ranks.Group | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.gradients)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A process group belongs to its process.
+        return {**vars(self), "group": None}
+
+    def empty(self, kind: str) -> bool:
+        """Whether the kind was captured, and no parameter has a gradient in it."""
+        return kind in self.gradients and all(x is None for x in self.gradients[kind])
+
+    def clear(self) -> None:
+        """Forget what was captured."""
+        self.gradients, self.scale, self.recording = {}, None, False
+
+    def take(self, kinds: Sequence[str], parameters: Sequence[Tensor]) -> list[list[Tensor | None]]:
+        """Gradients of these kinds, held no longer; averaged if each process captured its part of the batch."""
+        missing = [None] * len(parameters)
+        held = [kind for kind in kinds if kind in self.gradients]
+        taken = {kind: self.gradients.pop(kind) for kind in held}
+        if self.group is not None:
+            # g̃₀ is of averages already.
+            own = [gradients for kind, gradients in taken.items() if kind != REFERENCE]
+            ranks.average_(own, parameters, self.group)
+        return [taken.get(kind, list(missing)) for kind in kinds]
+
+    def close(self, parameters: Sequence[Tensor]) -> Step:
+        """All that was captured, for the update; the captures are empty from here on."""
+        task, visual, reference = self.take(("task", "visual", REFERENCE), parameters)
+        self.clear()
+        gradients = [task, visual, reference]
+        while len(gradients) > 1 and all(x is None for x in gradients[-1]):
+            gradients.pop()
+        d = [_destination(xs, p) for p, *xs in zip(parameters, *gradients, strict=True)]
+        return Step(task, visual, reference, gradients, d)
+
+    def require(self, kinds: Sequence[str]) -> None:
+        """Raise a RuntimeError that names the kinds which are not there, themselves or in g̃₀."""
+        there = {*self.gradients, *(KINDS[2:] if REFERENCE in self.gradients else ())}
+        missing = [kind for kind in kinds if kind not in there]
+        if missing:
+            hint = ""
+            if missing[0] in KINDS[2:]:
+                hint = " inside reference(); rules.Project() and MDGD(regularize=0) need no gradients at the reference"
+            raise RuntimeError(
+                f"this update needs the {' and '.join(missing)} gradient{'s'[: len(missing) > 1]}, not captured: run "
+                f"its backward pass in capture({missing[0].removeprefix('reference_')!r}){hint}"
+            )
+
+    @contextmanager
+    def record(self, kind: str, parameters: Sequence[Tensor], scale: float) -> Iterator[None]:
+        """Take what a backward pass inside leaves in ``.grad``; see ``MDGDOptimizer.capture``.
+
+        ``.grad`` holds the kind's own buffer meanwhile, so autograd adds to it and no second buffer lives.
+        """
+        if self.recording:
+            raise RuntimeError("capture: already inside another capture")
+        if self.scale not in (None, scale):
+            raise ValueError(
+                f"capture of {kind}: loss scale {scale} differs from {self.scale}, that of this step so far"
+            )
+        self._open(kind, parameters)
+        assign(parameters, self.gradients.get(kind) or [None] * len(parameters))
+        self.recording, self.scale = True, scale
+        try:
+            yield
+            gathered = [p.grad for p in parameters]
+            if all(x is None for x in gathered):
+                raise RuntimeError(
+                    f"capture of {kind}: no parameter received a gradient. Is anything that the optimizer holds used "
+                    "in this loss? (Reentrant gradient checkpointing can drop gradients silently: use_reentrant=False "
+                    "does not.) For a kind that is really absent, set_gradients takes a list of None."
+                )
+            _check(kind, gathered, parameters)
+            _refuse_overwritten(kind, gathered, self.gradients)
+            self.gradients[kind] = [None if x is None else x.detach() for x in gathered]
+        except BaseException:
+            self.clear()
+            raise
+        finally:
+            self.recording = False
+            assign(parameters, [None] * len(parameters))
+
+    def add(self, given: Mapping[str, Tensors], parameters: Sequence[Tensor]) -> None:
+        """Copy gradients computed elsewhere, or add them: all of them, or none if one does not fit."""
+        for kind, gradients in given.items():
+            _check(kind, gradients, parameters)
+            self._open(kind, parameters)
+        for kind, gradients in given.items():
+            held = self.gradients.get(kind) or [None] * len(parameters)
+            self.gradients[kind] = [_sum(x, y) for x, y in zip(held, gradients, strict=True)]
+
+    def _open(self, kind: str, parameters: Sequence[Tensor]) -> None:
+        if kind in KINDS[2:] and REFERENCE in self.gradients:
+            raise RuntimeError(f"capture of {kind}: reduce_reference() has formed g̃₀ of this step already")
+        refuse_stray(parameters)
+
+
+def refuse_stray(parameters: Sequence[Tensor]) -> None:
+    """Raise a RuntimeError if a ``.grad`` holds what no capture took; zeros left by ``zero_grad`` may stay."""
+    for i, p in enumerate(parameters):
+        if p.grad is not None and bool(dtensor.local([p.grad])[0].count_nonzero()):
+            raise RuntimeError(
+                f"parameter {i} already has a gradient, which no capture took and combine() would overwrite: run "
+                "that backward pass inside capture('task'), or call zero_grad() after the last step"
+            )
+
+
+def assign(parameters: Sequence[Tensor], gradients: Tensors) -> None:
+    """Put each gradient in its parameter's ``.grad``."""
+    for p, x in zip(parameters, gradients, strict=True):
+        p.grad = x
+
+
+def _destination(gradients: Tensors, parameter: Tensor) -> Tensor | None:
+    if gradients[0] is not None:
+        return gradients[0]
+    return None if all(x is None for x in gradients) else torch.zeros_like(parameter)
+
+
+def _refuse_overwritten(kind: str, gathered: Tensors, held: Mapping[str, Tensors]) -> None:
+    """Raise a RuntimeError if a backward pass wrote where another kind's gradients were."""
+    others = [x for other, gradients in held.items() if other != kind for x in dtensor.local(gradients)]
+    places = {x.data_ptr() for x in others if x is not None and x.numel()}
+    if any(x is not None and x.numel() and x.data_ptr() in places for x in dtensor.local(gathered)):
+        raise RuntimeError(
+            f"capture of {kind}: this backward pass wrote over gradients that are held for another kind, as "
+            "DistributedDataParallel does with gradient_as_bucket_view=True: run the passes under its no_sync() and "
+            "call average_over(ddp.process_group), or use mdgd_backward, which does"
+        )
+
+
+def _sum(held: Tensor | None, more: Tensor | None) -> Tensor | None:
+    if held is None or more is None:
+        return held if more is None else more.detach().clone(memory_format=torch.contiguous_format)
+    return held.add_(more.detach())
+
+
+def _check(kind: str, gradients: Tensors, parameters: Sequence[Tensor]) -> None:
+    if len(gradients) != len(parameters):
+        raise ValueError(f"{kind} gradients: {len(gradients)} entries for {len(parameters)} parameters")
+    for i, (p, x) in enumerate(zip(parameters, gradients, strict=True)):
+        if x is None:
+            continue
+        if x.layout != torch.strided or x.is_complex():
+            raise ValueError(
+                f"{kind} gradient of parameter {i} is {'complex' if x.is_complex() else 'sparse'}: not supported"
+            )
+        if x.shape != p.shape:
+            raise ValueError(
+                f"{kind} gradient of parameter {i} has shape {tuple(x.shape)}, the parameter {tuple(p.shape)}"
+            )
+        if not dtensor.same_shards(x, p):
+            raise ValueError(f"{kind} gradient of parameter {i} is not sharded as the parameter is")

@@ -1,0 +1,32 @@
+"""Arguments that are wrong, named at the earliest moment."""
+
+import math
+from numbers import Integral, Real
+from typing import Any
+
+
+def require_number(name: str, value: Any, least: float | None = None, above: float | None = None) -> float:
+    """The argument as a float.
+
+    Raises:
+        ValueError: it is no finite number, is below ``least``, or is not above ``above``; naming it.
+    """
+    limit = "" if least is None and above is None else f" ≥ {least}" if above is None else f" > {above}"
+    good = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    if not good or (least is not None and value < least) or (above is not None and value <= above):
+        raise ValueError(f"{name} must be a finite number{limit}, got {value!r}")
+    return float(value)
+
+
+def require_share(name: str, value: Any) -> float:
+    """The argument as a float; a ValueError that names it unless it lies in (0, 1]."""
+    if require_number(name, value) > 1 or value <= 0:
+        raise ValueError(f"{name} must lie in (0, 1], got {value!r}")
+    return float(value)
+
+
+def require_whole(name: str, value: Any) -> int:
+    """The argument as an int; a ValueError that names it unless it is a whole number from 1."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be a whole number from 1, got {value!r}")
+    return int(value)

@@ -1,0 +1,54 @@
+"""A mask: which elements of the trained parameters may move. It is chosen once, when the optimizer is built or from the
+gradients of a step; elements outside it stay bit-identical, whatever the wrapped optimizer does.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torch_mdgd.kernels import Tensors
+
+
+@dataclass(frozen=True)
+class ScoreInputs:
+    """What similarities are computed from: g, v, g̃₀, and a = ⟨g, v⟩ / ⟨v, v⟩ of each parameter, shape (T,)."""
+
+    g: Tensors
+    v: Tensors
+    g0_tilde: Tensors
+    a: Tensor
+
+
+class Mask:
+    """The base of all masks.
+
+    Attributes:
+        scored: whether it is chosen from the gradients of a step. If not, it is chosen when the optimizer is built.
+        refresh: after how many steps it is chosen anew; None for never.
+    """
+
+    scored: bool = False
+    refresh: int | None = None
+
+    def choose(self, parameters: Sequence[Tensor], gradients: ScoreInputs | None) -> list[Tensor]:
+        """Bool tensors of the parameters' shapes, true where an element may move.
+
+        Args:
+            parameters: those that are trained.
+            gradients: of a step, without NaN or Inf; None unless ``scored``.
+        """
+        raise NotImplementedError
+
+
+def kept(fraction: float, parameters: Sequence[Tensor]) -> int:
+    """How many of n elements a fraction keeps: max(1, round(fraction · n))."""
+    return max(1, round(fraction * sum(p.numel() for p in parameters)))
+
+
+@torch.no_grad()
+def restore_outside_(parameters: Sequence[Tensor], before: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
+    """Give every element outside its mask the value it had before, bit for bit."""
+    for p, x, mask in zip(parameters, before, masks, strict=True):
+        p.copy_(torch.where(mask, p, x))

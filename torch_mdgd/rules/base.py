@@ -1,0 +1,194 @@
+"""A rule: what becomes of the gradients that were captured in one step. It is the one thing that methods differ in.
+
+A rule does up to three things. It combines gradients linearly, with scalars from their inner products. It corrects the
+parameters after the wrapped optimizer's step. It looks at activations or features on the way.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from torch_mdgd.checks import require_number
+from torch_mdgd.kernels import Tensors, ratio
+
+PREFIX = "mdgd_"
+"""What begins the name of everything of ours in parameter groups and in parameters' state."""
+
+KINDS = ("task", "visual", "reference_task", "reference_visual")
+"""The gradients that can be captured: g and v at the current weights θ, g₀ and v₀ at the reference φ."""
+
+Weights: TypeAlias = Mapping[str, Tensor]
+"""The rule's weights, such as α, for each parameter: float64, shape (T,)."""
+
+
+class Rule:
+    """The base of all rules. A rule of your own overrides :meth:`coefficients`, and what else it needs.
+
+    T is the number of parameters, in the optimizer's order. A rule with state of its own belongs to one optimizer.
+
+    Attributes:
+        weights: names and values of what can be set. The optimizer copies them into every parameter group as
+            ``mdgd_<name>``; a group may hold its own value, and a schedule may change it.
+        corrects: whether :meth:`correct_` is called after each step of the wrapped optimizer.
+    """
+
+    weights: Mapping[str, float] = {}
+    corrects: bool = False
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value:g}' for name, value in self.weights.items())})"
+
+    def attach(self, parameters: Sequence[Tensor], masked: bool) -> None:
+        """Called when the optimizer is built.
+
+        Args:
+            parameters: T parameters.
+            masked: whether a mask is chosen at some time.
+
+        Raises:
+            ValueError: the rule cannot work on these parameters or under a mask.
+        """
+
+    def extend(self, parameters: Sequence[Tensor]) -> None:
+        """Called when another parameter group was added.
+
+        Args:
+            parameters: the new ones, behind those that were there.
+        """
+
+    def needs(self, w: Weights, masked: bool) -> tuple[str, ...]:
+        """The gradients that :meth:`coefficients` needs, of ``KINDS``. A step without pictures needs "task" alone.
+
+        Args:
+            w: the weights, on the CPU.
+            masked: whether a mask is chosen at some time.
+        """
+        return KINDS[:2]
+
+    def drift(self, products: Tensor) -> Tensor:
+        """⟨g, v⟩ / ⟨v, v⟩, by which (6) and (7) remove v from g; shape (T,).
+
+        Args:
+            products: inner products of (g, v, ...) or of (g₀, v₀), float64, shape (T, ≥ 2, ≥ 2).
+        """
+        return drift(products)
+
+    def coefficients(self, products: Tensor, w: Weights, masked: bool) -> Tensor:
+        """What g, v and g̃₀ are multiplied with; their sum is d.
+
+        Args:
+            products: inner products of the R gradients of this step, float64, shape (T, R, R). R is 3 for
+                (g, v, g̃₀), 2 for (g, v), 1 for g alone. A missing gradient is zero.
+            w: the weights, on the device of the products.
+            masked: whether d is of (11), under a mask.
+
+        Returns:
+            float64, shape (T, R). A coefficient of 0 still carries NaN and Inf along.
+        """
+        raise NotImplementedError
+
+    def correct_(self, parameters: Tensors, before: Tensors, visual: Tensors | None, w: Weights) -> None:
+        """Correct the parameters after the wrapped optimizer's step, in place.
+
+        In a compact storage all tensors are those of the selected numbers, 1-D.
+
+        Args:
+            parameters: T parameters; None for one that took no part in the step.
+            before: their values before it, to be overwritten at will.
+            visual: v of this step, inside the mask; None if none was captured.
+            w: the weights, on the CPU.
+        """
+
+    def observe(self, images: Tensor) -> AbstractContextManager[None]:
+        """Around the forward pass at θ.
+
+        Args:
+            images: bool, shape (batch, tokens), true at image tokens.
+        """
+        return nullcontext()
+
+    def saw_features(self, z: Tensor, z_ref: Tensor, average: Callable[[Tensor], Tensor] = lambda x: x) -> None:
+        """Called with the features of each micro-batch that has pictures.
+
+        Args:
+            z: features at θ, shape (tokens, hidden).
+            z_ref: those of the same tokens at φ.
+            average: the mean over the processes that share the batch.
+        """
+
+    def sum_over(self, groups: Sequence[Any]) -> None:
+        """From now on, what the rule sums over tokens is summed over the processes of these groups too."""
+
+    def forget(self) -> None:
+        """What was seen for the step under way is of no use: it was made, or is not going to be."""
+
+    def state(self) -> dict[str, Tensor | Sequence[Tensor]]:
+        """What a checkpoint has to hold: by name, one tensor for each parameter, or one of 0 dimensions for all.
+
+        The names are there from the beginning, with their final shapes: ``torch.distributed.checkpoint`` loads what a
+        fresh optimizer has, and nothing else.
+        """
+        return {}
+
+    def check_state(self, found: Mapping[str, Tensors], parameters: Sequence[Tensor]) -> None:
+        """Raise a ValueError if :meth:`load_state` could not load this; nothing has been changed yet."""
+
+    def load_state(self, found: Mapping[str, Tensors], parameters: Sequence[Tensor]) -> None:
+        """The opposite of :meth:`state`; without its names, begin anew.
+
+        Args:
+            found: by name, one tensor for each parameter in any case, None for one that is not trained.
+            parameters: T parameters.
+        """
+
+    def diagnostics(self) -> dict[str, Tensor]:
+        """Scalars about the last step, by name, for the optimizer's ``diagnostics``."""
+        return {}
+
+
+def checked(rule: type[Rule], **weights: Any) -> dict[str, float]:
+    """Weights as floats; a ValueError that names rule and argument unless each is a finite number ≥ 0."""
+    return {name: require_number(f"{rule.__name__}: {name}", value, least=0) for name, value in weights.items()}
+
+
+def drift(products: Tensor) -> Tensor:
+    """⟨g, v⟩ / ⟨v, v⟩ of (6), from the table of inner products of (g, v, ...); shape (T,)."""
+    return ratio(products[:, 0, 1], products[:, 1, 1])
+
+
+def agreement(products: Tensor, a: Tensor) -> Tensor:
+    """⟨g̃, g̃₀⟩ / ⟨g̃₀, g̃₀⟩ of (8), from the table of (g, v, g̃₀); shape (T,).
+
+    ⟨g̃, g̃₀⟩ = ⟨g, g̃₀⟩ − a ⟨v, g̃₀⟩ is linear in g̃, so g̃ need not be formed: r is off by no more than the rounding of
+    g, as it would be with g̃ formed in the precision of the gradients.
+
+    Args:
+        products: float64, shape (T, 3, 3).
+        a: :func:`drift` of the same table.
+    """
+    return ratio(products[:, 0, 2] - a * products[:, 1, 2], products[:, 2, 2])
+
+
+def task_alone(products: Tensor) -> Tensor:
+    """The coefficients of d = g, shape (T, R)."""
+    out = torch.zeros(products.shape[:2], dtype=products.dtype, device=products.device)
+    out[:, 0] = 1
+    return out
+
+
+def lone(found: Mapping[str, Tensors], name: str) -> Tensor | None:
+    """What was saved once for all parameters; None if it is not there."""
+    return next((x for x in found.get(name, ()) if x is not None), None)
+
+
+def require_shapes(name: str, tensors: Tensors, shapes: Sequence[Sequence[int]]) -> None:
+    """Raise a ValueError that names the first parameter whose loaded tensor has another shape than it needs."""
+    for i, (x, shape) in enumerate(zip(tensors, shapes, strict=True)):
+        if x is not None and tuple(x.shape) != tuple(shape):
+            raise ValueError(
+                f"the loaded state dict's {PREFIX + name!r} of parameter {i} has shape {tuple(x.shape)}, needed is "
+                f"{tuple(shape)}: it was saved from another model or in another parameter order"
+            )

@@ -1,0 +1,39 @@
+"""Where φ, the mask and the wrapped optimizer's state live."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from torch_mdgd.masks.base import Mask
+from torch_mdgd.storage.base import Storage, among_trained
+from torch_mdgd.storage.compact import CompactStorage
+from torch_mdgd.storage.dense import DenseStorage
+
+__all__ = ["Storage", "among_trained", "storage_for"]
+
+
+def storage_for(parameters: Sequence[Tensor], base: Optimizer, mask: Mask | None, compact: bool) -> Storage:
+    """The storage that the arguments of an MDGDOptimizer ask for; a mask that needs no scores is chosen now.
+
+    Raises:
+        ValueError: compact without a mask, or with one that is chosen anew.
+        TypeError: an argument of another kind, naming it; compact with an optimizer that it is not for, see
+            :class:`torch_mdgd.storage.compact.CompactStorage`.
+    """
+    if mask is not None and not isinstance(mask, Mask):
+        raise TypeError(f"mask must be such as TopK(0.1), or None, got {mask!r}")
+    if not isinstance(compact, bool):
+        raise TypeError(f"compact must be True or False, got {compact!r}")
+    if not compact:
+        storage: Storage = DenseStorage(parameters, chooses=mask is not None)
+    elif mask is None:
+        raise ValueError("compact=True keeps the elements inside a mask: pass one, such as mask=TopK(0.1)")
+    elif mask.refresh is not None:
+        raise ValueError("compact=True keeps one mask: leave out its refresh, or use compact=False")
+    else:
+        storage = CompactStorage(parameters, base)
+    if mask is not None and not mask.scored:
+        masks = mask.choose([p for p in parameters if p.requires_grad], None)
+        storage.choose(among_trained(masks, storage.trained), base, parameters)
+    return storage

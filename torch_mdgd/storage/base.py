@@ -1,0 +1,109 @@
+"""Where φ, the mask and the wrapped optimizer's state live: at full size, or for the elements inside the mask alone."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from torch_mdgd.kernels import Tensors
+from torch_mdgd.parallel import dtensor
+
+Correct: TypeAlias = Callable[[Tensors, Tensors], None]
+"""Is given the parameters after a step and their values before it, both None for one that took no part."""
+
+# What is loaded: by name, one tensor for each parameter, None for one that had none.
+Entries: TypeAlias = Mapping[str, Sequence[Tensor | None]]
+
+
+class Storage(ABC):
+    """φ, the mask and the state of the wrapped optimizer, for T parameters.
+
+    A parameter that does not require gradients has no φ, and counts in no mask. Its φ is its value when it first
+    requires them.
+
+    Attributes:
+        trained: T times whether the parameter has required gradients.
+        swapped: whether φ is in the parameters.
+        age: how many steps were combined since the mask was chosen.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self.trained = [False] * len(parameters)
+        self.swapped = False
+        self.age = 0
+
+    def __len__(self) -> int:
+        return len(self.trained)
+
+    @property
+    @abstractmethod
+    def masked(self) -> bool:
+        """Whether a mask has been chosen."""
+
+    @abstractmethod
+    def kept(self, parameters: Sequence[Tensor]) -> tuple[int, int]:
+        """How many elements may move, of how many trained ones."""
+
+    @abstractmethod
+    def extend(self, parameters: Sequence[Tensor]) -> None:
+        """Take in new parameters, at their values now."""
+
+    @abstractmethod
+    def follow(self, parameters: Sequence[Tensor]) -> None:
+        """Hold all where the parameters are: moved, sharded or unfrozen since the last call, as by accelerate."""
+
+    @abstractmethod
+    def exchange_(self, parameters: Sequence[Tensor]) -> None:
+        """Swap θ and φ."""
+
+    @abstractmethod
+    def choose(self, masks: Tensors, base: Optimizer, parameters: Sequence[Tensor]) -> None:
+        """Let only the elements inside these masks move from now on; None for a parameter that is not trained.
+
+        The state of an element that comes in anew begins at zero.
+        """
+
+    @abstractmethod
+    def restrict_(self, v: Tensors) -> list[Tensor | None]:
+        """The directions v inside the mask, of the size that :meth:`step` gives to its correction."""
+
+    @abstractmethod
+    def combine_(self, d: Tensors, gradients: Sequence[Tensors], coefficients: Tensor) -> None:
+        """Write the linear combination of the gradients, under the mask, over d."""
+
+    @abstractmethod
+    def step(self, base: Optimizer, parameters: Sequence[Tensor], correct_: Correct | None) -> None:
+        """One step of the wrapped optimizer, and the correction of its moves."""
+
+    @abstractmethod
+    def save(self, base: Optimizer) -> tuple[dict[str, Any], dict[str, Tensors]]:
+        """The wrapped optimizer's state dict, and what is held here, by name. All processes call it."""
+
+    @abstractmethod
+    def load(self, inner: dict[str, Any], found: Entries, base: Optimizer, parameters: Sequence[Tensor]) -> bool:
+        """The opposite of :meth:`save`; returns whether φ was there.
+
+        Raises:
+            ValueError: it was saved by another kind of storage or from other parameters; nothing was changed.
+        """
+
+
+def among_trained(masks: Sequence[Tensor], trained: Sequence[bool]) -> list[Tensor | None]:
+    """Masks of the trained parameters as a list for all parameters."""
+    left = iter(masks)
+    return [next(left) if one else None for one in trained]
+
+
+def counts(masks: Tensors) -> list[int]:
+    """How many elements are true in each mask, 0 for None. All processes call it."""
+    found = iter(dtensor.counts([m for m in masks if m is not None]))
+    return [0 if m is None else next(found) for m in masks]
+
+
+@torch.no_grad()
+def snapshot(x: Tensor) -> Tensor:
+    """A detached copy."""
+    return x.detach().clone()

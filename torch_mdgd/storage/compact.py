@@ -1,0 +1,292 @@
+"""φ, positions and optimizer state for the selected elements alone: MDGD-GM in a tenth of the memory.
+
+With a mask, θ differs from φ only inside it. So the wrapped optimizer is given, for the time of its step, one small
+leaf per parameter that holds the selected elements, and what it keeps about them has their size.
+
+Of sharded parameters each rank keeps the selected elements of its own part. Where they stand in a part means nothing
+once the parameter is divided otherwise, so a state dict has them gathered, with positions in the whole parameter: it
+is that of one process, of any number of processes, and takes what that takes, ρ of the elements, on every rank.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import ASGD, Adafactor, Muon, Optimizer, Rprop, SparseAdam
+
+from torch_mdgd import kernels
+from torch_mdgd.kernels import Tensors
+from torch_mdgd.parallel import dtensor
+from torch_mdgd.rules.base import require_shapes
+from torch_mdgd.storage.base import Correct, Entries, Storage, counts, snapshot
+from torch_mdgd.storage.exchange import all_or_none, forget_casts
+
+# They look at a parameter's shape, expect sparse gradients, or keep state that cannot begin at zero.
+UNSUPPORTED = (Adafactor, ASGD, Muon, Rprop, SparseAdam)
+
+
+class CompactStorage(Storage):
+    """Selected elements only; before a mask is chosen nothing at all, since nothing moves until then and θ is φ.
+
+    Args:
+        parameters: in parameter order.
+        base: the wrapped optimizer. It has to treat every element of a parameter alike and apart, with a state that
+            begins at zero: true of SGD, Adam, AdamW, NAdam, RAdam, Adamax, RMSprop, Adagrad and Adadelta. That of
+            another library is taken at its word.
+
+    Raises:
+        TypeError: ``base`` is known to be of another kind.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], base: Optimizer) -> None:
+        if isinstance(base, UNSUPPORTED):
+            raise TypeError(
+                f"compact=True needs an optimizer that treats every element of a parameter alike and apart, which "
+                f"{type(base).__name__} does not: use compact=False, the dense mode"
+            )
+        super().__init__(parameters)
+        self.trained = [p.requires_grad for p in parameters]
+        self._begin()
+
+    def _begin(self) -> None:
+        # In this process's shards if parameters are sharded, like all below; how many are in each whole parameter.
+        self.positions: list[Tensor] | None = None
+        self.sizes = [0] * len(self)
+        self.divided = False
+        self.leaves: list[nn.Parameter] = []
+        self.reference: list[Tensor] = []
+
+    @property
+    def masked(self) -> bool:
+        """See :class:`Storage`, here and below."""
+        return self.positions is not None
+
+    def kept(self, parameters: Sequence[Tensor]) -> tuple[int, int]:
+        """Selected elements, of all trained ones."""
+        return sum(self.sizes), sum(p.numel() for p, one in zip(parameters, self.trained, strict=True) if one)
+
+    def extend(self, parameters: Sequence[Tensor]) -> None:
+        """Only their number is of account."""
+        self.trained += [p.requires_grad for p in parameters]
+        self.sizes += [0] * len(parameters)
+
+    def follow(self, parameters: Sequence[Tensor]) -> None:
+        """Move all to the parameters' devices; a ValueError if they were sharded after the mask was chosen."""
+        if self.positions is None:
+            self.trained = [one or p.requires_grad for one, p in zip(self.trained, parameters, strict=True)]
+        devices = [p.device for p in self._parts(parameters)]
+        if self.positions is not None and any(x.device != d for x, d in zip(self.positions, devices, strict=True)):
+            self.positions = [x.to(d) for x, d in zip(self.positions, devices, strict=True)]
+            self.reference = [x.to(d) for x, d in zip(self.reference, devices, strict=True)]
+
+    @torch.no_grad()
+    def exchange_(self, parameters: Sequence[Tensor]) -> None:
+        """Swap θ and φ where they can differ."""
+        self.follow(parameters)
+        all_or_none(_swap_, zip(self._parts(parameters), self.positions or (), self.reference, strict=False))
+        forget_casts()
+        self.swapped = not self.swapped
+
+    @torch.no_grad()
+    def choose(self, masks: Tensors, base: Optimizer, parameters: Sequence[Tensor]) -> None:
+        """Once. What the wrapped optimizer already holds of other elements is dropped."""
+        parts = self._parts(parameters)
+        self.positions = [
+            torch.zeros(0, dtype=torch.int32, device=p.device) if mask is None else _positions(mask)
+            for p, mask in zip(parts, dtensor.local(masks), strict=True)
+        ]
+        self.reference = [_take(p, at) for p, at in zip(parts, self.positions, strict=True)]
+        self.leaves = [_leaf(p) for p in parts]
+        self.sizes = counts(masks)
+        self.divided = any(map(dtensor.is_sharded, parameters))
+        self._carry(base, parameters)
+
+    def _carry(self, base: Optimizer, parameters: Sequence[Tensor]) -> None:
+        """Keep the selected elements of the state that the wrapped optimizer holds of whole parameters."""
+        for p, leaf, at in zip(parameters, self.leaves, self.positions or (), strict=False):
+            if p in base.state:
+                state = base.state.pop(p)
+                held = dict(zip(state, dtensor.local(list(state.values())), strict=True))
+                whole = torch.Size(dtensor.local([p])[0].shape)
+                base.state[leaf] = {
+                    name: _take(x, at) if isinstance(x, Tensor) and x.dim() and x.shape == whole else x
+                    for name, x in held.items()
+                }
+
+    def restrict_(self, v: Tensors) -> list[Tensor | None]:
+        """The selected elements, 1-D."""
+        if self.positions is None:
+            return list(v)
+        rows = zip(v, dtensor.local(v), self.positions, strict=True)
+        return [None if x is None else dtensor.as_part(_take(part, at), x) for x, part, at in rows]
+
+    def combine_(self, d: Tensors, gradients: Sequence[Tensors], coefficients: Tensor) -> None:
+        """The combination at full size, then zeros outside the mask."""
+        kernels.combine_(d, gradients, coefficients)
+        self.age += 1
+        for x, positions in zip(self._parts(d), self.positions or (), strict=False):
+            if x is not None:
+                kept = _take(x, positions)
+                # A product, so that NaN and Inf outside the mask stay visible, as in the dense mode.
+                x.mul_(0)
+                _put_(x, positions, kept)
+
+    def step(self, base: Optimizer, parameters: Sequence[Tensor], correct_: Correct | None) -> None:
+        """The wrapped optimizer steps on one small leaf for each parameter."""
+        if self.positions is None:
+            base.step()
+            return
+        parts, gradients = self._parts(parameters), dtensor.local([p.grad for p in parameters])
+        for p, grad, leaf, positions in zip(parts, gradients, self.leaves, self.positions, strict=True):
+            leaf.data = _take(p, positions)
+            # Also of no elements: a parameter counts its steps, as in the dense mode.
+            leaf.grad = None if grad is None else _take(grad, positions)
+        live = [None if g is None else leaf.data for leaf, g in zip(self.leaves, gradients, strict=True)]
+        before = [None if correct_ is None or x is None else snapshot(x) for x in live]
+        try:
+            with self._in_place_of_parameters(base):
+                base.step()
+            if correct_ is not None:
+                correct_(*(_as_parts(values, parameters) for values in (live, before)))
+            for p, leaf, positions, g in zip(parts, self.leaves, self.positions, gradients, strict=True):
+                if g is not None:
+                    _put_(p, positions, leaf)
+        finally:
+            for leaf in self.leaves:
+                leaf.grad, leaf.data = None, leaf.data.new_empty(0)
+
+    def _parts(self, tensors: Tensors) -> list[Any]:
+        held = [x for x in tensors if x is not None]
+        if held and self.positions is not None and self.divided != any(map(dtensor.is_sharded, held)):
+            raise ValueError(
+                "compact=True: parameters were sharded after the mask was chosen, and positions in the whole mean "
+                "nothing in a shard: shard the model first, then wrap its optimizer"
+            )
+        return dtensor.local(tensors)
+
+    @contextmanager
+    def _in_place_of_parameters(self, base: Optimizer) -> Iterator[None]:
+        groups = base.param_groups
+        held = [group["params"] for group in groups]
+        leaves = iter(self.leaves)
+        for group, parameters in zip(groups, held, strict=True):
+            group["params"] = [next(leaves) for _ in parameters]
+        try:
+            yield
+        finally:
+            # The groups anew: loading a state dict replaces them.
+            for group, parameters in zip(base.param_groups, held, strict=True):
+                group["params"] = parameters
+
+    def save(self, base: Optimizer) -> tuple[dict[str, Any], dict[str, Tensors]]:
+        """φ and the positions, with the state of the selected elements, of all processes together."""
+        if self.positions is None:
+            # So that torch.distributed.checkpoint, which loads what a fresh optimizer has, fails and skips nothing.
+            nowhere = [torch.zeros(0, dtype=torch.int32) if one else None for one in self.trained]
+            return base.state_dict(), {"positions": nowhere}
+        parameters = [p for group in base.param_groups for p in group["params"]]
+        with self._in_place_of_parameters(base):
+            inner = base.state_dict()
+        positions: list[Tensor | None] = [*self.positions]
+        reference: list[Tensor | None] = [*self.reference]
+        for i, p in enumerate(parameters):
+            if not self.trained[i]:
+                positions[i] = reference[i] = None
+            elif dtensor.is_sharded(p):
+                held = inner["state"].get(i, {})
+                positions[i], both = _gathered(self.positions[i], {**held, "φ": self.reference[i]}, p)
+                reference[i] = both.pop("φ")
+                inner["state"] |= {i: both} if both else {}
+        return inner, {"positions": positions, "reference": reference}
+
+    def load(self, inner: dict[str, Any], found: Entries, base: Optimizer, parameters: Sequence[Tensor]) -> bool:
+        """Without positions there, the present mask stays."""
+        if "reference" in found and "positions" not in found:
+            raise ValueError("the state dict was saved with compact=False: build the MDGDOptimizer so, too")
+        divided = any(dtensor.is_sharded(x) for entry in inner["state"].values() for x in entry.values())
+        if divided and "positions" in found:
+            raise ValueError(
+                "the state dict of a compact run was divided over processes by what loaded it, as full_state_dict=True "
+                "of set_optimizer_state_dict does: leave that out"
+            )
+        if "reference" not in found:
+            base.load_state_dict(inner)
+            if "positions" in found:
+                self._begin()
+            self._carry(base, parameters)
+            # Before the first step nothing has moved, and no φ is missed.
+            return "positions" in found or not inner["state"]
+        positions = [torch.zeros(0, dtype=torch.int32) if x is None else x for x in found["positions"]]
+        require_shapes("reference", found["reference"], [x.shape for x in positions])
+        for i, (p, x) in enumerate(zip(parameters, positions, strict=True)):
+            if x.numel() and not (int(x.min()) >= 0 and int(x.max()) < p.numel()):
+                raise ValueError(f"the state dict's positions of parameter {i} lie outside its {p.numel()} elements")
+        parts = dtensor.local(parameters)
+        self.leaves, self.sizes = [_leaf(p) for p in parts], [x.numel() for x in positions]
+        self.trained = [x is not None for x in found["positions"]]
+        self.positions = [x.to(p.device, copy=True) for p, x in zip(parts, positions, strict=True)]
+        self.reference = [
+            p.new_zeros(0) if x is None else x.to(p.device, p.dtype, copy=True)
+            for p, x in zip(parts, found["reference"], strict=True)
+        ]
+        with self._in_place_of_parameters(base):
+            base.load_state_dict(inner)
+        self.divided = any(map(dtensor.is_sharded, parameters))
+        for i, (p, leaf) in enumerate(zip(parameters, self.leaves, strict=True)):
+            if dtensor.is_sharded(p):
+                held = {**base.state.get(leaf, {}), "φ": self.reference[i]}
+                self.positions[i], own = _own(self.positions[i], held, p)
+                self.reference[i] = own.pop("φ")
+                if own:
+                    base.state[leaf] = own
+        return True
+
+
+def _leaf(parameter: Tensor) -> nn.Parameter:
+    return nn.Parameter(parameter.detach().new_empty(0))
+
+
+def _positions(mask: Tensor) -> Tensor:
+    index = mask.reshape(-1).nonzero().squeeze(1)
+    return index.to(torch.int32) if mask.numel() <= torch.iinfo(torch.int32).max else index
+
+
+def _swap_(p: Tensor, positions: Tensor, values: Tensor) -> None:
+    held = _take(p, positions)
+    _put_(p, positions, values)
+    values.copy_(held)
+
+
+def _take(x: Tensor, positions: Tensor) -> Tensor:
+    return x.detach().take(positions.long())
+
+
+def _put_(x: Tensor, positions: Tensor, values: Tensor) -> None:
+    x.put_(positions.long(), values.detach())
+
+
+def _gathered(positions: Tensor, state: dict[Any, Any], like: Tensor) -> tuple[Tensor, dict[Any, Any]]:
+    """Positions in the whole of a sharded parameter, and what is held of the elements there, from all ranks' parts."""
+    names = [name for name, x in state.items() if _is_of(x, positions)]
+    whole, values = dtensor.in_whole(positions, [state[name].reshape(-1) for name in names], like)
+    return whole, {**state, **dict(zip(names, values, strict=True))}
+
+
+def _own(positions: Tensor, state: dict[Any, Any], like: Tensor) -> tuple[Tensor, dict[Any, Any]]:
+    """The opposite of :func:`_gathered`: positions in this rank's part, and what is held of the elements there."""
+    index = dtensor.indices(like)
+    at = torch.searchsorted(positions.long(), index).clamp_(max=max(positions.numel() - 1, 0))
+    here = positions[at] == index if positions.numel() else torch.zeros_like(index, dtype=torch.bool)
+    each = {name: x.reshape(-1)[at[here]] for name, x in state.items() if _is_of(x, positions)}
+    return _positions(here), {**state, **each}
+
+
+def _is_of(value: Any, positions: Tensor) -> bool:
+    """Whether a value in an optimizer's state has an element for each position."""
+    return isinstance(value, Tensor) and value.dim() > 0 and value.numel() == positions.numel()
+
+
+def _as_parts(values: Tensors, like: Sequence[Tensor]) -> list[Tensor | None]:
+    return [None if x is None else dtensor.as_part(x, p) for x, p in zip(values, like, strict=True)]

@@ -1,0 +1,149 @@
+"""φ and the mask at full size: what any optimizer, elementwise or not, can be wrapped with."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from torch_mdgd import kernels
+from torch_mdgd.kernels import Tensors
+from torch_mdgd.masks.base import restore_outside_
+from torch_mdgd.parallel import dtensor
+from torch_mdgd.rules.base import require_shapes
+from torch_mdgd.storage.base import Correct, Entries, Storage, counts, snapshot
+from torch_mdgd.storage.exchange import exchange_
+
+
+class DenseStorage(Storage):
+    """A copy of every trained element and, under a mask, one bool for each.
+
+    Args:
+        parameters: in parameter order.
+        chooses: whether a mask is chosen at some time.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], chooses: bool = False) -> None:
+        super().__init__(parameters)
+        self.chooses = chooses
+        self.reference: list[Tensor | None] = [None] * len(parameters)
+        self._hold(None)
+        self.follow(parameters)
+
+    def _hold(self, masks: Tensors | None) -> None:
+        self.masks = None if masks is None else list(masks)
+        # Now, when all processes are here: diagnostics may be asked for in one.
+        self._kept = sum(counts(self.masks or []))
+
+    @property
+    def masked(self) -> bool:
+        """See :class:`Storage`, here and below."""
+        return self.masks is not None
+
+    def kept(self, parameters: Sequence[Tensor]) -> tuple[int, int]:
+        """Elements inside the mask, of all trained ones."""
+        return self._kept, sum(p.numel() for p, one in zip(parameters, self.trained, strict=True) if one)
+
+    def extend(self, parameters: Sequence[Tensor]) -> None:
+        """Copies of the new parameters."""
+        self.trained += [p.requires_grad for p in parameters]
+        self.reference += [snapshot(p) if p.requires_grad else None for p in parameters]
+
+    def follow(self, parameters: Sequence[Tensor]) -> None:
+        """Move φ and the mask to where the parameters are."""
+        for t, p in enumerate(parameters):
+            held = self.reference[t]
+            if held is None and p.requires_grad:
+                self.reference[t], self.trained[t] = snapshot(p), True
+                if self.masks is not None:
+                    self.masks[t] = torch.zeros_like(p, dtype=torch.bool)
+            elif held is not None and not dtensor.same_place(held, p):
+                self.reference[t] = dtensor.shard_like(held, p)
+                mask = None if self.masks is None else self.masks[t]
+                if self.masks is not None and mask is not None:
+                    self.masks[t] = dtensor.shard_like(mask, p)
+
+    def exchange_(self, parameters: Sequence[Tensor]) -> None:
+        """Swap each trained parameter with its copy."""
+        self.follow(parameters)
+        exchange_(parameters, self.reference)
+        self.swapped = not self.swapped
+
+    def choose(self, masks: Tensors, base: Optimizer, parameters: Sequence[Tensor]) -> None:
+        """Hold the masks; state of an element that an earlier mask held still begins anew."""
+        for p, old, new in zip(parameters, self.masks or (), masks, strict=False):
+            for value in base.state.get(p, {}).values():
+                if (
+                    old is not None
+                    and new is not None
+                    and isinstance(value, Tensor)
+                    and value.shape == p.shape
+                    and value.dim()
+                ):
+                    value.mul_(old & new)
+        self._hold(masks)
+        self.age = 0
+
+    def restrict_(self, v: Tensors) -> list[Tensor | None]:
+        """In place, at full size."""
+        for x, mask in zip(v, self.masks or (), strict=False):
+            if x is not None and mask is not None:
+                x.mul_(mask)
+        return list(v)
+
+    def combine_(self, d: Tensors, gradients: Sequence[Tensors], coefficients: Tensor) -> None:
+        """One pass."""
+        kernels.combine_(d, gradients, coefficients, self.masks)
+        self.age += 1
+
+    def step(self, base: Optimizer, parameters: Sequence[Tensor], correct_: Correct | None) -> None:
+        """Elements outside the mask get back what they had."""
+        if self.masks is None and correct_ is None:
+            base.step()
+            return
+        self.follow(parameters)
+        live = [p if p.grad is not None else None for p in parameters]
+        before = [None if p is None else snapshot(p) for p in live]
+        base.step()
+        if self.masks is not None:
+            moved = [
+                (p, x, mask)
+                for p, x, mask in zip(live, before, self.masks, strict=True)
+                if p is not None and x is not None and mask is not None
+            ]
+            restore_outside_(*zip(*moved, strict=True)) if moved else None
+        if correct_ is not None:
+            correct_(live, before)
+
+    def save(self, base: Optimizer) -> tuple[dict[str, Any], dict[str, Tensors]]:
+        """φ and the mask, or a place for it."""
+        self.follow([p for group in base.param_groups for p in group["params"]])
+        own: dict[str, Tensors] = {"reference": self.reference}
+        if self.masks is not None:
+            own["mask"] = self.masks
+        elif self.chooses:
+            # torch.distributed.checkpoint loads what a fresh optimizer has, and nothing else.
+            own["mask"] = [None if x is None else torch.zeros_like(x, dtype=torch.bool) for x in self.reference]
+        return base.state_dict(), own
+
+    def load(self, inner: dict[str, Any], found: Entries, base: Optimizer, parameters: Sequence[Tensor]) -> bool:
+        """Without a mask there, the present one stays."""
+        if "positions" in found:
+            raise ValueError("the state dict was saved with compact=True: build the MDGDOptimizer so, too")
+        for name in ("reference", "mask"):
+            if name in found:
+                require_shapes(name, found[name], [p.shape for p in parameters])
+        masks: Tensors = found.get("mask", [])
+        if not self.chooses and sum(counts(masks)):
+            raise ValueError("the state dict was saved with a mask: build the MDGDOptimizer with it, too")
+        base.load_state_dict(inner)
+        for t, (x, p) in enumerate(zip(found.get("reference", ()), parameters, strict=False)):
+            if x is not None:
+                self.reference[t], self.trained[t] = dtensor.shard_like(x, p, p.dtype), True
+        if "mask" in found:
+            pairs = zip(masks, parameters, strict=True)
+            self._hold([None if x is None else dtensor.shard_like(x, p, torch.bool) for x, p in pairs])
+            if not self._kept:
+                self._hold(None)
+        return "reference" in found

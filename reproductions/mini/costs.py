@@ -17,6 +17,7 @@ from reproductions.mini.data import target_data
 from reproductions.mini.finetune import prepare, training
 from reproductions.mini.methods import Method
 from reproductions.mini.model import load_checkpoint
+from reproductions.shared.results import read_lines
 
 FILE = "costs.jsonl"
 WARM_UP, TIMED = 5, 30
@@ -36,7 +37,7 @@ def measure_costs(
         console: for progress.
     """
     training_ones = {name: method for name, method in methods.items() if method.learning_rate is not None}
-    lines = _read(folder)
+    lines = read_lines(folder / FILE)
     settings = {name: json.dumps(method.settings, sort_keys=True) for name, method in training_ones.items()}
     if settings == {line["system"]: line["settings"] for line in lines if line["cell"] == cell}:
         return
@@ -76,9 +77,4 @@ def step_seconds(
 
 def read_costs(folder: Path, cell: str) -> dict[str, float]:
     """Seconds a step by system, as far as they were measured."""
-    return {line["system"]: line["seconds"] for line in _read(folder) if line["cell"] == cell}
-
-
-def _read(folder: Path) -> list[dict]:
-    path = folder / FILE
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return {line["system"]: line["seconds"] for line in read_lines(folder / FILE) if line["cell"] == cell}

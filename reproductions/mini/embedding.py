@@ -11,7 +11,6 @@ from rich.console import Console
 from sklearn.manifold import TSNE  # type: ignore[import-untyped]
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
-from reproductions.mini.axes import label, one_legend, save
 from reproductions.mini.data import TaskData, prompt_batch, target_data
 from reproductions.mini.finetune import finetune
 from reproductions.mini.model import load_checkpoint
@@ -19,6 +18,7 @@ from reproductions.mini.outcomes import CellOutcomes
 from reproductions.mini.plots import COLOURS
 from reproductions.mini.study import checkpoint_of
 from reproductions.mini.systems import SYSTEMS, TITLES
+from reproductions.shared.figures import label, one_legend, save
 
 EMBEDDED = ("zero-shot", "fine-tune", "mdgd")
 KINDS = {"visual": "last image token", "multimodal": "last token of the question"}

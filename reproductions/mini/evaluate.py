@@ -6,7 +6,7 @@ one call answers a whole batch, and `generate` numbers the positions from each r
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from statistics import fmean, harmonic_mean
+from statistics import fmean
 from typing import Any, cast
 
 import torch
@@ -112,13 +112,3 @@ def visual_features(model: LlavaForConditionalGeneration, batch: Mapping[str, to
     inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask", "pixel_values")}
     hidden = model.model(**inputs).last_hidden_state
     return hidden[inputs["input_ids"] == model.config.image_token_id]
-
-
-def average(scores: Mapping[str, float]) -> float:
-    """Mean over tasks, the Avg column: over all columns, or P over the pre-trained ones."""
-    return fmean(scores.values())
-
-
-def harmonic(pretrained: float, target: float) -> float:
-    """H(P, T): harmonic mean of the pre-trained average and the target score; zero when either is zero."""
-    return harmonic_mean([pretrained, target])

@@ -13,14 +13,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from reproductions.mini.axes import label
 from reproductions.mini.labels import label_points
 from reproductions.mini.outcomes import SCORES, CellOutcomes
-from reproductions.mini.parallel import Result
 from reproductions.mini.scores import mean
-from reproductions.mini.stats import estimate
 from reproductions.mini.systems import SYSTEMS
 from reproductions.mini.verdicts import FEWEST_SEEDS
+from reproductions.shared.figures import label
+from reproductions.shared.results import Result
+from reproductions.shared.stats import estimate
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 _FAMILIES = {

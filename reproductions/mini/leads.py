@@ -11,11 +11,12 @@ from statistics import fmean
 from rich.console import Console
 
 from reproductions.mini.methods import Method
-from reproductions.mini.parallel import Result, execute_all
+from reproductions.mini.parallel import execute_all
 from reproductions.mini.scores import h_scores, kept, mean, target_score
 from reproductions.mini.study import Size, chosen, tuning_runs
-from reproductions.mini.systems import ALPHAS, CELLS, HIGH_PAIR, PAIR, RATES, SYSTEMS, System
-from reproductions.mini.tables import SHORT, Table
+from reproductions.mini.systems import ALPHAS, CELLS, HIGH_PAIR, PAIR, RATES, SHORT, SYSTEMS, System
+from reproductions.shared.results import Result
+from reproductions.shared.tables import Table
 
 CELL = CELLS[0]
 

@@ -1,6 +1,5 @@
 """Figures 3b and 3c: how well g̃ and g̃₀ agree, and how far vision has drifted, against the ratio of MDGD-GM."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -8,9 +7,7 @@ from statistics import fmean
 import numpy as np
 import torch
 from rich.console import Console
-from torch import Tensor
 
-from reproductions.mini.axes import grid, label, save
 from reproductions.mini.data import target_data, training_batch
 from reproductions.mini.finetune import finetune, trainable_parameters
 from reproductions.mini.methods import Method
@@ -19,6 +16,9 @@ from reproductions.mini.outcomes import CellOutcomes
 from reproductions.mini.plots import COLOURS
 from reproductions.mini.study import checkpoint_of
 from reproductions.mini.systems import SYSTEMS, TITLES
+from reproductions.shared.figures import grid, label, save
+from reproductions.shared.masked_cosine import masked_cosine
+from reproductions.shared.results import add_line, read_lines
 from torch_mdgd import MDGDOptimizer, mdgd_backward
 
 RATIOS = (0.05, 0.1, 0.3, 0.5, 0.7, 1.0)
@@ -39,7 +39,7 @@ def mask_cells(results: Path, cells: Sequence[CellOutcomes], console: Console) -
         cells: those with MDGD tested are run.
         console: for progress.
     """
-    done = {(line["cell"], line["ratio"], line["seed"]) for line in _read(results)}
+    done = {(line["cell"], line["ratio"], line["seed"]) for line in read_lines(results / _FILE)}
     for cell in cells:
         outcome = cell.systems.get("mdgd")
         if outcome is None or outcome.method is None:
@@ -57,8 +57,7 @@ def mask_cells(results: Path, cells: Sequence[CellOutcomes], console: Console) -
                 console.print(f"masking, {cell.title}: ratio {ratio:g}, seed {seed}", soft_wrap=True)
                 method = SYSTEMS["mdgd-gm"].method.with_settings(**settings, fraction=ratio)
                 found = agreement(method, cell.cell.target, seed, size["steps"], size["batch"])
-                with (results / _FILE).open("a") as file:
-                    file.write(json.dumps({"cell": cell.cell.name, "ratio": ratio, "seed": seed, **found}) + "\n")
+                add_line(results / _FILE, {"cell": cell.cell.name, "ratio": ratio, "seed": seed, **found})
 
 
 def agreement(method: Method, target: str, seed: int, steps: int, batch: int) -> dict[str, float]:
@@ -87,35 +86,10 @@ def agreement(method: Method, target: str, seed: int, steps: int, batch: int) ->
     return {name: fmean(each[name] for each in found) for name in ("cos", "visual_loss")}
 
 
-def masked_cosine(roles: Sequence[Sequence[Tensor | None]], moved: Sequence[Tensor]) -> float:
-    """The cosine of M ⊙ g̃ (6) and M ⊙ g̃₀ (7), of gradients g, v, g₀, v₀ by parameter; 0 if one is zero."""
-    sums = torch.zeros(3, dtype=torch.float64)
-    for g, v, g0, v0, mask in zip(*roles, moved, strict=True):
-        if g is None or g0 is None:
-            continue
-        a, b = (_without(x, y)[mask] for x, y in ((g, v), (g0, v0)))
-        sums += torch.stack([a @ b, a @ a, b @ b])
-    length = (sums[1] * sums[2]).sqrt()
-    return float(sums[0] / length) if length > 0 else 0.0
-
-
-def _without(g: Tensor, v: Tensor | None) -> Tensor:
-    g = g.double()
-    if v is None or not v.any():
-        return g
-    v = v.double()
-    return g - (g * v).sum() / (v * v).sum() * v
-
-
-def _read(results: Path) -> list[dict]:
-    path = results / _FILE
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-
-
 def draw_cached(results: Path, output: Path) -> list[Path]:
     """Draw `masking-<cell>.png` for every cell that `masking.jsonl` holds."""
     found: dict[str, list[dict]] = {}
-    for line in _read(results):
+    for line in read_lines(results / _FILE):
         found.setdefault(line["cell"], []).append(line)
     output.mkdir(parents=True, exist_ok=True)
     return [_draw(cell, lines, output / f"masking-{cell}.png") for cell, lines in found.items()]

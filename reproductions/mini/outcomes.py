@@ -10,13 +10,13 @@ from statistics import fmean
 from reproductions.mini import study
 from reproductions.mini.costs import read_costs
 from reproductions.mini.methods import Method
-from reproductions.mini.parallel import Result, read_results
 from reproductions.mini.questions import PRETRAINED_TASKS
 from reproductions.mini.run import Run
 from reproductions.mini.scores import average, h_scores, kept, target_score
-from reproductions.mini.stats import Difference, paired
 from reproductions.mini.study import TEST_SEEDS, Size
 from reproductions.mini.systems import CELLS, SYSTEMS, Cell, System
+from reproductions.shared.results import Result, read_results
+from reproductions.shared.stats import Difference, paired
 
 Measure = Callable[[Result], float]
 Tried = tuple[Method, Sequence[Result]]

@@ -1,6 +1,5 @@
 """Many runs over the cores, one thread each, with a progress bar a run and results that survive a kill."""
 
-import json
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -13,22 +12,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from reproductions.mini.run import Run, execute
+from reproductions.shared.results import Result, add_line, read_results
 
-Result = dict[str, Any]
 _FEW = 12
 _reports: Any = None
-
-
-def read_results(path: Path) -> dict[str, Result]:
-    """The results in a file of JSON lines, by key; a last line cut short by a kill is left out."""
-    found = {}
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        try:
-            result = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        found[result["key"]] = result
-    return found
 
 
 def execute_all(runs: Sequence[Run], path: Path, console: Console, workers: int | None = None) -> list[Result]:
@@ -46,21 +33,12 @@ def execute_all(runs: Sequence[Run], path: Path, console: Console, workers: int 
     todo = list({run.key: run for run in runs if run.key not in done}.values())
     path.parent.mkdir(parents=True, exist_ok=True)
     if todo:
-        _end_line(path)
         with _Bars(todo, console) as bars:
             for result in _results(todo, max(1, min(workers or os.cpu_count() or 1, len(todo))), bars):
                 done[result["key"]] = result
-                with path.open("a") as file:
-                    file.write(json.dumps(result) + "\n")
+                add_line(path, result)
                 bars.finish(result)
     return [done[run.key] for run in runs]
-
-
-def _end_line(path: Path) -> None:
-    """Close a last line that a kill has cut short, so that what is added does not become part of it."""
-    if path.is_file() and not path.read_bytes().endswith(b"\n"):
-        with path.open("a") as file:
-            file.write("\n")
 
 
 class _Bars:

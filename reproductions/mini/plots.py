@@ -13,15 +13,15 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from reproductions.mini.axes import grid, label, one_legend, save
 from reproductions.mini.finetune import TRACED_EVERY
 from reproductions.mini.frontier import draw_frontier
 from reproductions.mini.outcomes import CellOutcomes
-from reproductions.mini.parallel import Result
 from reproductions.mini.questions import PRETRAINED_TASKS
-from reproductions.mini.stats import estimate
 from reproductions.mini.systems import SYSTEMS
 from reproductions.mini.verdicts import FEWEST_SEEDS
+from reproductions.shared.figures import grid, label, one_legend, save
+from reproductions.shared.results import Result
+from reproductions.shared.stats import estimate
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 COLOURS = {

@@ -15,12 +15,13 @@ from reproductions.mini.embedding import draw_cached as draw_embeddings
 from reproductions.mini.masking import draw_cached as draw_masking
 from reproductions.mini.model import CHECKPOINT, SECOND_CHECKPOINT
 from reproductions.mini.outcomes import CellOutcomes, load
-from reproductions.mini.parallel import Result
 from reproductions.mini.plots import draw_study
 from reproductions.mini.questions import PRETRAINED_TASKS
 from reproductions.mini.systems import SYSTEMS
-from reproductions.mini.tables import Table, missing, summary_table, tables
+from reproductions.mini.tables import missing, summary_table, tables
 from reproductions.mini.verdicts import RULE, Verdict, verdicts
+from reproductions.shared.results import Result
+from reproductions.shared.tables import Table
 
 CAPTIONS = {
     "frontier": "What was learned against what was kept. Up and to the right is better.",

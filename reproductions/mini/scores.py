@@ -1,12 +1,13 @@
 """What a result is judged by: the target score, what is kept, and the means of the paper's tables."""
 
 from collections.abc import Sequence
-from statistics import fmean, harmonic_mean
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 
-Result = dict[str, Any]
+from reproductions.shared import scores as shared
+from reproductions.shared.results import Result
 
 
 def target_score(result: Result) -> float:
@@ -29,10 +30,8 @@ def average(result: Result) -> float:
 
 
 def h_scores(result: Result) -> dict[str, float]:
-    """Harmonic means: "H" of P and T; the paper's two, "H LLaVA" of P and Avg (Table 1), "H MiniCPM" of Avg and T."""
-    P, T, mean = kept(result), target_score(result), average(result)
-    pairs = {"H": (P, T), "H LLaVA": (P, mean), "H MiniCPM": (mean, T)}
-    return {name: harmonic_mean(pair) for name, pair in pairs.items()}
+    """Harmonic means of P, T and Avg, as of `shared.scores`."""
+    return shared.h_scores(kept(result), target_score(result), average(result))
 
 
 def mean(results: Sequence[Result], score: Any) -> float:

@@ -13,11 +13,12 @@ from rich.console import Console
 from reproductions.mini.costs import measure_costs
 from reproductions.mini.methods import Method
 from reproductions.mini.model import CHECKPOINT, SECOND_CHECKPOINT
-from reproductions.mini.parallel import Result, execute_all, read_results
+from reproductions.mini.parallel import execute_all
 from reproductions.mini.run import Run
 from reproductions.mini.scores import h_scores, mean, rate_that_reaches, target_score
 from reproductions.mini.systems import SYSTEMS, Cell, System, adapted
 from reproductions.mini.tune import SEEDS as TUNING_SEEDS
+from reproductions.shared.results import Result, read_results
 
 Stage = Literal["tune", "test", "frontier"]
 STAGES = ("tune", "test", "cost", "frontier", "edge")

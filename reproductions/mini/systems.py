@@ -15,6 +15,16 @@ CANDIDATES = 4
 SHARES = ("inputs", "tailor")
 """Settings that lie between 0 and 1, and have no next value by ratios."""
 
+SHORT = {
+    "learning_rate": "rate",
+    "align": "α",
+    "pull": "weight",
+    "tailor": "ω",
+    "inputs": "energy",
+    "drift_budget": "budget",
+}
+"""What tables call settings, where that is not their name."""
+
 
 @dataclass(frozen=True)
 class System:

@@ -1,73 +1,21 @@
-"""The study's tables, for a terminal, a text file and the page."""
+"""The study's tables."""
 
-import html
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from statistics import fmean
-
-from rich.table import Table as RichTable
 
 from reproductions.mini.outcomes import SCORES, CellOutcomes, Outcome
 from reproductions.mini.scores import mean
-from reproductions.mini.stats import Difference, estimate, holm
-from reproductions.mini.systems import SYSTEMS
+from reproductions.mini.systems import SHORT, SYSTEMS
 from reproductions.mini.verdicts import FEWEST_SEEDS
+from reproductions.shared.stats import Difference, estimate, holm
+from reproductions.shared.tables import Table
 
 NONE = "–"
 SCORED = ("T", "P exact", "P restricted", "Avg", "H", "H LLaVA", "H MiniCPM")
 RIVALS = ("fine-tune-low", "align")
 COMPARED = ("T", "P", "H")
-SHORT = {
-    "learning_rate": "rate",
-    "align": "α",
-    "pull": "weight",
-    "tailor": "ω",
-    "inputs": "energy",
-    "drift_budget": "budget",
-}
-
-
-@dataclass(frozen=True)
-class Table:
-    """Cells of text.
-
-    Attributes:
-        title: above it.
-        columns: heads; the first column is left-aligned.
-        rows: as many cells each.
-        notes: below it.
-    """
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    notes: tuple[str, ...] = ()
-
-    @property
-    def markdown(self) -> str:
-        head, *rows = ["| " + " | ".join(cells) + " |" for cells in (self.columns, *self.rows)]
-        rule = "|---|" + "---:|" * (len(self.columns) - 1)
-        return "\n".join([f"### {self.title}", "", head, rule, *rows, "", *(f"{note}\n" for note in self.notes)])
-
-    @property
-    def rich(self) -> RichTable:
-        table = RichTable(title=self.title, caption="\n".join(self.notes), title_justify="left", caption_justify="left")
-        for i, column in enumerate(self.columns):
-            table.add_column(column, justify="right" if i else "left")
-        for row in self.rows:
-            table.add_row(*row)
-        return table
-
-    @property
-    def html(self) -> str:
-        head = "".join(f"<th>{html.escape(column)}</th>" for column in self.columns)
-        rows = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in self.rows)
-        notes = "".join(f'<p class="faint">{html.escape(note)}</p>' for note in self.notes)
-        return (
-            f'<h3>{html.escape(self.title)}</h3><div class="scroll"><table><thead><tr>{head}</tr></thead>'
-            f"<tbody>{rows}</tbody></table></div>{notes}"
-        )
 
 
 def tables(cell: CellOutcomes) -> list[Table]:

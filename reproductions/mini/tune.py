@@ -9,8 +9,9 @@ from rich.console import Console
 from rich.table import Table
 
 from reproductions.mini.methods import METHODS, Method
-from reproductions.mini.parallel import Result, execute_all
+from reproductions.mini.parallel import execute_all
 from reproductions.mini.run import Run
+from reproductions.shared.results import Result
 
 SEEDS = (100, 101)
 # Four candidates a method, so that none is tuned harder than another.

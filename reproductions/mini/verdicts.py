@@ -9,9 +9,9 @@ from scipy import stats  # type: ignore[import-untyped]
 
 from reproductions.mini.claims import BEST, CLAIMS, CORRELATION, RANK_MEASURES_FORGETTING, Claim, Condition
 from reproductions.mini.outcomes import CellOutcomes
-from reproductions.mini.stats import Estimate, estimate
 from reproductions.mini.study import checkpoint_of
 from reproductions.mini.systems import SYSTEMS
+from reproductions.shared.stats import Estimate, estimate
 
 Outcome = Literal["holds here", "does not hold here", "cannot tell"]
 FEWEST_SEEDS = 3

@@ -15,10 +15,10 @@ from reproductions.mini.claims import CLAIMS, Claim, Condition
 from reproductions.mini.commands import app
 from reproductions.mini.outcomes import load
 from reproductions.mini.report import verdicts_markdown, write_report
-from reproductions.mini.stats import Estimate
 from reproductions.mini.systems import CELLS, SYSTEMS
 from reproductions.mini.tables import cost_table, difference_table, score_table, summary_table, tables
 from reproductions.mini.verdicts import against, rank_and_forgetting, together, verdicts
+from reproductions.shared.stats import Estimate
 from tests.reproductions.mini.made_up import CELL, COSTS, QUIET, SCORES, SIZE, made_up, result
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
-from reproductions.mini.stats import estimate, holm, paired
+from reproductions.shared.stats import estimate, holm, paired
 
 SCORES = st.floats(0, 100).map(lambda x: round(x, 2))
 

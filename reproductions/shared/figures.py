@@ -1,4 +1,4 @@
-"""What the study's figures share: panels, their names, one legend, and how they are written."""
+"""What figures share: panels, their names, one legend, and how they are written."""
 
 from pathlib import Path
 

@@ -13,10 +13,10 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from reproductions.mini.data import target_data
 from reproductions.mini.finetune import prepare, training
 from reproductions.mini.methods import Method
 from reproductions.mini.model import load_checkpoint
+from reproductions.mini.world.data import target_data
 from reproductions.shared.results import read_lines
 
 FILE = "costs.jsonl"

@@ -14,8 +14,8 @@ from rich.table import Table
 from reproductions.mini.figures import draw_demo
 from reproductions.mini.methods import METHODS, PRETRAINED
 from reproductions.mini.parallel import execute_all
-from reproductions.mini.questions import PRETRAINED_TASKS
 from reproductions.mini.run import Run
+from reproductions.mini.world.questions import PRETRAINED_TASKS
 from reproductions.shared.results import Result
 
 # Settings are chosen on validation examples and seeds from 100 on; see `tune`.

@@ -11,13 +11,13 @@ from rich.console import Console
 from sklearn.manifold import TSNE  # type: ignore[import-untyped]
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
-from reproductions.mini.data import TaskData, prompt_batch, target_data
 from reproductions.mini.finetune import finetune
 from reproductions.mini.model import load_checkpoint
 from reproductions.mini.outcomes import CellOutcomes
 from reproductions.mini.plots import COLOURS
 from reproductions.mini.study import checkpoint_of
 from reproductions.mini.systems import SYSTEMS, TITLES
+from reproductions.mini.world.data import TaskData, prompt_batch, target_data
 from reproductions.shared.figures import label, one_legend, save
 
 EMBEDDED = ("zero-shot", "fine-tune", "mdgd")

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
-from reproductions.mini.data import TaskData, prompt_batch
+from reproductions.mini.world.data import TaskData, prompt_batch
 
 FORM_WORDS = ("a", "and", "on")
 """Words of a caption that every caption has."""

@@ -10,8 +10,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from reproductions.mini.data import Example, pretrained_task_data
-from reproductions.mini.questions import PRETRAINED_TASKS
+from reproductions.mini.world.data import Example, pretrained_task_data
+from reproductions.mini.world.questions import PRETRAINED_TASKS
 from reproductions.shared.results import Result
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from reproductions.mini.data import target_data, training_batch
 from reproductions.mini.finetune import finetune, trainable_parameters
 from reproductions.mini.methods import Method
 from reproductions.mini.model import load_checkpoint
@@ -16,6 +15,7 @@ from reproductions.mini.outcomes import CellOutcomes
 from reproductions.mini.plots import COLOURS
 from reproductions.mini.study import checkpoint_of
 from reproductions.mini.systems import SYSTEMS, TITLES
+from reproductions.mini.world.data import target_data, training_batch
 from reproductions.shared.figures import grid, label, save
 from reproductions.shared.masked_cosine import masked_cosine
 from reproductions.shared.results import add_line, read_lines

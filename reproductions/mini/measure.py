@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
-from reproductions.mini.data import TaskData, pretrained_task_data, prompt_batch, target_data
 from reproductions.mini.evaluate import evaluate, visual_features
 from reproductions.mini.model import load_checkpoint
-from reproductions.mini.questions import PRETRAINED_TASKS
-from reproductions.mini.scenes import Split
+from reproductions.mini.world.data import TaskData, pretrained_task_data, prompt_batch, target_data
+from reproductions.mini.world.questions import PRETRAINED_TASKS
+from reproductions.mini.world.scenes import Split
 from reproductions.shared.scores import average, harmonic
 from torch_mdgd import effective_rank, visual_alignment_loss
 

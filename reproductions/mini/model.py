@@ -12,8 +12,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from reproductions.mini.pictures import SIZE
-from reproductions.mini.text import IMAGE, IMAGE_TOKENS
+from reproductions.mini.world.pictures import SIZE
+from reproductions.mini.world.text import IMAGE, IMAGE_TOKENS
 
 CHECKPOINT = Path(__file__).parent / "checkpoints" / "pretrained"
 """The pre-trained model that comes with the repository."""

@@ -10,11 +10,11 @@ from statistics import fmean
 from reproductions.mini import study
 from reproductions.mini.costs import read_costs
 from reproductions.mini.methods import Method
-from reproductions.mini.questions import PRETRAINED_TASKS
 from reproductions.mini.run import Run
 from reproductions.mini.scores import average, h_scores, kept, target_score
 from reproductions.mini.study import TEST_SEEDS, Size
 from reproductions.mini.systems import CELLS, SYSTEMS, Cell, System
+from reproductions.mini.world.questions import PRETRAINED_TASKS
 from reproductions.shared.results import Result, read_results
 from reproductions.shared.stats import Difference, paired
 

@@ -16,9 +16,9 @@ from matplotlib.figure import Figure
 from reproductions.mini.finetune import TRACED_EVERY
 from reproductions.mini.frontier import draw_frontier
 from reproductions.mini.outcomes import CellOutcomes
-from reproductions.mini.questions import PRETRAINED_TASKS
 from reproductions.mini.systems import SYSTEMS
 from reproductions.mini.verdicts import FEWEST_SEEDS
+from reproductions.mini.world.questions import PRETRAINED_TASKS
 from reproductions.shared.figures import grid, label, one_legend, save
 from reproductions.shared.results import Result
 from reproductions.shared.stats import estimate

@@ -21,14 +21,14 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
-from reproductions.mini.curriculum import DRAWINGS, LanguageBatches, VisionBatches
-from reproductions.mini.data import pretrained_task_data
 from reproductions.mini.evaluate import evaluate
 from reproductions.mini.model import WIDTH, build_model, patch_features, save_checkpoint
-from reproductions.mini.pictures import COLOURS
-from reproductions.mini.questions import PRETRAINED_TASKS
 from reproductions.mini.settings import PRETRAIN, PretrainSettings
-from reproductions.mini.text import IMAGE_TOKENS, make_tokenizer
+from reproductions.mini.world.curriculum import DRAWINGS, LanguageBatches, VisionBatches
+from reproductions.mini.world.data import pretrained_task_data
+from reproductions.mini.world.pictures import COLOURS
+from reproductions.mini.world.questions import PRETRAINED_TASKS
+from reproductions.mini.world.text import IMAGE_TOKENS, make_tokenizer
 
 RESUME_FILE = "resume.pt"
 REPORT_FILE = "training.json"

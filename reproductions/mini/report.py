@@ -10,16 +10,16 @@ from pathlib import Path
 from PIL import Image
 from rich.console import Console
 
-from reproductions.mini.data import Example, pretrained_task_data, target_data
 from reproductions.mini.embedding import draw_cached as draw_embeddings
 from reproductions.mini.masking import draw_cached as draw_masking
 from reproductions.mini.model import CHECKPOINT, SECOND_CHECKPOINT
 from reproductions.mini.outcomes import CellOutcomes, load
 from reproductions.mini.plots import draw_study
-from reproductions.mini.questions import PRETRAINED_TASKS
 from reproductions.mini.systems import SYSTEMS
 from reproductions.mini.tables import missing, summary_table, tables
 from reproductions.mini.verdicts import RULE, Verdict, verdicts
+from reproductions.mini.world.data import Example, pretrained_task_data, target_data
+from reproductions.mini.world.questions import PRETRAINED_TASKS
 from reproductions.shared.results import Result
 from reproductions.shared.tables import Table
 

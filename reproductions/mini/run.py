@@ -12,13 +12,13 @@ from typing import Any, Literal
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from reproductions.mini.data import target_data
 from reproductions.mini.finetune import BATCH, TRACED_EVERY, Course, OnStep, finetune, nothing
 from reproductions.mini.measure import measure, measure_features
 from reproductions.mini.methods import Method
 from reproductions.mini.model import CHECKPOINT, load_checkpoint
-from reproductions.mini.questions import TARGET_TASKS
-from reproductions.mini.scenes import Split
+from reproductions.mini.world.data import target_data
+from reproductions.mini.world.questions import TARGET_TASKS
+from reproductions.mini.world.scenes import Split
 
 # The masks, moments and snapshots are all there in the third step.
 _PROFILED_STEPS = 3

@@ -8,14 +8,14 @@ import torch
 from rich.console import Console
 
 from reproductions.mini import demo, tune
-from reproductions.mini.data import target_data
 from reproductions.mini.figures import draw_demo, telling_examples
 from reproductions.mini.finetune import finetune, trainable_parameters
 from reproductions.mini.methods import METHODS
 from reproductions.mini.model import load_checkpoint
 from reproductions.mini.parallel import execute_all
-from reproductions.mini.questions import PRETRAINED_TASKS
 from reproductions.mini.run import Run, execute
+from reproductions.mini.world.data import target_data
+from reproductions.mini.world.questions import PRETRAINED_TASKS
 from reproductions.shared.results import read_results
 from torch_mdgd import MDGDOptimizer
 

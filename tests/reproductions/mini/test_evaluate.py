@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from reproductions.mini.data import pretrained_task_data, prompt_batch, target_data, training_batch
 from reproductions.mini.evaluate import Evaluation, evaluate, visual_features
 from reproductions.mini.model import build_model
+from reproductions.mini.world.data import pretrained_task_data, prompt_batch, target_data, training_batch
 from reproductions.shared.scores import average, harmonic
 
 

@@ -8,9 +8,9 @@ from matplotlib.text import Text
 from rich.console import Console
 
 from reproductions.mini import embedding
-from reproductions.mini.data import prompt_batch, target_data
 from reproductions.mini.labels import label_points
 from reproductions.mini.outcomes import load
+from reproductions.mini.world.data import prompt_batch, target_data
 from reproductions.shared.masked_cosine import masked_cosine
 
 QUIET = Console(quiet=True)

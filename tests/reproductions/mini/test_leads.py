@@ -9,12 +9,12 @@ from typer.testing import CliRunner
 
 from reproductions.mini import leads, study
 from reproductions.mini.commands import app
-from reproductions.mini.data import target_data, training_batch
 from reproductions.mini.finetune import trainable_parameters
 from reproductions.mini.methods import Method
 from reproductions.mini.model import CHECKPOINT, load_checkpoint
 from reproductions.mini.scored_masks import SCORES, scored_mask, squared_gradients
 from reproductions.mini.systems import CANDIDATES
+from reproductions.mini.world.data import target_data, training_batch
 from torch_mdgd import VisualTap
 
 

@@ -8,16 +8,16 @@ import torch
 from rich.console import Console
 
 from reproductions.mini import costs, study
-from reproductions.mini.data import target_data
 from reproductions.mini.evaluate import Evaluation
 from reproductions.mini.finetune import finetune
 from reproductions.mini.methods import METHODS
 from reproductions.mini.model import CHECKPOINT, load_checkpoint
 from reproductions.mini.parallel import execute_all
-from reproductions.mini.questions import PRETRAINED_TASKS
 from reproductions.mini.run import Run, execute, rounded
 from reproductions.mini.scores import average, h_scores, kept, mean, rate_that_reaches, target_score
 from reproductions.mini.systems import CANDIDATES, CELLS, SYSTEMS
+from reproductions.mini.world.data import target_data
+from reproductions.mini.world.questions import PRETRAINED_TASKS
 from reproductions.shared.results import read_results
 
 CELL = CELLS[0]

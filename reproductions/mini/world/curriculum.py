@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from reproductions.mini.data import conversation_batch, pixel_values
-from reproductions.mini.pictures import COLOURS, KNOWN, LETTERS, SPARE, draw_picture
-from reproductions.mini.questions import NUMBERS, PRETRAINED_TASKS, Turn
-from reproductions.mini.scenes import POSITIONS, Scene, draw_crowd, draw_scene
+from reproductions.mini.world.data import conversation_batch, pixel_values
+from reproductions.mini.world.pictures import COLOURS, KNOWN, LETTERS, SPARE, draw_picture
+from reproductions.mini.world.questions import NUMBERS, PRETRAINED_TASKS, Turn
+from reproductions.mini.world.scenes import POSITIONS, Scene, draw_crowd, draw_scene
 
 DRAWINGS: tuple[str, ...] = ("", *KNOWN, *SPARE, *LETTERS)
 """Classes of a cell for the vision tower; the first is the empty cell."""

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from reproductions.mini.pictures import COLOURS, KIND_OF, KINDS, KNOWN, LETTERS
-from reproductions.mini.scenes import POSITIONS, Scene
+from reproductions.mini.world.pictures import COLOURS, KIND_OF, KINDS, KNOWN, LETTERS
+from reproductions.mini.world.scenes import POSITIONS, Scene
 
 Turn = tuple[str, str]
 """A question and its answer, as words separated by single spaces."""

@@ -10,9 +10,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from reproductions.mini.pictures import COLOURS, KINDS, KNOWN, LETTERS, SPARE
-from reproductions.mini.questions import CAPTION_QUESTION, DIGIT_QUESTION, NUMBERS, Turn
-from reproductions.mini.scenes import POSITIONS
+from reproductions.mini.world.pictures import COLOURS, KINDS, KNOWN, LETTERS, SPARE
+from reproductions.mini.world.questions import CAPTION_QUESTION, DIGIT_QUESTION, NUMBERS, Turn
+from reproductions.mini.world.scenes import POSITIONS
 
 IMAGE_TOKENS = 16
 """Image tokens a picture takes: 48 pixels in patches of 12, in both directions."""

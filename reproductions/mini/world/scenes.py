@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from reproductions.mini.pictures import COLOURS, LETTERS
+from reproductions.mini.world.pictures import COLOURS, LETTERS
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from reproductions.mini.pictures import KNOWN, SPARE, draw_picture, handwritten_digits
-from reproductions.mini.questions import DIGIT_QUESTION, NUMBERS, PRETRAINED_TASKS, TARGET_TASKS, Turn, caption
-from reproductions.mini.scenes import SPLITS, Scene, Split, draw_scene, require_split
-from reproductions.mini.text import answer_labels, conversation, encode, prompt
+from reproductions.mini.world.pictures import KNOWN, SPARE, draw_picture, handwritten_digits
+from reproductions.mini.world.questions import DIGIT_QUESTION, NUMBERS, PRETRAINED_TASKS, TARGET_TASKS, Turn, caption
+from reproductions.mini.world.scenes import SPLITS, Scene, Split, draw_scene, require_split
+from reproductions.mini.world.text import answer_labels, conversation, encode, prompt
 
 _DIGIT_ENDS = {"train": (0, 1200), "validation": (1200, 1497), "test": (1497, 1797)}
 _CAPTIONS = {"train": 2000, "validation": 300, "test": 300}

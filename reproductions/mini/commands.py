@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from reproductions.mini.settings import PRETRAIN, PretrainSettings
+from reproductions.mini.model.settings import PRETRAIN, PretrainSettings
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,7 +31,7 @@ def pretrain(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from reproductions.mini import pretrain as pretraining
+    from reproductions.mini.model import pretrain as pretraining
 
     transformers.utils.logging.disable_progress_bar()
     settings = PretrainSettings(seed=seed, vision_steps=vision_steps, language_steps=language_steps)

@@ -15,7 +15,7 @@ from rich.progress import track
 
 from reproductions.mini.finetune import prepare, training
 from reproductions.mini.methods import Method
-from reproductions.mini.model import load_checkpoint
+from reproductions.mini.model.llava import load_checkpoint
 from reproductions.mini.world.data import target_data
 from reproductions.shared.results import read_lines
 

@@ -12,7 +12,7 @@ from sklearn.manifold import TSNE  # type: ignore[import-untyped]
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from reproductions.mini.finetune import finetune
-from reproductions.mini.model import load_checkpoint
+from reproductions.mini.model.llava import load_checkpoint
 from reproductions.mini.outcomes import CellOutcomes
 from reproductions.mini.plots import COLOURS
 from reproductions.mini.study import checkpoint_of

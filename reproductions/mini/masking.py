@@ -10,7 +10,7 @@ from rich.console import Console
 
 from reproductions.mini.finetune import finetune, trainable_parameters
 from reproductions.mini.methods import Method
-from reproductions.mini.model import load_checkpoint
+from reproductions.mini.model.llava import load_checkpoint
 from reproductions.mini.outcomes import CellOutcomes
 from reproductions.mini.plots import COLOURS
 from reproductions.mini.study import checkpoint_of

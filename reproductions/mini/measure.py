@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
-from reproductions.mini.evaluate import evaluate, visual_features
-from reproductions.mini.model import load_checkpoint
+from reproductions.mini.model.evaluate import evaluate, visual_features
+from reproductions.mini.model.llava import load_checkpoint
 from reproductions.mini.world.data import TaskData, pretrained_task_data, prompt_batch, target_data
 from reproductions.mini.world.questions import PRETRAINED_TASKS
 from reproductions.mini.world.scenes import Split

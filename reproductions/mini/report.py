@@ -12,7 +12,7 @@ from rich.console import Console
 
 from reproductions.mini.embedding import draw_cached as draw_embeddings
 from reproductions.mini.masking import draw_cached as draw_masking
-from reproductions.mini.model import CHECKPOINT, SECOND_CHECKPOINT
+from reproductions.mini.model.llava import CHECKPOINT, SECOND_CHECKPOINT
 from reproductions.mini.outcomes import CellOutcomes, load
 from reproductions.mini.plots import draw_study
 from reproductions.mini.systems import SYSTEMS

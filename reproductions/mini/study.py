@@ -12,7 +12,7 @@ from rich.console import Console
 
 from reproductions.mini.costs import measure_costs
 from reproductions.mini.methods import Method
-from reproductions.mini.model import CHECKPOINT, SECOND_CHECKPOINT
+from reproductions.mini.model.llava import CHECKPOINT, SECOND_CHECKPOINT
 from reproductions.mini.parallel import execute_all
 from reproductions.mini.run import Run
 from reproductions.mini.scores import h_scores, mean, rate_that_reaches, target_score

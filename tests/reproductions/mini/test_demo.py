@@ -11,7 +11,7 @@ from reproductions.mini import demo, tune
 from reproductions.mini.figures import draw_demo, telling_examples
 from reproductions.mini.finetune import finetune, trainable_parameters
 from reproductions.mini.methods import METHODS
-from reproductions.mini.model import load_checkpoint
+from reproductions.mini.model.llava import load_checkpoint
 from reproductions.mini.parallel import execute_all
 from reproductions.mini.run import Run, execute
 from reproductions.mini.world.data import target_data

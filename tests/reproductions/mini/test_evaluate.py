@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from reproductions.mini.evaluate import Evaluation, evaluate, visual_features
-from reproductions.mini.model import build_model
+from reproductions.mini.model.evaluate import Evaluation, evaluate, visual_features
+from reproductions.mini.model.llava import build_model
 from reproductions.mini.world.data import pretrained_task_data, prompt_batch, target_data, training_batch
 from reproductions.shared.scores import average, harmonic
 

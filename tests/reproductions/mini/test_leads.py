@@ -11,7 +11,7 @@ from reproductions.mini import leads, study
 from reproductions.mini.commands import app
 from reproductions.mini.finetune import trainable_parameters
 from reproductions.mini.methods import Method
-from reproductions.mini.model import CHECKPOINT, load_checkpoint
+from reproductions.mini.model.llava import CHECKPOINT, load_checkpoint
 from reproductions.mini.scored_masks import SCORES, scored_mask, squared_gradients
 from reproductions.mini.systems import CANDIDATES
 from reproductions.mini.world.data import target_data, training_batch

@@ -8,9 +8,9 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from reproductions.__main__ import app
-from reproductions.mini.model import load_checkpoint
-from reproductions.mini.pretrain import pretrain
-from reproductions.mini.settings import PretrainSettings
+from reproductions.mini.model.llava import load_checkpoint
+from reproductions.mini.model.pretrain import pretrain
+from reproductions.mini.model.settings import PretrainSettings
 from reproductions.mini.world import curriculum
 from reproductions.mini.world.curriculum import DRAWINGS, LanguageBatches, VisionBatches
 from reproductions.mini.world.questions import PRETRAINED_TASKS

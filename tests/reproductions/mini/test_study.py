@@ -8,10 +8,10 @@ import torch
 from rich.console import Console
 
 from reproductions.mini import costs, study
-from reproductions.mini.evaluate import Evaluation
 from reproductions.mini.finetune import finetune
 from reproductions.mini.methods import METHODS
-from reproductions.mini.model import CHECKPOINT, load_checkpoint
+from reproductions.mini.model.evaluate import Evaluation
+from reproductions.mini.model.llava import CHECKPOINT, load_checkpoint
 from reproductions.mini.parallel import execute_all
 from reproductions.mini.run import Run, execute, rounded
 from reproductions.mini.scores import average, h_scores, kept, mean, rate_that_reaches, target_score

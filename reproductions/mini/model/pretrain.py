@@ -21,9 +21,9 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
-from reproductions.mini.evaluate import evaluate
-from reproductions.mini.model import WIDTH, build_model, patch_features, save_checkpoint
-from reproductions.mini.settings import PRETRAIN, PretrainSettings
+from reproductions.mini.model.evaluate import evaluate
+from reproductions.mini.model.llava import WIDTH, build_model, patch_features, save_checkpoint
+from reproductions.mini.model.settings import PRETRAIN, PretrainSettings
 from reproductions.mini.world.curriculum import DRAWINGS, LanguageBatches, VisionBatches
 from reproductions.mini.world.data import pretrained_task_data
 from reproductions.mini.world.pictures import COLOURS

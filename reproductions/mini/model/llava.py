@@ -15,7 +15,7 @@ from transformers import (
 from reproductions.mini.world.pictures import SIZE
 from reproductions.mini.world.text import IMAGE, IMAGE_TOKENS
 
-CHECKPOINT = Path(__file__).parent / "checkpoints" / "pretrained"
+CHECKPOINT = Path(__file__).parents[1] / "checkpoints" / "pretrained"
 """The pre-trained model that comes with the repository."""
 
 SECOND_CHECKPOINT = CHECKPOINT.with_name("second")

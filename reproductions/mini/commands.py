@@ -192,7 +192,7 @@ def figures(
     from reproductions.mini.embedding import embed_cells
     from reproductions.mini.masking import mask_cells
     from reproductions.mini.outcomes import load
-    from reproductions.mini.report import draw_figures
+    from reproductions.mini.plots import draw_figures
 
     _require(results)
     console, cells = _console(), load(results)

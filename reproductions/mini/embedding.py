@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -14,11 +13,8 @@ from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 from reproductions.mini.finetune import finetune
 from reproductions.mini.model.llava import load_checkpoint
 from reproductions.mini.outcomes import CellOutcomes
-from reproductions.mini.plots import COLOURS
 from reproductions.mini.study import checkpoint_of
-from reproductions.mini.systems import SYSTEMS, TITLES
 from reproductions.mini.world.data import TaskData, prompt_batch, target_data
-from reproductions.shared.figures import label, one_legend, save
 
 EMBEDDED = ("zero-shot", "fine-tune", "mdgd")
 KINDS = {"visual": "last image token", "multimodal": "last token of the question"}
@@ -91,27 +87,3 @@ def embed(features: Mapping[str, Mapping[str, NDArray[np.float64]]]) -> dict[str
         parts = np.split(points.astype(np.float32), len(features))
         placed |= {f"{kind}/{name}": part for name, part in zip(features, parts, strict=True)}
     return placed
-
-
-def draw_cached(results: Path, output: Path) -> list[Path]:
-    """Draw every `tsne-<cell>.npz` of the results."""
-    output.mkdir(parents=True, exist_ok=True)
-    return [_draw(path, output / f"{path.stem}.png") for path in sorted(results.glob("tsne-*.npz"))]
-
-
-def _draw(source: Path, path: Path) -> Path:
-    placed = np.load(source)
-    figure, axes = plt.subplots(1, len(KINDS), figsize=(10, 4.9), layout="constrained")
-    for axis, (kind, token) in zip(axes, KINDS.items(), strict=True):
-        for name in EMBEDDED:
-            points = placed[f"{kind}/{name}"]
-            # MDGD's may cover the pre-trained model's, which are therefore larger.
-            size, alpha = (45, 0.45) if name == "zero-shot" else (10, 0.7)
-            axis.scatter(*points.T, s=size, alpha=alpha, linewidths=0, color=COLOURS[name], label=SYSTEMS[name].label)
-        label(axis, f"{kind}: {token}", "", "")
-        axis.set_xticks([])
-        axis.set_yticks([])
-    title = TITLES[source.stem.removeprefix("tsne-")]
-    figure.suptitle(f"t-SNE of features of the target's test examples: {title}, one seed")
-    one_legend(figure)
-    return save(figure, path)

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
-import numpy as np
 import torch
 from rich.console import Console
 
@@ -12,20 +11,18 @@ from reproductions.mini.finetune import finetune, trainable_parameters
 from reproductions.mini.methods import Method
 from reproductions.mini.model.llava import load_checkpoint
 from reproductions.mini.outcomes import CellOutcomes
-from reproductions.mini.plots import COLOURS
 from reproductions.mini.study import checkpoint_of
-from reproductions.mini.systems import SYSTEMS, TITLES
+from reproductions.mini.systems import SYSTEMS
 from reproductions.mini.world.data import target_data, training_batch
-from reproductions.shared.figures import grid, label, save
 from reproductions.shared.masked_cosine import masked_cosine
 from reproductions.shared.results import add_line, read_lines
 from torch_mdgd import MDGDOptimizer, mdgd_backward
 
+FILE = "masking.jsonl"
 RATIOS = (0.05, 0.1, 0.3, 0.5, 0.7, 1.0)
 SEEDS = (0, 1)
 _BATCHES = 8
 _ROLES = ("task", "visual", "reference_task", "reference_visual")
-_FILE = "masking.jsonl"
 
 
 def mask_cells(results: Path, cells: Sequence[CellOutcomes], console: Console) -> None:
@@ -39,7 +36,7 @@ def mask_cells(results: Path, cells: Sequence[CellOutcomes], console: Console) -
         cells: those with MDGD tested are run.
         console: for progress.
     """
-    done = {(line["cell"], line["ratio"], line["seed"]) for line in read_lines(results / _FILE)}
+    done = {(line["cell"], line["ratio"], line["seed"]) for line in read_lines(results / FILE)}
     for cell in cells:
         outcome = cell.systems.get("mdgd")
         if outcome is None or outcome.method is None:
@@ -57,7 +54,7 @@ def mask_cells(results: Path, cells: Sequence[CellOutcomes], console: Console) -
                 console.print(f"masking, {cell.title}: ratio {ratio:g}, seed {seed}", soft_wrap=True)
                 method = SYSTEMS["mdgd-gm"].method.with_settings(**settings, fraction=ratio)
                 found = agreement(method, cell.cell.target, seed, size["steps"], size["batch"])
-                add_line(results / _FILE, {"cell": cell.cell.name, "ratio": ratio, "seed": seed, **found})
+                add_line(results / FILE, {"cell": cell.cell.name, "ratio": ratio, "seed": seed, **found})
 
 
 def agreement(method: Method, target: str, seed: int, steps: int, batch: int) -> dict[str, float]:
@@ -84,27 +81,3 @@ def agreement(method: Method, target: str, seed: int, steps: int, batch: int) ->
         found.append({"cos": cos, "visual_loss": float(observer.diagnostics["visual_loss"])})
         observer.zero_grad()
     return {name: fmean(each[name] for each in found) for name in ("cos", "visual_loss")}
-
-
-def draw_cached(results: Path, output: Path) -> list[Path]:
-    """Draw `masking-<cell>.png` for every cell that `masking.jsonl` holds."""
-    found: dict[str, list[dict]] = {}
-    for line in read_lines(results / _FILE):
-        found.setdefault(line["cell"], []).append(line)
-    output.mkdir(parents=True, exist_ok=True)
-    return [_draw(cell, lines, output / f"masking-{cell}.png") for cell, lines in found.items()]
-
-
-def _draw(cell: str, lines: Sequence[dict], path: Path) -> Path:
-    figure, axes = grid(2, (5.2, 3.0))
-    ratios = sorted({line["ratio"] for line in lines})
-    percent = [100 * ratio for ratio in ratios]
-    words = {"cos": "cos(M ⊙ g̃, M ⊙ g̃₀)", "visual_loss": "$L_v$"}
-    for axis, (quantity, name), letter in zip(axes, words.items(), "bc", strict=True):
-        groups = [[line[quantity] for line in lines if line["ratio"] == ratio] for ratio in ratios]
-        axis.plot(percent, [np.mean(group) for group in groups], "o-", color=COLOURS["mdgd-gm"], markersize=4)
-        for at, group in zip(percent, groups, strict=True):
-            axis.plot([at] * len(group), group, ".", color="0.3", markersize=3)
-        label(axis, f"({letter}) {name}", "numbers that may move, %", "")
-    figure.suptitle(f"MDGD-GM against its masking ratio: {TITLES[cell]}; line: mean, dots: seeds")
-    return save(figure, path)

@@ -1,4 +1,4 @@
-"""The study's figures: effective ranks, learning curves, and what the gradients did; all of them in one call."""
+"""The study's figures: ranks, learning curves, gradients, masking ratios and t-SNE; all of them in one call."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -13,14 +13,16 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from reproductions.mini.embedding import EMBEDDED, KINDS
 from reproductions.mini.finetune import TRACED_EVERY
 from reproductions.mini.frontier import draw_frontier
+from reproductions.mini.masking import FILE as MASKING_FILE
 from reproductions.mini.outcomes import CellOutcomes
-from reproductions.mini.systems import SYSTEMS
+from reproductions.mini.systems import SYSTEMS, TITLES
 from reproductions.mini.verdicts import FEWEST_SEEDS
 from reproductions.mini.world.questions import PRETRAINED_TASKS
 from reproductions.shared.figures import grid, label, one_legend, save
-from reproductions.shared.results import Result
+from reproductions.shared.results import Result, read_lines
 from reproductions.shared.stats import estimate
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
@@ -29,6 +31,12 @@ COLOURS = {
     "align": "#56B4E9", "history": "#009E73", "inputs": "#8A9A00", "project": "#44397D", "mdgd-gm": "#CC79A7",
     "no-align": "#7A4B2A", "replay": "#222222",
 }  # fmt: skip
+
+
+def draw_figures(results: Path, cells: Sequence[CellOutcomes], output: Path) -> list[Path]:
+    """Draw every figure that the results, or what `--tsne` and `--masking` left beside them, suffice for."""
+    written = draw_study(cells, output)
+    return [*written, *draw_masking(results, output), *draw_embeddings(results, output)]
 
 
 def draw_study(cells: Sequence[CellOutcomes], output: Path) -> list[Path]:
@@ -152,3 +160,51 @@ def _measured(cell: CellOutcomes, names: Sequence[str]) -> list[str]:
 def _traced(cell: CellOutcomes, name: str, quantity: str) -> bool:
     runs = cell.systems[name].runs.values() if name in cell.systems else ()
     return bool(runs) and all("failed" in run or quantity in run["traces"] for run in runs)
+
+
+def draw_masking(results: Path, output: Path) -> list[Path]:
+    """Draw `masking-<cell>.png` for every cell that `masking.jsonl` holds."""
+    found: dict[str, list[dict]] = {}
+    for line in read_lines(results / MASKING_FILE):
+        found.setdefault(line["cell"], []).append(line)
+    output.mkdir(parents=True, exist_ok=True)
+    return [_masking(cell, lines, output / f"masking-{cell}.png") for cell, lines in found.items()]
+
+
+def _masking(cell: str, lines: Sequence[dict], path: Path) -> Path:
+    figure, axes = grid(2, (5.2, 3.0))
+    ratios = sorted({line["ratio"] for line in lines})
+    percent = [100 * ratio for ratio in ratios]
+    words = {"cos": "cos(M ⊙ g̃, M ⊙ g̃₀)", "visual_loss": "$L_v$"}
+    for axis, (quantity, name), letter in zip(axes, words.items(), "bc", strict=True):
+        groups = [[line[quantity] for line in lines if line["ratio"] == ratio] for ratio in ratios]
+        axis.plot(percent, [np.mean(group) for group in groups], "o-", color=COLOURS["mdgd-gm"], markersize=4)
+        for at, group in zip(percent, groups, strict=True):
+            axis.plot([at] * len(group), group, ".", color="0.3", markersize=3)
+        label(axis, f"({letter}) {name}", "numbers that may move, %", "")
+    figure.suptitle(f"MDGD-GM against its masking ratio: {TITLES[cell]}; line: mean, dots: seeds")
+    return save(figure, path)
+
+
+def draw_embeddings(results: Path, output: Path) -> list[Path]:
+    """Draw every `tsne-<cell>.npz` of the results."""
+    output.mkdir(parents=True, exist_ok=True)
+    return [_embedding(path, output / f"{path.stem}.png") for path in sorted(results.glob("tsne-*.npz"))]
+
+
+def _embedding(source: Path, path: Path) -> Path:
+    placed = np.load(source)
+    figure, axes = plt.subplots(1, len(KINDS), figsize=(10, 4.9), layout="constrained")
+    for axis, (kind, token) in zip(axes, KINDS.items(), strict=True):
+        for name in EMBEDDED:
+            points = placed[f"{kind}/{name}"]
+            # MDGD's may cover the pre-trained model's, which are therefore larger.
+            size, alpha = (45, 0.45) if name == "zero-shot" else (10, 0.7)
+            axis.scatter(*points.T, s=size, alpha=alpha, linewidths=0, color=COLOURS[name], label=SYSTEMS[name].label)
+        label(axis, f"{kind}: {token}", "", "")
+        axis.set_xticks([])
+        axis.set_yticks([])
+    title = TITLES[source.stem.removeprefix("tsne-")]
+    figure.suptitle(f"t-SNE of features of the target's test examples: {title}, one seed")
+    one_legend(figure)
+    return save(figure, path)

@@ -10,11 +10,9 @@ from pathlib import Path
 from PIL import Image
 from rich.console import Console
 
-from reproductions.mini.embedding import draw_cached as draw_embeddings
-from reproductions.mini.masking import draw_cached as draw_masking
 from reproductions.mini.model.llava import CHECKPOINT, SECOND_CHECKPOINT
 from reproductions.mini.outcomes import CellOutcomes, load
-from reproductions.mini.plots import draw_study
+from reproductions.mini.plots import draw_figures
 from reproductions.mini.systems import SYSTEMS
 from reproductions.mini.tables import missing, summary_table, tables
 from reproductions.mini.verdicts import RULE, Verdict, verdicts
@@ -81,12 +79,6 @@ def write_report(results: Path, output: Path, console: Console) -> Path:
     page = output / "report.html"
     page.write_text(_page(cells, shown, judged, figures), encoding="utf-8")
     return page
-
-
-def draw_figures(results: Path, cells: Sequence[CellOutcomes], output: Path) -> list[Path]:
-    """Draw every figure that the results, or what `--tsne` and `--masking` left beside them, suffice for."""
-    written = draw_study(cells, output)
-    return [*written, *draw_masking(results, output), *draw_embeddings(results, output)]
 
 
 def verdicts_markdown(cells: Sequence[CellOutcomes], judged: Mapping[str, Sequence[Verdict]]) -> str:

@@ -10,6 +10,7 @@ from rich.console import Console
 from reproductions.mini import embedding
 from reproductions.mini.labels import label_points
 from reproductions.mini.outcomes import load
+from reproductions.mini.plots import draw_embeddings
 from reproductions.mini.world.data import prompt_batch, target_data
 from reproductions.shared.masked_cosine import masked_cosine
 
@@ -63,6 +64,6 @@ def test_tsne_keeps_alike_features_together_and_is_drawn_from_what_was_kept(tmp_
         apart = np.linalg.norm(centre["fine-tune"] - centre["zero-shot"])
         assert np.linalg.norm(centre["mdgd"] - centre["zero-shot"]) < apart / 5
     np.savez(tmp_path / "tsne-digits-adamw.npz", **placed)
-    (path,) = embedding.draw_cached(tmp_path, tmp_path / "out")
+    (path,) = draw_embeddings(tmp_path, tmp_path / "out")
     assert path.name == "tsne-digits-adamw.png"
     assert embedding.embed_cells(tmp_path, load(tmp_path)[:1], QUIET) == [tmp_path / "tsne-digits-adamw.npz"]

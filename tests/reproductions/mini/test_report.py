@@ -14,6 +14,7 @@ from reproductions.mini import masking, study
 from reproductions.mini.claims import CLAIMS, Claim, Condition
 from reproductions.mini.commands import app
 from reproductions.mini.outcomes import load
+from reproductions.mini.plots import draw_masking
 from reproductions.mini.report import verdicts_markdown, write_report
 from reproductions.mini.systems import CELLS, SYSTEMS
 from reproductions.mini.tables import cost_table, difference_table, score_table, summary_table, tables
@@ -265,7 +266,7 @@ def test_masking_runs_once_and_is_drawn(tmp_path, monkeypatch):
     lines = [json.loads(line) for line in (folder / "masking.jsonl").read_text().splitlines()]
     assert [line["ratio"] for line in lines] == [0.1, 1.0]
     assert all(-1 <= line["cos"] <= 1 and line["visual_loss"] > 0 for line in lines)
-    (path,) = masking.draw_cached(folder, tmp_path / "out")
+    (path,) = draw_masking(folder, tmp_path / "out")
     assert path.name == "masking-digits-adamw.png"
 
 

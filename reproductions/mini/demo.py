@@ -11,10 +11,10 @@ from typing import Any, cast
 from rich.console import Console
 from rich.table import Table
 
+from reproductions.mini.experiment.methods import METHODS, PRETRAINED
+from reproductions.mini.experiment.parallel import execute_all
+from reproductions.mini.experiment.run import Run
 from reproductions.mini.figures import draw_demo
-from reproductions.mini.methods import METHODS, PRETRAINED
-from reproductions.mini.parallel import execute_all
-from reproductions.mini.run import Run
 from reproductions.mini.world.questions import PRETRAINED_TASKS
 from reproductions.shared.results import Result
 

@@ -13,10 +13,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from reproductions.mini.experiment.outcomes import SCORES, CellOutcomes
+from reproductions.mini.experiment.scores import mean
+from reproductions.mini.experiment.systems import SYSTEMS
 from reproductions.mini.labels import label_points
-from reproductions.mini.outcomes import SCORES, CellOutcomes
-from reproductions.mini.scores import mean
-from reproductions.mini.systems import SYSTEMS
 from reproductions.mini.verdicts import FEWEST_SEEDS
 from reproductions.shared.figures import label
 from reproductions.shared.results import Result

@@ -13,12 +13,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from reproductions.mini.embedding import EMBEDDED, KINDS
-from reproductions.mini.finetune import TRACED_EVERY
+from reproductions.mini.experiment.embedding import EMBEDDED, KINDS
+from reproductions.mini.experiment.finetune import TRACED_EVERY
+from reproductions.mini.experiment.masking import FILE as MASKING_FILE
+from reproductions.mini.experiment.outcomes import CellOutcomes
+from reproductions.mini.experiment.systems import SYSTEMS, TITLES
 from reproductions.mini.frontier import draw_frontier
-from reproductions.mini.masking import FILE as MASKING_FILE
-from reproductions.mini.outcomes import CellOutcomes
-from reproductions.mini.systems import SYSTEMS, TITLES
 from reproductions.mini.verdicts import FEWEST_SEEDS
 from reproductions.mini.world.questions import PRETRAINED_TASKS
 from reproductions.shared.figures import grid, label, one_legend, save

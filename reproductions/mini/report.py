@@ -10,10 +10,10 @@ from pathlib import Path
 from PIL import Image
 from rich.console import Console
 
+from reproductions.mini.experiment.outcomes import CellOutcomes, load
+from reproductions.mini.experiment.systems import SYSTEMS
 from reproductions.mini.model.llava import CHECKPOINT, SECOND_CHECKPOINT
-from reproductions.mini.outcomes import CellOutcomes, load
 from reproductions.mini.plots import draw_figures
-from reproductions.mini.systems import SYSTEMS
 from reproductions.mini.tables import missing, summary_table, tables
 from reproductions.mini.verdicts import RULE, Verdict, verdicts
 from reproductions.mini.world.data import Example, pretrained_task_data, target_data

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from statistics import fmean
 
-from reproductions.mini.outcomes import SCORES, CellOutcomes, Outcome
-from reproductions.mini.scores import mean
-from reproductions.mini.systems import SHORT, SYSTEMS
+from reproductions.mini.experiment.outcomes import SCORES, CellOutcomes, Outcome
+from reproductions.mini.experiment.scores import mean
+from reproductions.mini.experiment.systems import SHORT, SYSTEMS
 from reproductions.mini.verdicts import FEWEST_SEEDS
 from reproductions.shared.stats import Difference, estimate, holm
 from reproductions.shared.tables import Table

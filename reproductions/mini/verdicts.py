@@ -8,9 +8,9 @@ from typing import Literal
 from scipy import stats  # type: ignore[import-untyped]
 
 from reproductions.mini.claims import BEST, CLAIMS, CORRELATION, RANK_MEASURES_FORGETTING, Claim, Condition
-from reproductions.mini.outcomes import CellOutcomes
-from reproductions.mini.study import checkpoint_of
-from reproductions.mini.systems import SYSTEMS
+from reproductions.mini.experiment.outcomes import CellOutcomes
+from reproductions.mini.experiment.study import checkpoint_of
+from reproductions.mini.experiment.systems import SYSTEMS
 from reproductions.shared.stats import Estimate, estimate
 
 Outcome = Literal["holds here", "does not hold here", "cannot tell"]

@@ -10,10 +10,10 @@ from rich.console import Console
 from sklearn.manifold import TSNE  # type: ignore[import-untyped]
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
-from reproductions.mini.finetune import finetune
+from reproductions.mini.experiment.finetune import finetune
+from reproductions.mini.experiment.outcomes import CellOutcomes
+from reproductions.mini.experiment.study import checkpoint_of
 from reproductions.mini.model.llava import load_checkpoint
-from reproductions.mini.outcomes import CellOutcomes
-from reproductions.mini.study import checkpoint_of
 from reproductions.mini.world.data import TaskData, prompt_batch, target_data
 
 EMBEDDED = ("zero-shot", "fine-tune", "mdgd")

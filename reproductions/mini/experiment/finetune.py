@@ -12,8 +12,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from reproductions.methods import PullTowards, Replay, lora, tailor_
-from reproductions.mini.methods import Method
-from reproductions.mini.scored_masks import Batches
+from reproductions.mini.experiment.methods import Method
+from reproductions.mini.experiment.scored_masks import Batches
 from reproductions.mini.world.data import Example, TaskData, pretrained_task_data, training_batch
 from reproductions.mini.world.questions import PRETRAINED_TASKS
 from torch_mdgd import MDGDOptimizer, mdgd_backward

@@ -11,7 +11,7 @@ import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from reproductions.mini.run import Run, execute
+from reproductions.mini.experiment.run import Run, execute
 from reproductions.shared.results import Result, add_line, read_results
 
 _FEW = 12

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from reproductions.mini.scored_masks import Batches, scored_mask
+from reproductions.mini.experiment.scored_masks import Batches, scored_mask
 from torch_mdgd import Given, Magnitude, MDGDOptimizer, Random, TopK, VisualInputs, connector
 
 Base = Literal["adamw", "sgd"]

@@ -13,8 +13,8 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from reproductions.mini.finetune import prepare, training
-from reproductions.mini.methods import Method
+from reproductions.mini.experiment.finetune import prepare, training
+from reproductions.mini.experiment.methods import Method
 from reproductions.mini.model.llava import load_checkpoint
 from reproductions.mini.world.data import target_data
 from reproductions.shared.results import read_lines

@@ -8,9 +8,9 @@ from statistics import fmean
 from rich.console import Console
 from rich.table import Table
 
-from reproductions.mini.methods import METHODS, Method
-from reproductions.mini.parallel import execute_all
-from reproductions.mini.run import Run
+from reproductions.mini.experiment.methods import METHODS, Method
+from reproductions.mini.experiment.parallel import execute_all
+from reproductions.mini.experiment.run import Run
 from reproductions.shared.results import Result
 
 SEEDS = (100, 101)

@@ -7,12 +7,12 @@ from statistics import fmean
 import torch
 from rich.console import Console
 
-from reproductions.mini.finetune import finetune, trainable_parameters
-from reproductions.mini.methods import Method
+from reproductions.mini.experiment.finetune import finetune, trainable_parameters
+from reproductions.mini.experiment.methods import Method
+from reproductions.mini.experiment.outcomes import CellOutcomes
+from reproductions.mini.experiment.study import checkpoint_of
+from reproductions.mini.experiment.systems import SYSTEMS
 from reproductions.mini.model.llava import load_checkpoint
-from reproductions.mini.outcomes import CellOutcomes
-from reproductions.mini.study import checkpoint_of
-from reproductions.mini.systems import SYSTEMS
 from reproductions.mini.world.data import target_data, training_batch
 from reproductions.shared.masked_cosine import masked_cosine
 from reproductions.shared.results import add_line, read_lines

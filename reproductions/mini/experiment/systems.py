@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
-from reproductions.mini.methods import PRETRAINED, Base, Method
+from reproductions.mini.experiment.methods import PRETRAINED, Base, Method
 
 Grid = Mapping[str, tuple[Any, ...]]
 

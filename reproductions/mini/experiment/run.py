@@ -12,9 +12,9 @@ from typing import Any, Literal
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from reproductions.mini.finetune import BATCH, TRACED_EVERY, Course, OnStep, finetune, nothing
-from reproductions.mini.measure import measure, measure_features
-from reproductions.mini.methods import Method
+from reproductions.mini.experiment.finetune import BATCH, TRACED_EVERY, Course, OnStep, finetune, nothing
+from reproductions.mini.experiment.measure import measure, measure_features
+from reproductions.mini.experiment.methods import Method
 from reproductions.mini.model.llava import CHECKPOINT, load_checkpoint
 from reproductions.mini.world.data import target_data
 from reproductions.mini.world.questions import TARGET_TASKS

@@ -10,14 +10,14 @@ from typing import Literal
 
 from rich.console import Console
 
-from reproductions.mini.costs import measure_costs
-from reproductions.mini.methods import Method
+from reproductions.mini.experiment.costs import measure_costs
+from reproductions.mini.experiment.methods import Method
+from reproductions.mini.experiment.parallel import execute_all
+from reproductions.mini.experiment.run import Run
+from reproductions.mini.experiment.scores import h_scores, mean, rate_that_reaches, target_score
+from reproductions.mini.experiment.systems import SYSTEMS, Cell, System, adapted
+from reproductions.mini.experiment.tune import SEEDS as TUNING_SEEDS
 from reproductions.mini.model.llava import CHECKPOINT, SECOND_CHECKPOINT
-from reproductions.mini.parallel import execute_all
-from reproductions.mini.run import Run
-from reproductions.mini.scores import h_scores, mean, rate_that_reaches, target_score
-from reproductions.mini.systems import SYSTEMS, Cell, System, adapted
-from reproductions.mini.tune import SEEDS as TUNING_SEEDS
 from reproductions.shared.results import Result, read_results
 
 Stage = Literal["tune", "test", "frontier"]

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from reproductions.mini import study
-from reproductions.mini.costs import read_costs
-from reproductions.mini.methods import Method
-from reproductions.mini.run import Run
-from reproductions.mini.scores import average, h_scores, kept, target_score
-from reproductions.mini.study import TEST_SEEDS, Size
-from reproductions.mini.systems import CELLS, SYSTEMS, Cell, System
+from reproductions.mini.experiment import study
+from reproductions.mini.experiment.costs import read_costs
+from reproductions.mini.experiment.methods import Method
+from reproductions.mini.experiment.run import Run
+from reproductions.mini.experiment.scores import average, h_scores, kept, target_score
+from reproductions.mini.experiment.study import TEST_SEEDS, Size
+from reproductions.mini.experiment.systems import CELLS, SYSTEMS, Cell, System
 from reproductions.mini.world.questions import PRETRAINED_TASKS
 from reproductions.shared.results import Result, read_results
 from reproductions.shared.stats import Difference, paired

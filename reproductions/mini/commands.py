@@ -167,7 +167,7 @@ def report(
     ),
 ) -> None:
     """Tables, verdicts, figures and answers of the study, on one page."""
-    from reproductions.mini.report import write_report
+    from reproductions.mini.report.page import write_report
 
     _require(results)
     console = _console()
@@ -192,7 +192,7 @@ def figures(
     from reproductions.mini.experiment.embedding import embed_cells
     from reproductions.mini.experiment.masking import mask_cells
     from reproductions.mini.experiment.outcomes import load
-    from reproductions.mini.plots import draw_figures
+    from reproductions.mini.report.figures import draw_figures
 
     _require(results)
     console, cells = _console(), load(results)

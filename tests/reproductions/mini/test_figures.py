@@ -9,8 +9,8 @@ from rich.console import Console
 
 from reproductions.mini.experiment import embedding
 from reproductions.mini.experiment.outcomes import load
-from reproductions.mini.labels import label_points
-from reproductions.mini.plots import draw_embeddings
+from reproductions.mini.report.figures import draw_embeddings
+from reproductions.mini.report.labels import label_points
 from reproductions.mini.world.data import prompt_batch, target_data
 from reproductions.shared.masked_cosine import masked_cosine
 

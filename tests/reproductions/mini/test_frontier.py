@@ -7,7 +7,7 @@ from matplotlib.text import Text
 
 from reproductions.mini.experiment.outcomes import load
 from reproductions.mini.experiment.systems import SYSTEMS
-from reproductions.mini.frontier import draw_frontier
+from reproductions.mini.report.frontier import draw_frontier
 from tests.reproductions.mini.made_up import SCORES, made_up
 
 

@@ -10,15 +10,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from reproductions.mini.claims import CLAIMS, Claim, Condition
 from reproductions.mini.commands import app
 from reproductions.mini.experiment import masking, study
 from reproductions.mini.experiment.outcomes import load
 from reproductions.mini.experiment.systems import CELLS, SYSTEMS
-from reproductions.mini.plots import draw_masking
-from reproductions.mini.report import verdicts_markdown, write_report
-from reproductions.mini.tables import cost_table, difference_table, score_table, summary_table, tables
-from reproductions.mini.verdicts import against, rank_and_forgetting, together, verdicts
+from reproductions.mini.report.claims import CLAIMS, Claim, Condition
+from reproductions.mini.report.figures import draw_masking
+from reproductions.mini.report.page import verdicts_markdown, write_report
+from reproductions.mini.report.tables import cost_table, difference_table, score_table, summary_table, tables
+from reproductions.mini.report.verdicts import against, rank_and_forgetting, together, verdicts
 from reproductions.shared.stats import Estimate
 from tests.reproductions.mini.made_up import CELL, COSTS, QUIET, SCORES, SIZE, made_up, result
 

@@ -18,8 +18,8 @@ from reproductions.mini.experiment.finetune import TRACED_EVERY
 from reproductions.mini.experiment.masking import FILE as MASKING_FILE
 from reproductions.mini.experiment.outcomes import CellOutcomes
 from reproductions.mini.experiment.systems import SYSTEMS, TITLES
-from reproductions.mini.frontier import draw_frontier
-from reproductions.mini.verdicts import FEWEST_SEEDS
+from reproductions.mini.report.frontier import draw_frontier
+from reproductions.mini.report.verdicts import FEWEST_SEEDS
 from reproductions.mini.world.questions import PRETRAINED_TASKS
 from reproductions.shared.figures import grid, label, one_legend, save
 from reproductions.shared.results import Result, read_lines

@@ -8,7 +8,7 @@ from statistics import fmean
 from reproductions.mini.experiment.outcomes import SCORES, CellOutcomes, Outcome
 from reproductions.mini.experiment.scores import mean
 from reproductions.mini.experiment.systems import SHORT, SYSTEMS
-from reproductions.mini.verdicts import FEWEST_SEEDS
+from reproductions.mini.report.verdicts import FEWEST_SEEDS
 from reproductions.shared.stats import Difference, estimate, holm
 from reproductions.shared.tables import Table
 

@@ -7,10 +7,10 @@ from typing import Literal
 
 from scipy import stats  # type: ignore[import-untyped]
 
-from reproductions.mini.claims import BEST, CLAIMS, CORRELATION, RANK_MEASURES_FORGETTING, Claim, Condition
 from reproductions.mini.experiment.outcomes import CellOutcomes
 from reproductions.mini.experiment.study import checkpoint_of
 from reproductions.mini.experiment.systems import SYSTEMS
+from reproductions.mini.report.claims import BEST, CLAIMS, CORRELATION, RANK_MEASURES_FORGETTING, Claim, Condition
 from reproductions.shared.stats import Estimate, estimate
 
 Outcome = Literal["holds here", "does not hold here", "cannot tell"]

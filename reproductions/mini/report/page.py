@@ -13,9 +13,9 @@ from rich.console import Console
 from reproductions.mini.experiment.outcomes import CellOutcomes, load
 from reproductions.mini.experiment.systems import SYSTEMS
 from reproductions.mini.model.llava import CHECKPOINT, SECOND_CHECKPOINT
-from reproductions.mini.plots import draw_figures
-from reproductions.mini.tables import missing, summary_table, tables
-from reproductions.mini.verdicts import RULE, Verdict, verdicts
+from reproductions.mini.report.figures import draw_figures
+from reproductions.mini.report.tables import missing, summary_table, tables
+from reproductions.mini.report.verdicts import RULE, Verdict, verdicts
 from reproductions.mini.world.data import Example, pretrained_task_data, target_data
 from reproductions.mini.world.questions import PRETRAINED_TASKS
 from reproductions.shared.results import Result
@@ -45,7 +45,7 @@ SHOWN = 2
 """Examples of each task on the page, of the first that results keep answers to; one where all models agree on all."""
 
 MARKS = {"holds here": ("✓", "up"), "does not hold here": ("✗", "down"), "cannot tell": ("–", "faint")}
-_STYLE = Path(__file__).parents[1] / "paper" / "report.css"
+_STYLE = Path(__file__).parents[2] / "paper" / "report.css"
 _MORE_STYLE = """
 .card img { height: 144px; image-rendering: pixelated; } td.verdict { text-align: left; white-space: normal;
 min-width: 15rem; vertical-align: top; } td.claim { white-space: normal; min-width: 19rem; vertical-align: top; }

@@ -16,8 +16,8 @@ from matplotlib.lines import Line2D
 from reproductions.mini.experiment.outcomes import SCORES, CellOutcomes
 from reproductions.mini.experiment.scores import mean
 from reproductions.mini.experiment.systems import SYSTEMS
-from reproductions.mini.labels import label_points
-from reproductions.mini.verdicts import FEWEST_SEEDS
+from reproductions.mini.report.labels import label_points
+from reproductions.mini.report.verdicts import FEWEST_SEEDS
 from reproductions.shared.figures import label
 from reproductions.shared.results import Result
 from reproductions.shared.stats import estimate

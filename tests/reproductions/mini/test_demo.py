@@ -8,12 +8,12 @@ import torch
 from rich.console import Console
 
 from reproductions.mini import demo
+from reproductions.mini.demo import draw_demo, telling_examples
 from reproductions.mini.experiment import tune
 from reproductions.mini.experiment.finetune import finetune, trainable_parameters
 from reproductions.mini.experiment.methods import METHODS
 from reproductions.mini.experiment.parallel import execute_all
 from reproductions.mini.experiment.run import Run, execute
-from reproductions.mini.figures import draw_demo, telling_examples
 from reproductions.mini.model.llava import load_checkpoint
 from reproductions.mini.world.data import target_data
 from reproductions.mini.world.questions import PRETRAINED_TASKS

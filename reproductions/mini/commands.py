@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from reproductions.mini.settings import PRETRAIN, PretrainSettings
+from reproductions.mini.model.settings import PRETRAIN, PretrainSettings
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,7 +31,7 @@ def pretrain(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from reproductions.mini import pretrain as pretraining
+    from reproductions.mini.model import pretrain as pretraining
 
     transformers.utils.logging.disable_progress_bar()
     settings = PretrainSettings(seed=seed, vision_steps=vision_steps, language_steps=language_steps)
@@ -93,8 +93,8 @@ def tune(
     examples: Examples = 150,
 ) -> None:
     """Choose settings on validation examples and on seeds of their own: about half an hour on two cores."""
-    from reproductions.mini import tune as tuning
-    from reproductions.mini.study import require_known
+    from reproductions.mini.experiment import tune as tuning
+    from reproductions.mini.experiment.study import require_known
 
     names = methods.split(",") if methods else list(tuning.GRIDS)
     with _refused():
@@ -122,8 +122,8 @@ def study(
     tuning_examples: Annotated[int, typer.Option(min=1, help="Validation examples a task.")] = 150,
 ) -> None:
     """Run every system: choose its settings, test it, and draw its frontier. Resumes after a kill."""
-    from reproductions.mini import study as studying
-    from reproductions.mini.systems import CELLS, SYSTEMS
+    from reproductions.mini.experiment import study as studying
+    from reproductions.mini.experiment.systems import CELLS, SYSTEMS
 
     cells = [c for c in CELLS if target in (None, c.target) and optimizer in (None, c.base)]
     names, wanted = systems.split(",") if systems else [], stages.split(",")
@@ -149,8 +149,8 @@ def leads(
     examples: Annotated[int, typer.Option(min=1, help="Validation examples a task.")] = 150,
 ) -> None:
     """Try other masks, other layers and other ways to keep a history, on validation examples alone."""
-    from reproductions.mini import leads as leading
-    from reproductions.mini.study import Size
+    from reproductions.mini.experiment import leads as leading
+    from reproductions.mini.experiment.study import Size
 
     leading.leads(output, Size(steps or None, batch, examples), _console(), workers or None)
 
@@ -167,7 +167,7 @@ def report(
     ),
 ) -> None:
     """Tables, verdicts, figures and answers of the study, on one page."""
-    from reproductions.mini.report import write_report
+    from reproductions.mini.report.page import write_report
 
     _require(results)
     console = _console()
@@ -189,10 +189,10 @@ def figures(
     """Draw the study's figures."""
     import torch
 
-    from reproductions.mini.embedding import embed_cells
-    from reproductions.mini.masking import mask_cells
-    from reproductions.mini.outcomes import load
-    from reproductions.mini.report import draw_figures
+    from reproductions.mini.experiment.embedding import embed_cells
+    from reproductions.mini.experiment.masking import mask_cells
+    from reproductions.mini.experiment.outcomes import load
+    from reproductions.mini.report.figures import draw_figures
 
     _require(results)
     console, cells = _console(), load(results)

@@ -1,8 +1,8 @@
 import pytest
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
-from reproductions.mini.model import load_checkpoint
-from reproductions.mini.text import make_tokenizer
+from reproductions.mini.model.llava import load_checkpoint
+from reproductions.mini.world.text import make_tokenizer
 
 
 @pytest.fixture(scope="session")

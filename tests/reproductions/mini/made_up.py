@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from reproductions.mini import study
-from reproductions.mini.questions import PRETRAINED_TASKS
-from reproductions.mini.run import Run
-from reproductions.mini.systems import CELLS, SYSTEMS
+from reproductions.mini.experiment import study
+from reproductions.mini.experiment.run import Run
+from reproductions.mini.experiment.systems import CELLS, SYSTEMS
+from reproductions.mini.world.questions import PRETRAINED_TASKS
 
 CELL = CELLS[0]
 SIZE = study.Size()

@@ -6,12 +6,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from reproductions.mini.data import pretrained_task_data, target_data
-from reproductions.mini.evaluate import evaluate
-from reproductions.mini.model import CHECKPOINT, SECOND_CHECKPOINT, load_checkpoint
-from reproductions.mini.questions import PRETRAINED_TASKS
-from reproductions.mini.settings import PRETRAIN, PretrainSettings
-from reproductions.mini.text import make_tokenizer
+from reproductions.mini.model.evaluate import evaluate
+from reproductions.mini.model.llava import CHECKPOINT, SECOND_CHECKPOINT, load_checkpoint
+from reproductions.mini.model.settings import PRETRAIN, PretrainSettings
+from reproductions.mini.world.data import pretrained_task_data, target_data
+from reproductions.mini.world.questions import PRETRAINED_TASKS
+from reproductions.mini.world.text import make_tokenizer
 
 BOTH = pytest.mark.parametrize("path", [CHECKPOINT, SECOND_CHECKPOINT], ids=lambda path: path.name)
 

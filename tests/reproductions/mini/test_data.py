@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from reproductions.mini.data import TaskData, pretrained_task_data, prompt_batch, target_data, training_batch
-from reproductions.mini.pictures import COLOURS, KIND_OF, KINDS, KNOWN, LETTERS, SPARE, draw_picture
-from reproductions.mini.questions import NUMBERS, PRETRAINED_TASKS
-from reproductions.mini.scenes import POSITIONS, SPLITS, Scene
-from reproductions.mini.text import ANSWER, END, IMAGE, IMAGE_TOKENS, PAD
+from reproductions.mini.world.data import TaskData, pretrained_task_data, prompt_batch, target_data, training_batch
+from reproductions.mini.world.pictures import COLOURS, KIND_OF, KINDS, KNOWN, LETTERS, SPARE, draw_picture
+from reproductions.mini.world.questions import NUMBERS, PRETRAINED_TASKS
+from reproductions.mini.world.scenes import POSITIONS, SPLITS, Scene
+from reproductions.mini.world.text import ANSWER, END, IMAGE, IMAGE_TOKENS, PAD
 
 
 @cache

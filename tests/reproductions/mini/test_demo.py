@@ -7,15 +7,17 @@ import pytest
 import torch
 from rich.console import Console
 
-from reproductions.mini import demo, tune
-from reproductions.mini.data import target_data
-from reproductions.mini.figures import draw_demo, telling_examples
-from reproductions.mini.finetune import finetune, trainable_parameters
-from reproductions.mini.methods import METHODS
-from reproductions.mini.model import load_checkpoint
-from reproductions.mini.parallel import execute_all, read_results
-from reproductions.mini.questions import PRETRAINED_TASKS
-from reproductions.mini.run import Run, execute
+from reproductions.mini import demo
+from reproductions.mini.demo import draw_demo, telling_examples
+from reproductions.mini.experiment import tune
+from reproductions.mini.experiment.finetune import finetune, trainable_parameters
+from reproductions.mini.experiment.methods import METHODS
+from reproductions.mini.experiment.parallel import execute_all
+from reproductions.mini.experiment.run import Run, execute
+from reproductions.mini.model.llava import load_checkpoint
+from reproductions.mini.world.data import target_data
+from reproductions.mini.world.questions import PRETRAINED_TASKS
+from reproductions.shared.results import read_results
 from torch_mdgd import MDGDOptimizer
 
 

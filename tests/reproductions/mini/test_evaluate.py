@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from reproductions.mini.data import pretrained_task_data, prompt_batch, target_data, training_batch
-from reproductions.mini.evaluate import Evaluation, average, evaluate, harmonic, visual_features
-from reproductions.mini.model import build_model
+from reproductions.mini.model.evaluate import Evaluation, evaluate, visual_features
+from reproductions.mini.model.llava import build_model
+from reproductions.mini.world.data import pretrained_task_data, prompt_batch, target_data, training_batch
+from reproductions.shared.scores import average, harmonic
 
 
 def test_greedy_answers_equal_a_loop_over_single_unpadded_prompts(checkpoint):

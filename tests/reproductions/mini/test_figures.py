@@ -7,10 +7,12 @@ import torch
 from matplotlib.text import Text
 from rich.console import Console
 
-from reproductions.mini import embedding, masking
-from reproductions.mini.data import prompt_batch, target_data
-from reproductions.mini.labels import label_points
-from reproductions.mini.outcomes import load
+from reproductions.mini.experiment import embedding
+from reproductions.mini.experiment.outcomes import load
+from reproductions.mini.report.figures import draw_embeddings
+from reproductions.mini.report.labels import label_points
+from reproductions.mini.world.data import prompt_batch, target_data
+from reproductions.shared.masked_cosine import masked_cosine
 
 QUIET = Console(quiet=True)
 
@@ -35,9 +37,9 @@ def test_the_masked_cosine_is_of_what_moved():
     g, v = torch.tensor([3.0, 4.0, 5.0]), torch.tensor([0.0, 0.0, 2.0])
     g0, v0 = torch.tensor([4.0, -3.0, 1.0]), torch.zeros(3)
     both, first = torch.tensor([True, True, True]), torch.tensor([True, False, True])
-    assert masking.masked_cosine([[g], [v], [g0], [v0]], [both]) == pytest.approx(0.0)
-    assert masking.masked_cosine([[g], [v], [g0], [v0]], [first]) == pytest.approx(12 / (3 * 17**0.5))
-    assert masking.masked_cosine([[g], [None], [g], [None]], [torch.zeros(3, dtype=torch.bool)]) == 0
+    assert masked_cosine([[g], [v], [g0], [v0]], [both]) == pytest.approx(0.0)
+    assert masked_cosine([[g], [v], [g0], [v0]], [first]) == pytest.approx(12 / (3 * 17**0.5))
+    assert masked_cosine([[g], [None], [g], [None]], [torch.zeros(3, dtype=torch.bool)]) == 0
 
 
 def test_features_are_those_of_the_last_image_token_and_of_the_last_word(checkpoint):
@@ -62,6 +64,6 @@ def test_tsne_keeps_alike_features_together_and_is_drawn_from_what_was_kept(tmp_
         apart = np.linalg.norm(centre["fine-tune"] - centre["zero-shot"])
         assert np.linalg.norm(centre["mdgd"] - centre["zero-shot"]) < apart / 5
     np.savez(tmp_path / "tsne-digits-adamw.npz", **placed)
-    (path,) = embedding.draw_cached(tmp_path, tmp_path / "out")
+    (path,) = draw_embeddings(tmp_path, tmp_path / "out")
     assert path.name == "tsne-digits-adamw.png"
     assert embedding.embed_cells(tmp_path, load(tmp_path)[:1], QUIET) == [tmp_path / "tsne-digits-adamw.npz"]

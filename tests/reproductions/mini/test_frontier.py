@@ -5,9 +5,9 @@ import json
 import matplotlib.pyplot as plt
 from matplotlib.text import Text
 
-from reproductions.mini.frontier import draw_frontier
-from reproductions.mini.outcomes import load
-from reproductions.mini.systems import SYSTEMS
+from reproductions.mini.experiment.outcomes import load
+from reproductions.mini.experiment.systems import SYSTEMS
+from reproductions.mini.report.frontier import draw_frontier
 from tests.reproductions.mini.made_up import SCORES, made_up
 
 

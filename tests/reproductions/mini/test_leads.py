@@ -7,14 +7,14 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from reproductions.mini import leads, study
 from reproductions.mini.commands import app
-from reproductions.mini.data import target_data, training_batch
-from reproductions.mini.finetune import trainable_parameters
-from reproductions.mini.methods import Method
-from reproductions.mini.model import CHECKPOINT, load_checkpoint
-from reproductions.mini.scored_masks import SCORES, scored_mask, squared_gradients
-from reproductions.mini.systems import CANDIDATES
+from reproductions.mini.experiment import leads, study
+from reproductions.mini.experiment.finetune import trainable_parameters
+from reproductions.mini.experiment.methods import Method
+from reproductions.mini.experiment.scored_masks import SCORES, scored_mask, squared_gradients
+from reproductions.mini.experiment.systems import CANDIDATES
+from reproductions.mini.model.llava import CHECKPOINT, load_checkpoint
+from reproductions.mini.world.data import target_data, training_batch
 from torch_mdgd import VisualTap
 
 
@@ -64,7 +64,7 @@ def test_every_score_keeps_the_exact_count(scored, kind):
 
 
 def chosen_by(kind, F, V, fraction, monkeypatch):
-    monkeypatch.setattr("reproductions.mini.scored_masks.squared_gradients", lambda *_: (F, V))
+    monkeypatch.setattr("reproductions.mini.experiment.scored_masks.squared_gradients", lambda *_: (F, V))
     return [m.int().tolist() for m in scored_mask(kind, fraction, nn.Identity(), F, ()).masks]
 
 

@@ -8,13 +8,13 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from reproductions.__main__ import app
-from reproductions.mini import curriculum
-from reproductions.mini.curriculum import DRAWINGS, LanguageBatches, VisionBatches
-from reproductions.mini.model import load_checkpoint
-from reproductions.mini.pretrain import pretrain
-from reproductions.mini.questions import PRETRAINED_TASKS
-from reproductions.mini.scenes import Scene
-from reproductions.mini.settings import PretrainSettings
+from reproductions.mini.model.llava import load_checkpoint
+from reproductions.mini.model.pretrain import pretrain
+from reproductions.mini.model.settings import PretrainSettings
+from reproductions.mini.world import curriculum
+from reproductions.mini.world.curriculum import DRAWINGS, LanguageBatches, VisionBatches
+from reproductions.mini.world.questions import PRETRAINED_TASKS
+from reproductions.mini.world.scenes import Scene
 
 TINY = PretrainSettings(vision_steps=4, language_steps=9, vision_batch=4, language_batch=4)
 

@@ -10,15 +10,16 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from reproductions.mini import masking, study
-from reproductions.mini.claims import CLAIMS, Claim, Condition
 from reproductions.mini.commands import app
-from reproductions.mini.outcomes import load
-from reproductions.mini.report import verdicts_markdown, write_report
-from reproductions.mini.stats import Estimate
-from reproductions.mini.systems import CELLS, SYSTEMS
-from reproductions.mini.tables import cost_table, difference_table, score_table, summary_table, tables
-from reproductions.mini.verdicts import against, rank_and_forgetting, together, verdicts
+from reproductions.mini.experiment import masking, study
+from reproductions.mini.experiment.outcomes import load
+from reproductions.mini.experiment.systems import CELLS, SYSTEMS
+from reproductions.mini.report.claims import CLAIMS, Claim, Condition
+from reproductions.mini.report.figures import draw_masking
+from reproductions.mini.report.page import verdicts_markdown, write_report
+from reproductions.mini.report.tables import cost_table, difference_table, score_table, summary_table, tables
+from reproductions.mini.report.verdicts import against, rank_and_forgetting, together, verdicts
+from reproductions.shared.stats import Estimate
 from tests.reproductions.mini.made_up import CELL, COSTS, QUIET, SCORES, SIZE, made_up, result
 
 
@@ -265,17 +266,17 @@ def test_masking_runs_once_and_is_drawn(tmp_path, monkeypatch):
     lines = [json.loads(line) for line in (folder / "masking.jsonl").read_text().splitlines()]
     assert [line["ratio"] for line in lines] == [0.1, 1.0]
     assert all(-1 <= line["cos"] <= 1 and line["visual_loss"] > 0 for line in lines)
-    (path,) = masking.draw_cached(folder, tmp_path / "out")
+    (path,) = draw_masking(folder, tmp_path / "out")
     assert path.name == "masking-digits-adamw.png"
 
 
 def test_the_committed_tables_and_verdicts_are_those_of_the_committed_results():
-    folder = Path(study.__file__).parent / "results" / "study"
+    folder = Path(study.__file__).parents[1] / "results" / "study"
     cells = load(folder)
     summary = summary_table(cells).markdown
     written = "\n".join([summary, *(table.markdown for cell in cells for table in tables(cell))])
     assert (folder / "tables.md").read_text(encoding="utf-8") == written
-    readme = (Path(study.__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    readme = (Path(study.__file__).parents[3] / "README.md").read_text(encoding="utf-8")
     for line in summary.splitlines():
         assert not line.startswith("|") or line in readme
     judged = {cell.cell.name: verdicts(cell) for cell in cells if cell.systems}

@@ -7,17 +7,18 @@ import pytest
 import torch
 from rich.console import Console
 
-from reproductions.mini import costs, study
-from reproductions.mini.data import target_data
-from reproductions.mini.evaluate import Evaluation
-from reproductions.mini.finetune import finetune
-from reproductions.mini.methods import METHODS
-from reproductions.mini.model import CHECKPOINT, load_checkpoint
-from reproductions.mini.parallel import execute_all, read_results
-from reproductions.mini.questions import PRETRAINED_TASKS
-from reproductions.mini.run import Run, execute, rounded
-from reproductions.mini.scores import average, h_scores, kept, mean, rate_that_reaches, target_score
-from reproductions.mini.systems import CANDIDATES, CELLS, SYSTEMS
+from reproductions.mini.experiment import costs, study
+from reproductions.mini.experiment.finetune import finetune
+from reproductions.mini.experiment.methods import METHODS
+from reproductions.mini.experiment.parallel import execute_all
+from reproductions.mini.experiment.run import Run, execute, rounded
+from reproductions.mini.experiment.scores import average, h_scores, kept, mean, rate_that_reaches, target_score
+from reproductions.mini.experiment.systems import CANDIDATES, CELLS, SYSTEMS
+from reproductions.mini.model.evaluate import Evaluation
+from reproductions.mini.model.llava import CHECKPOINT, load_checkpoint
+from reproductions.mini.world.data import target_data
+from reproductions.mini.world.questions import PRETRAINED_TASKS
+from reproductions.shared.results import read_results
 
 CELL = CELLS[0]
 SIZE = study.Size(steps=2, batch=4, tuning_examples=2, examples=2)

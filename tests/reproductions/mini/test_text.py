@@ -2,9 +2,9 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from reproductions.mini.data import pretrained_task_data, target_data
-from reproductions.mini.questions import PRETRAINED_TASKS
-from reproductions.mini.text import answer_labels, conversation, encode, prompt
+from reproductions.mini.world.data import pretrained_task_data, target_data
+from reproductions.mini.world.questions import PRETRAINED_TASKS
+from reproductions.mini.world.text import answer_labels, conversation, encode, prompt
 
 
 def test_every_sentence_survives_the_round_trip(tokenizer, tmp_path):

@@ -1,0 +1,153 @@
+"""Fine-tuning the small LLaVA on a target task."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
+
+from reproductions.methods import PullTowards, Replay, lora, tailor_
+from reproductions.mini.experiment.methods import Method
+from reproductions.mini.experiment.scored_masks import Batches
+from reproductions.mini.world.data import Example, TaskData, pretrained_task_data, training_batch
+from reproductions.mini.world.questions import PRETRAINED_TASKS
+from torch_mdgd import MDGDOptimizer, mdgd_backward
+
+BATCH = 32
+WARM_UP = 10
+TRACED_EVERY = 5
+# The first gradients are ten times as long as later ones: unclipped, SGD at a useful rate destroys the model at once.
+LONGEST_SGD_GRADIENT = 1.0
+# Of each pre-trained task; as many as there are digits to train on.
+_REMEMBERED = 170
+_CALIBRATION = 128
+# Batches from which numbers are scored for a mask.
+_SCORING = 8
+
+OnStep = Callable[[int, float], None]
+"""Is told of each step and its loss."""
+
+
+def nothing(step: int, loss: float) -> None:
+    """What is done after each step if nothing is asked for."""
+
+
+@dataclass
+class Course:
+    """What was seen during a fine-tuning.
+
+    Attributes:
+        trained: how many numbers could move.
+        losses: the task loss of each step.
+        traces: every fifth step's diagnostics, by name; empty for a plain optimizer.
+    """
+
+    trained: int = 0
+    losses: list[float] = field(default_factory=list)
+    traces: dict[str, list[float]] = field(default_factory=dict)
+
+
+def trainable_parameters(model: LlavaForConditionalGeneration, layers: int = 2) -> list[torch.nn.Parameter]:
+    """Freeze all but the last decoder layers and the projector, as the paper does; return what is left to train."""
+    model.requires_grad_(False)
+    trained = [*model.model.language_model.layers[-layers:], model.model.multi_modal_projector]
+    return [parameter.requires_grad_() for module in trained for parameter in module.parameters()]
+
+
+def finetune(
+    model: LlavaForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerFast,
+    data: TaskData,
+    method: Method,
+    *,
+    seed: int,
+    steps: int,
+    batch_size: int = BATCH,
+    on_step: OnStep = nothing,
+) -> Course:
+    """Train in place: 10 warm-up steps, then linear decay to zero.
+
+    Raises:
+        FloatingPointError: the loss is not finite.
+    """
+    names = {id(p): name for name, p in model.named_parameters()}
+    trained, parameters = prepare(model, method)
+    pretrained = {names[id(p)]: p.detach().clone() for p in parameters} if method.tailor is not None else {}
+    course = Course(max(1, round(method.fraction * sum(p.numel() for p in parameters))))
+    batches = {"seed": seed, "steps": steps, "batch_size": batch_size}
+    for step, (loss, optimizer) in enumerate(training(trained, tokenizer, data, method, parameters, **batches)):
+        course.losses.append(loss)
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"{method.name}: the loss is {loss} at step {step}")
+        if step % TRACED_EVERY == TRACED_EVERY - 1 and isinstance(optimizer, MDGDOptimizer):
+            for name, value in optimizer.diagnostics.items():
+                course.traces.setdefault(name, []).append(value)
+        on_step(step, loss)
+    if trained is not model:
+        trained.merge_and_unload()
+    if method.tailor is not None:
+        rng = np.random.default_rng([seed, 1])
+        chosen = [data.examples[i] for i in rng.choice(len(data), _CALIBRATION, replace=False)]
+        model.eval()
+        calibration = [training_batch(chosen, tokenizer)]
+        tailor_(model, pretrained, calibration, omega=method.tailor, connector=method.connector)
+    return course
+
+
+def prepare(model: LlavaForConditionalGeneration, method: Method) -> tuple[Any, list[torch.nn.Parameter]]:
+    """The model to train, which has adapters around it if the method says so, and the parameters that are trained."""
+    if not method.lora:
+        return model, trainable_parameters(model)
+    adapted: Any = lora(model, method.lora)
+    return adapted, [p for p in adapted.parameters() if p.requires_grad]
+
+
+def training(
+    model: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    data: TaskData,
+    method: Method,
+    parameters: list[torch.nn.Parameter],
+    *,
+    seed: int,
+    steps: int,
+    batch_size: int,
+) -> Iterator[tuple[float, Optimizer]]:
+    """Make one step after the other, each when it is asked for, and give its task loss and the optimizer."""
+    rng = np.random.default_rng(seed)
+    optimizer = method.optimizer(model, parameters, lambda: _scoring_batches(data, tokenizer, seed, batch_size))
+    pull = PullTowards(parameters, method.pull) if method.pull else None
+    replay = Replay(memory(seed), method.replay) if method.replay else None
+    scheduler = LambdaLR(optimizer, lambda step: min(1, (step + 1) / WARM_UP) * (1 - step / steps))
+    model.train()
+    for _ in range(steps):
+        examples: list[Example] = [data.examples[i] for i in rng.choice(len(data), batch_size, replace=False)]
+        batch = training_batch(replay(examples, rng) if replay else examples, tokenizer)
+        if isinstance(optimizer, MDGDOptimizer) and method.wrap is not None:
+            loss = mdgd_backward(model, optimizer, batch)
+        else:
+            loss = model(**batch).loss
+            (loss if pull is None else loss + pull()).backward()
+        if method.base == "sgd":
+            torch.nn.utils.clip_grad_norm_(parameters, LONGEST_SGD_GRADIENT)
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+        yield loss.item(), optimizer
+
+
+def _scoring_batches(data: TaskData, tokenizer: PreTrainedTokenizerFast, seed: int, batch_size: int) -> Batches:
+    rng = np.random.default_rng([seed, 2])
+    draws = (rng.choice(len(data), batch_size, replace=False) for _ in range(_SCORING))
+    return [training_batch([data.examples[i] for i in drawn], tokenizer) for drawn in draws]
+
+
+def memory(seed: int) -> list[Example]:
+    """Training examples of every pre-trained task: what replay has kept."""
+    tasks = (pretrained_task_data(task, "train", _REMEMBERED, seed) for task in PRETRAINED_TASKS)
+    return [example for data in tasks for example in data.examples]

@@ -1,0 +1,142 @@
+"""The ways of fine-tuning that are compared: an optimizer at a learning rate, perhaps wrapped, perhaps with help."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.optim import SGD, AdamW, Optimizer
+
+from reproductions.mini.experiment.scored_masks import Batches, scored_mask
+from torch_mdgd import Given, Magnitude, MDGDOptimizer, Random, TopK, VisualInputs, connector
+
+Base = Literal["adamw", "sgd"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of a table.
+
+    Attributes:
+        name: what the command line calls it.
+        label: what tables and figures call it.
+        learning_rate: peak rate; None trains nothing.
+        wrap: arguments of `MDGDOptimizer`; None captures no gradients.
+        fraction: of the trainable numbers that may move.
+        mask: how those are chosen: "similarity" as in MDGD-GM, from one batch, in each "tensor" by itself, or from
+            eight "batches"; "random" or "magnitude"; a score of `scored_masks`; or "all" of them, which is no mask
+            but lets a history keep its directions in full.
+        inputs: in step space, the share of each layer's visual inputs that is kept from change, in place of the
+            visual gradient; see `VisualInputs`.
+        layers: of which layers.
+        base: the optimizer, "adamw" (no weight decay) or "sgd" (momentum 0.9, gradients clipped to
+            length 1).
+        pull: weight of L2-SP's pull towards the pre-trained weights.
+        replay: share of each batch that is examples of the pre-trained tasks.
+        lora: rank of adapters on q and k of the language model, the connector being trained in full; 0 for none.
+        tailor: ω of Model Tailor after training; None for no tailoring.
+        connector: what Model Tailor makes of the projector: "revert" as published, or "keep".
+    """
+
+    name: str
+    label: str
+    learning_rate: float | None
+    wrap: dict[str, Any] | None = None
+    fraction: float = 1.0
+    mask: str = "similarity"
+    inputs: float | None = None
+    layers: Literal["all", "decoder", "projector", "attention", "mlp"] = "all"
+    base: Base = "adamw"
+    pull: float = 0.0
+    replay: float = 0.0
+    lora: int = 0
+    tailor: float | None = None
+    connector: Literal["revert", "keep"] = "revert"
+
+    def optimizer(
+        self, model: nn.Module, parameters: list[nn.Parameter], batches: Callable[[], Batches] = tuple
+    ) -> Optimizer:
+        """The optimizer over these parameters of the model, wrapped at their present values.
+
+        Args:
+            model: which is trained.
+            parameters: the trained ones.
+            batches: draws training batches, for a mask that is scored before training.
+        """
+        assert self.learning_rate is not None
+        base: Optimizer
+        if self.base == "sgd":
+            base = SGD(parameters, lr=self.learning_rate, momentum=0.9)
+        else:
+            base = AdamW(parameters, lr=self.learning_rate, weight_decay=0.0)
+        if self.wrap is None and self.fraction == 1:
+            return base
+        mask, protect = self._mask(model, parameters, batches), None
+        if self.inputs is not None:
+            protect = _inputs(model, self.layers, self.inputs)
+        compact = self.fraction < 1
+        return MDGDOptimizer(base, mask=mask, compact=compact, protect=protect, **(self.wrap or {}))
+
+    def _mask(self, model: nn.Module, parameters: list[nn.Parameter], batches: Callable[[], Batches]) -> Any:
+        if self.mask == "all":
+            return Given([torch.ones_like(p, dtype=torch.bool) for p in parameters])
+        if self.fraction == 1:
+            return None
+        published = {
+            "similarity": TopK(self.fraction),
+            "tensor": TopK(self.fraction, scope="tensor"),
+            "batches": TopK(self.fraction, warmup=8),
+            "random": Random(self.fraction),
+            "magnitude": Magnitude(self.fraction),
+        }
+        return published.get(self.mask) or scored_mask(self.mask, self.fraction, model, parameters, batches())
+
+    def with_settings(self, **settings: Any) -> "Method":
+        """The same method with other settings: its own fields, or arguments of the wrapper."""
+        own = {name: value for name, value in settings.items() if name in _FIELDS}
+        wrap = {name: value for name, value in settings.items() if name not in _FIELDS}
+        if wrap and self.wrap is None:
+            raise ValueError(f"{self.name} wraps no optimizer, so it has no setting {next(iter(wrap))!r}")
+        return replace(self, wrap=None if self.wrap is None else self.wrap | wrap, **own)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What was set, for tables: the learning rate, the wrapper's arguments, and the fields that are not default."""
+        told = ("name", "label", "learning_rate", "wrap", "fraction")
+        others = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in told}
+        default = {f.name: f.default for f in fields(self)}
+        changed = {name: value for name, value in others.items() if value != default[name]}
+        return {"learning_rate": self.learning_rate, **(self.wrap or {}), "fraction": self.fraction, **changed}
+
+
+def _inputs(model: Any, layers: str, energy: float) -> VisualInputs:
+    decoder = model.model.language_model
+    parts: dict[str, list[nn.Module] | None] = {
+        "all": None,
+        "decoder": [decoder],
+        "projector": [connector(model)],
+        "attention": [layer.self_attn for layer in decoder.layers],
+        "mlp": [layer.mlp for layer in decoder.layers],
+    }
+    return VisualInputs(model, energy, parts=parts[layers])
+
+
+_FIELDS = {f.name for f in fields(Method)}
+
+PRETRAINED = Method("zero-shot", "Pre-trained", None)
+# Chosen by `python -m reproductions mini tune`, which sees validation examples and its own seeds alone: the best
+# H(P, T) of each method's candidates. The first AdamW has the rate with the best target score, which is what one
+# tunes for who does not measure forgetting; the second is the fair rival.
+METHODS = {
+    method.name: method
+    for method in (
+        PRETRAINED,
+        Method("fine-tune", "AdamW", 2e-3),
+        Method("fine-tune-low", "AdamW, lower rate", 5e-4),
+        Method("mdgd", "MDGD", 2e-3, {"align": 10.0, "regularize": 1.0}),
+        Method("align", "AdamW + αv", 2e-3, {"align": 10.0, "regularize": 0.0}),
+        Method("mdgd-gm", "MDGD-GM, 10 %", 1e-2, {"align": 10.0}, fraction=0.1),
+        Method("step", "decoupled step", 1e-3, {"update": "project", "space": "step", "restore": 0.05}),
+    )
+}

@@ -1,0 +1,251 @@
+"""The systems of the study. Each is data: how it trains, what is tried for it, and what is varied for the frontier."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+from reproductions.mini.experiment.methods import PRETRAINED, Base, Method
+
+Grid = Mapping[str, tuple[Any, ...]]
+
+CANDIDATES = 4
+"""How many settings are tried for every system, so that none is tuned harder than another."""
+
+SHARES = ("inputs", "tailor")
+"""Settings that lie between 0 and 1, and have no next value by ratios."""
+
+SHORT = {
+    "learning_rate": "rate",
+    "align": "α",
+    "pull": "weight",
+    "tailor": "ω",
+    "inputs": "energy",
+    "drift_budget": "budget",
+}
+"""What tables call settings, where that is not their name."""
+
+
+@dataclass(frozen=True)
+class System:
+    """A row of the study's tables.
+
+    Attributes:
+        method: how it trains; its settings are the ones before anything was chosen.
+        about: what it is there to show.
+        grid: values that are tried in all combinations, by setting; the learning rate is multiplied by the cell's.
+        choose: by what the settings are chosen on validation examples: "H", the harmonic mean of what is kept and the
+            target score; "T", the target score alone; or the name of a system whose target score is to be met, with
+            the lowest learning rate that meets it.
+        core: whether it is run in every cell before any system that is not.
+        frontier: a setting and its values, run around the chosen settings to draw a curve.
+    """
+
+    method: Method
+    about: str
+    grid: Grid = field(default_factory=dict)
+    choose: str = "H"
+    core: bool = False
+    frontier: tuple[str, tuple[Any, ...]] | None = None
+
+    @property
+    def name(self) -> str:
+        return self.method.name
+
+    @property
+    def label(self) -> str:
+        return self.method.label
+
+    def candidates(self, base: Base, rate: float) -> list[Method]:
+        """The methods that are tried for a base optimizer whose learning rates are `rate` times the table's."""
+        combinations = [dict(zip(self.grid, values, strict=True)) for values in product(*self.grid.values())]
+        return [adapted(self.method.with_settings(**chosen), base, rate) for chosen in combinations]
+
+    def beyond(self, chosen: Method, base: Base, rate: float) -> list[Method]:
+        """Where a setting was chosen at the edge of its values: the next one out, by the ratio to its neighbour.
+
+        All other settings stay as they were chosen.
+        """
+        found = []
+        for name in (name for name in self.grid if name not in SHARES):
+            values = sorted({method.settings[name] for method in self.candidates(base, rate)})
+            for edge, neighbour in ((values[0], values[1]), (values[-1], values[-2])) if len(values) > 1 else ():
+                if chosen.settings[name] == edge:
+                    found.append(chosen.with_settings(**{name: float(f"{edge**2 / neighbour:.4g}")}))
+        return found
+
+
+def adapted(method: Method, base: Base, rate: float) -> Method:
+    """The method with this base optimizer and its learning rate times `rate`."""
+    scaled = None if method.learning_rate is None else float(f"{method.learning_rate * rate:.4g}")
+    return method.with_settings(base=base, learning_rate=scaled)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A part of the study: a target and a base optimizer.
+
+    Attributes:
+        target: "digits" or "caption".
+        base: "adamw" or "sgd".
+        steps: of every system.
+        rate: multiplies the learning rates of the table, which are AdamW's for digits.
+    """
+
+    target: str
+    base: Base
+    steps: int
+    rate: float = 1.0
+
+    @property
+    def name(self) -> str:
+        return f"{self.target}-{self.base}"
+
+    @property
+    def title(self) -> str:
+        """What tables and figures call it."""
+        return f"{'digits' if self.target == 'digits' else 'captions'}, {'AdamW' if self.base == 'adamw' else 'SGD'}"
+
+
+CELLS: tuple[Cell, ...] = (
+    Cell("digits", "adamw", 200),
+    Cell("caption", "adamw", 300, rate=2),
+    Cell("digits", "sgd", 200, rate=50),
+    Cell("caption", "sgd", 300, rate=100),
+)
+
+TITLES = {cell.name: cell.title for cell in CELLS}
+
+RATES = (5e-4, 1e-3, 2e-3, 4e-3)
+HIGH_RATES = (5e-3, 1e-2, 2e-2, 4e-2)
+PAIR = (1e-3, 2e-3)
+HIGH_PAIR = (1e-2, 2e-2)
+ALPHAS = (3.0, 10.0)
+ALPHA_FRONTIER = ("align", (0.3, 1.0, 3.0, 10.0, 30.0))
+
+
+def _wrapped(name: str, label: str, fraction: float = 1.0, **wrap: Any) -> Method:
+    return Method(name, label, 1e-3, wrap, fraction)
+
+
+def _plain(name: str, label: str, **fields: Any) -> Method:
+    return Method(name, label, 1e-3, **fields)
+
+
+_ALL = (
+    System(PRETRAINED, "what there is to forget", core=True),
+    System(
+        _plain("fine-tune", "Fine-tune"), "the rate with the best target score: one who does not look back",
+        {"learning_rate": RATES}, choose="T", core=True,
+        frontier=("learning_rate", (1e-4, 2e-4, 3e-4, 5e-4, 7e-4, 1e-3, 1.5e-3, 2e-3, 4e-3)),
+    ),
+    System(
+        _plain("fine-tune-low", "Fine-tune, rate by H"), "the rate chosen as every other system's settings are",
+        {"learning_rate": RATES}, core=True,
+    ),
+    System(
+        _wrapped("mdgd", "MDGD", align=10.0, regularize=1.0), "the paper: d = g + αv + βr",
+        {"learning_rate": PAIR, "align": ALPHAS}, core=True, frontier=ALPHA_FRONTIER,
+    ),
+    System(
+        _wrapped("align", "Fine-tune + αv", align=10.0, regularize=0.0), "the pull towards old features alone",
+        {"learning_rate": PAIR, "align": ALPHAS}, core=True, frontier=ALPHA_FRONTIER,
+    ),
+    System(
+        _wrapped("history", "step, history 16", update="project", space="step", history=16),
+        "the optimizer's move, without its components along the last 16 visual gradients",
+        {"learning_rate": RATES}, core=True, frontier=("history", (1, 4, 16, 64)),
+    ),
+    System(
+        Method("inputs", "step, inputs", 1e-3, {"update": "project", "space": "step"}, inputs=0.9),
+        "the move, without what changes layers' answers to image tokens: no visual gradient",
+        {"learning_rate": PAIR, "inputs": (0.7, 0.9)}, core=True, frontier=("inputs", (0.3, 0.5, 0.7, 0.9, 0.99)),
+    ),
+    System(
+        _wrapped("project", "g~ + αv", update="project", align=10.0), "the projection in place of the regularizer",
+        {"learning_rate": PAIR, "align": ALPHAS}, core=True, frontier=ALPHA_FRONTIER,
+    ),
+    System(
+        _wrapped("mdgd-gm", "MDGD-GM 10 %", 0.1, align=10.0), "the paper's mask: d = M ⊙ (g + αv)",
+        {"learning_rate": HIGH_PAIR, "align": ALPHAS}, core=True,
+    ),
+    System(
+        _plain("replay", "replay"), "half of each batch from the old tasks: the upper bound",
+        {"learning_rate": RATES, "replay": (0.5,)}, core=True,
+    ),
+    System(
+        _plain("fine-tune-matched", "Fine-tune, MDGD's T"), "the lowest rate that reaches MDGD's target score",
+        {"learning_rate": RATES}, choose="mdgd", core=True,
+    ),
+    System(
+        _wrapped("no-align", "MDGD w/o visual align", align=0.0, regularize=1.0), "the paper's ablation: α = 0",
+        {"learning_rate": RATES},
+    ),
+    System(
+        _plain("lora", "LoRA"), "adapters on q and k, rank 8, and the connector",
+        {"learning_rate": (2.5e-4, 5e-4, 1e-3, 2e-3), "lora": (8,)},
+    ),
+    System(
+        _plain("model-tailor", "Model Tailor"), "a tenth of a fine-tune on top of the old weights",
+        {"learning_rate": PAIR, "tailor": (0.5, 0.8)},
+    ),
+    System(
+        _plain("model-tailor-keep", "Model Tailor, projector kept", connector="keep"),
+        "the same without taking the projector back, without which it hardly learns here",
+        {"learning_rate": PAIR, "tailor": (0.5, 0.8)},
+    ),
+    System(
+        _wrapped("step", "step, history 1", update="project", space="step"), "without what raises the visual loss now",
+        {"learning_rate": RATES},
+    ),
+    System(
+        _wrapped("restore", "step, history 16, restored", update="project", space="step", history=16, restore=0.05),
+        "with a move back towards old features",
+        {"learning_rate": PAIR, "restore": (0.03, 0.1)}, frontier=("restore", (0.0, 0.03, 0.1, 0.3)),
+    ),
+    System(
+        Method(
+            "inputs-projector", "step, projector's inputs", 1e-3, {"update": "project", "space": "step"},
+            inputs=0.9, layers="projector",
+        ),
+        "the move, without what changes the projector's answers to pictures alone",
+        {"learning_rate": PAIR, "inputs": (0.7, 0.9)},
+    ),
+    System(
+        _wrapped("budget", "g~ + αv, drift budget", update="project", align=1.0, drift_budget=0.1),
+        "α set by how far features may move, as a part of their size",
+        {"learning_rate": PAIR, "drift_budget": (0.05, 0.1)}, frontier=("drift_budget", (0.02, 0.05, 0.1, 0.2)),
+    ),
+    System(
+        _wrapped("reference", "r + αv", update="reference", align=10.0), "the other reading of (9): r replaces g",
+        {"learning_rate": PAIR, "align": ALPHAS},
+    ),
+    System(
+        _wrapped("global", "MDGD, global", scope="global", align=10.0, regularize=1.0),
+        "inner products over all parameters at once",
+        {"learning_rate": PAIR, "align": ALPHAS},
+    ),
+    System(
+        _plain("l2-sp", "L2-SP"), "a pull towards the old weights, which knows nothing of pictures",
+        {"learning_rate": PAIR, "pull": (0.01, 0.1)},
+    ),
+    System(
+        _plain("random", "random 10 %", fraction=0.1, mask="random"), "any mask, without αv",
+        {"learning_rate": HIGH_RATES},
+    ),
+    System(
+        Method("random-align", "random 10 % + αv", 1e-2, {"align": 10.0, "regularize": 0.0}, 0.1, "random"),
+        "any mask, with αv",
+        {"learning_rate": HIGH_PAIR, "align": ALPHAS},
+    ),
+    System(
+        _plain("magnitude", "magnitude 10 %", fraction=0.1, mask="magnitude"), "the largest weights, without αv",
+        {"learning_rate": HIGH_RATES},
+    ),
+    System(
+        Method("magnitude-align", "magnitude 10 % + αv", 1e-2, {"align": 10.0, "regularize": 0.0}, 0.1, "magnitude"),
+        "the largest weights, with αv",
+        {"learning_rate": HIGH_PAIR, "align": ALPHAS},
+    ),
+)  # fmt: skip
+SYSTEMS: dict[str, System] = {system.name: system for system in _ALL}

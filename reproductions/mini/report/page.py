@@ -1,0 +1,226 @@
+"""One self-contained HTML page of the study: verdicts, tables, figures, and what each model now answers."""
+
+import base64
+import html
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from PIL import Image
+from rich.console import Console
+
+from reproductions.mini.experiment.outcomes import CellOutcomes, load
+from reproductions.mini.experiment.systems import SYSTEMS
+from reproductions.mini.model.llava import CHECKPOINT, SECOND_CHECKPOINT
+from reproductions.mini.report.figures import draw_figures
+from reproductions.mini.report.tables import missing, summary_table, tables
+from reproductions.mini.report.verdicts import RULE, Verdict, verdicts
+from reproductions.mini.world.data import Example, pretrained_task_data, target_data
+from reproductions.mini.world.questions import PRETRAINED_TASKS
+from reproductions.shared.results import Result
+from reproductions.shared.tables import Table
+
+CAPTIONS = {
+    "frontier": "What was learned against what was kept. Up and to the right is better.",
+    "ranks": "Effective rank of the visual features before and after fine-tuning, after the paper's Figures 1 and 4.",
+    "curves": "Learning curves, after Figure 3a.",
+    "gradients": "Agreement and lengths of the gradients, and the visual loss, during fine-tuning.",
+    "masking": "Agreement of the decoupled gradients and visual drift by masking ratio, after Figures 3b and 3c.",
+    "tsne": "t-SNE of visual and multimodal features, after Figures 2 and 5.",
+}
+ANSWERING = (
+    "zero-shot",
+    "fine-tune",
+    "fine-tune-low",
+    "mdgd",
+    "align",
+    "project",
+    "history",
+    "inputs",
+    "mdgd-gm",
+    "replay",
+)
+SHOWN = 2
+"""Examples of each task on the page, of the first that results keep answers to; one where all models agree on all."""
+
+MARKS = {"holds here": ("✓", "up"), "does not hold here": ("✗", "down"), "cannot tell": ("–", "faint")}
+_STYLE = Path(__file__).parents[2] / "paper" / "report.css"
+_MORE_STYLE = """
+.card img { height: 144px; image-rendering: pixelated; } td.verdict { text-align: left; white-space: normal;
+min-width: 15rem; vertical-align: top; } td.claim { white-space: normal; min-width: 19rem; vertical-align: top; }
+table.verdicts tr td { border-top: 1px solid var(--line); }
+"""
+
+
+def write_report(results: Path, output: Path, console: Console) -> Path:
+    """Print the tables; write `report.html`, `tables.md`, `verdicts.md` and the figures.
+
+    Args:
+        results: folder of `tune.jsonl`, `test.jsonl` and `frontier.jsonl`, as far as they are there.
+        output: folder; made if it is not there.
+        console: for the tables.
+
+    Returns:
+        the page.
+
+    Raises:
+        FileNotFoundError: there is no folder `results`.
+    """
+    cells = load(results)
+    figures = draw_figures(results, cells, output / "figures")
+    found = [table for cell in cells for table in tables(cell)]
+    judged = {cell.cell.name: verdicts(cell) for cell in cells if cell.systems}
+    shown = [summary_table(cells), *found] if found else []
+    for table in shown:
+        console.print(table.rich)
+    (output / "tables.md").write_text("\n".join(table.markdown for table in shown), encoding="utf-8")
+    (output / "verdicts.md").write_text(verdicts_markdown(cells, judged), encoding="utf-8")
+    page = output / "report.html"
+    page.write_text(_page(cells, shown, judged, figures), encoding="utf-8")
+    return page
+
+
+def verdicts_markdown(cells: Sequence[CellOutcomes], judged: Mapping[str, Sequence[Verdict]]) -> str:
+    """A table of claims, a column a cell that has results."""
+    shown = [cell for cell in cells if cell.cell.name in judged]
+    columns = ("claim", "by", *(cell.title for cell in shown))
+    rows = [
+        (first.claim.text, _by(first), *(f"**{v.outcome}**: {v.evidence}" for v in same))
+        for same in zip(*(judged[cell.cell.name] for cell in shown), strict=True)
+        for first in same[:1]
+    ]
+    return Table("Verdicts", columns, tuple(rows), (RULE,)).markdown.replace("---:", "---")
+
+
+def _by(verdict: Verdict) -> str:
+    return "the paper" if verdict.claim.paper else "here"
+
+
+def _page(
+    cells: Sequence[CellOutcomes],
+    shown: Sequence[Table],
+    judged: Mapping[str, Sequence[Verdict]],
+    figures: Sequence[Path],
+) -> str:
+    sections = ("Verdicts", "Figures", "Tables", "Answers")
+    links = "".join(f'<a href="#{name.lower()}">{name}</a>' for name in sections)
+    body = "\n".join(
+        [
+            "<h1>Modality-decoupled gradient descent: the small study</h1>",
+            f'<p class="faint">{html.escape(_overview(cells))}</p>',
+            f"<nav>{links}</nav>",
+            '<h2 id="verdicts">Verdicts</h2>',
+            f"<p>{html.escape(RULE)}</p>",
+            _verdicts(cells, judged),
+            '<h2 id="figures">Figures</h2>',
+            "".join(map(_figure, figures)) or '<p class="faint">The results do not suffice for a figure yet.</p>',
+            '<h2 id="tables">Tables</h2>',
+            *(table.html for table in shown),
+            '<h2 id="answers">Answers</h2>',
+            "<p>What each model answers to test examples after fine-tuning, first seed. Chosen among the first of each "
+            "task for the most disagreement: they show what forgetting looks like, not how often it happens.</p>",
+            *(_answers(cell) for cell in cells if cell.systems),
+            '<p class="faint">Drawings: OpenMoji, CC BY-SA 4.0. Handwritten digits: UCI optical recognition set.</p>',
+        ]
+    )
+    style = _STYLE.read_text(encoding="utf-8") + _MORE_STYLE
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>MDGD: the small study</title><style>{style}</style></head>\n<body>\n{body}\n</body></html>\n"
+    )
+
+
+def _overview(cells: Sequence[CellOutcomes]) -> str:
+    told = []
+    runs = [run for cell in cells for outcome in cell.systems.values() for run in outcome.runs.values()]
+    for cell in cells:
+        seeds = {seed for outcome in cell.systems.values() for seed in outcome.runs}
+        count = f"{len(cell.systems)} systems, {len(seeds)} seeds" if cell.systems else "nothing tested yet"
+        told.append(f"{cell.title}: {count}")
+    versions = sorted({f"{name} {v}" for run in runs for name, v in run.get("versions", {}).items()})
+    lacking = any(missing(cell) for cell in cells)
+    return (
+        f"{'; '.join(told)}. Even seeds begin with the first pre-trained model ({_pretraining(CHECKPOINT)}), odd ones "
+        f"with the second ({_pretraining(SECOND_CHECKPOINT)}). "
+        f"{'Not all is there yet; the tables say what is missing. ' if lacking else ''}{', '.join(versions)}."
+    )
+
+
+def _pretraining(checkpoint: Path) -> str:
+    settings = json.loads((checkpoint / "training.json").read_text())["settings"]
+    return f"seed {settings['seed']}, {settings['language_steps']:,} steps"
+
+
+def _verdicts(cells: Sequence[CellOutcomes], judged: Mapping[str, Sequence[Verdict]]) -> str:
+    shown = [cell for cell in cells if cell.cell.name in judged]
+    if not shown:
+        return '<p class="faint">Nothing is tested yet, so there is nothing to judge.</p>'
+    head = "".join(f"<th>{html.escape(title)}</th>" for title in ("claim", "by", *(cell.title for cell in shown)))
+    rows = []
+    for same in zip(*(judged[cell.cell.name] for cell in shown), strict=True):
+        claim = f'{html.escape(same[0].claim.text)}<div class="faint">{html.escape(same[0].rule)}</div>'
+        rows.append(f'<tr><td class="claim">{claim}</td><td>{_by(same[0])}</td>{"".join(map(_verdict, same))}</tr>')
+    return (
+        f'<div class="scroll"><table class="verdicts"><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _verdict(verdict: Verdict) -> str:
+    mark, kind = MARKS[verdict.outcome]
+    evidence = f'<div class="faint">{html.escape(verdict.evidence)}</div>'
+    return f'<td class="verdict"><b class="{kind}">{mark} {verdict.outcome}</b>{evidence}</td>'
+
+
+def _figure(path: Path) -> str:
+    caption = CAPTIONS[path.stem.split("-")[0]]
+    return (
+        f'<figure><img alt="{html.escape(path.stem)}" src="{_embedded(path.read_bytes())}">'
+        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+    )
+
+
+def _embedded(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def _answers(cell: CellOutcomes) -> str:
+    firsts = {name: _first(cell.systems[name].runs) for name in ANSWERING if name in cell.systems}
+    runs = {name: run for name, run in firsts.items() if run is not None}
+    cards = "".join(card for task in (*PRETRAINED_TASKS, cell.cell.target) for card in _cards(task, cell, runs))
+    inside = f'<div class="examples">{cards}</div>' if cards else "<p>No answers were kept.</p>"
+    opened = " open" if cell.cell.base == "adamw" else ""
+    return f"<details{opened}><summary>{html.escape(cell.title)}</summary>{inside}</details>"
+
+
+def _first(runs: Mapping[int, Result]) -> Result | None:
+    return next((run for _, run in sorted(runs.items()) if "answers" in run), None)
+
+
+def _cards(task: str, cell: CellOutcomes, runs: Mapping[str, Result]) -> Iterable[str]:
+    answers = {name: run["answers"][task] for name, run in runs.items()}
+    count = min(map(len, answers.values()), default=0)
+    if task in PRETRAINED_TASKS:
+        examples: Sequence[Example] = pretrained_task_data(task, "test", count).examples
+    else:
+        examples = target_data(cell.cell.target, "test").examples[:count]  # type: ignore[arg-type]
+    kinds = [len({given[i] for given in answers.values()}) for i in range(count)]
+    most = [i for i in sorted(range(count), key=lambda i: -kinds[i])[:SHOWN] if kinds[i] > 1]
+    for i in most or range(min(count, 1)):
+        yield _card(task, examples[i], {SYSTEMS[name].label: given[i] for name, given in answers.items()})
+
+
+def _card(task: str, example: Example, answers: Mapping[str, str]) -> str:
+    png = io.BytesIO()
+    Image.fromarray(example.picture.transpose(1, 2, 0)).save(png, "PNG")
+    said = "".join(
+        f'<dt>{html.escape(name)}</dt><dd class="{"up" if answer == example.answer else "down"}">'
+        f"{html.escape(answer) or '(nothing)'}</dd>"
+        for name, answer in answers.items()
+    )
+    return (
+        f'<div class="card"><img alt="" src="{_embedded(png.getvalue())}"><div class="question">{html.escape(task)}: '
+        f"{html.escape(example.question)}</div><dl><dt>right</dt><dd>{html.escape(example.answer)}</dd>{said}</dl></div>"
+    )

@@ -1,0 +1,62 @@
+"""Intervals and tests against scipy's own, and against values worked out by hand."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats as scipy_stats
+
+from reproductions.shared.stats import estimate, holm, paired
+
+SCORES = st.floats(0, 100).map(lambda x: round(x, 2))
+
+
+@given(st.lists(SCORES, min_size=2, max_size=8))
+def test_the_interval_is_scipys(values):
+    found = estimate(values)
+    assert found.mean == pytest.approx(sum(values) / len(values))
+    scale = scipy_stats.sem(values)
+    low, high = scipy_stats.t.interval(0.95, len(values) - 1, found.mean, scale) if scale else (found.mean,) * 2
+    assert (found.low, found.high) == pytest.approx((low, high))
+
+
+def test_an_interval_by_hand():
+    # Deviation 2, three values: t(0.975, 2) = 4.3027.
+    found = estimate([8.0, 10.0, 12.0])
+    assert found.half == pytest.approx(4.3027 * 2 / 3**0.5, rel=1e-4)
+    assert f"{found}" == "10.0 ± 5.0"
+    assert f"{found:+.2f}" == "+10.00 ± 4.97"
+    assert f"{estimate([3.0])}" == "3.0"
+    assert math.isnan(estimate([3.0]).half)
+    with pytest.raises(ValueError, match="no values"):
+        estimate([])
+
+
+@given(st.dictionaries(st.integers(0, 9), st.tuples(SCORES, SCORES), min_size=3))
+def test_paired_differences_are_scipys(pairs):
+    ours, theirs = ({seed: pair[i] for seed, pair in pairs.items()} for i in (0, 1))
+    differences = {round(a - b, 2) for a, b in pairs.values()}
+    found = paired({**ours, 77: 1.0}, {**theirs, 88: 2.0})
+    assert found.n == len(pairs), "seeds that one side lacks are left out"
+    assert found.mean == pytest.approx(sum(a - b for a, b in pairs.values()) / len(pairs), abs=1e-9)
+    if len(differences) > 1:
+        expected = scipy_stats.ttest_rel([ours[s] for s in sorted(ours)], [theirs[s] for s in sorted(ours)])
+        assert found.p == pytest.approx(expected.pvalue, rel=1e-6, abs=1e-12)
+
+
+def test_differences_that_do_not_vary():
+    assert paired({0: 1.0, 1: 5.0}, {0: 1.0, 1: 5.0}).p == 1
+    assert paired({0: 2.0, 1: 6.0}, {0: 1.0, 1: 5.0}).p == 0
+    assert math.isnan(paired({0: 2.0}, {0: 1.0}).p)
+    with pytest.raises(ValueError, match="no seed"):
+        paired({0: 1.0}, {1: 1.0})
+
+
+def test_holm_by_hand():
+    # 0.01 · 4, 0.02 · 3, 0.03 · 2 held up by the one before, 0.04 · 1 likewise.
+    assert holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert holm([0.6, 0.5]) == [1.0, 1.0]
+    adjusted = holm([math.nan, 0.02])
+    assert math.isnan(adjusted[0])
+    assert adjusted[1] == pytest.approx(0.02)

@@ -155,8 +155,8 @@ class _refusals:  # noqa: N801
             what = "lmms-eval" if error.name == "lmms_eval" else "-e '.[paper]'"
             typer.secho(f"{error.name} is not installed: pip install {what}", err=True, fg="red")
             raise typer.Exit(2) from error
-        from reproductions.paper.config import ConfigError
         from reproductions.paper.data import DataError
+        from reproductions.paper.fields import ConfigError
         from reproductions.paper.files import BusyError
         from reproductions.paper.models import ModelError
         from reproductions.paper.results import ResultError

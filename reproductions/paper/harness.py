@@ -12,8 +12,9 @@ from lmms_eval import evaluator
 from lmms_eval.api.model import lmms
 from tenacity import RetryError
 
-from reproductions.paper.config import Experiment, build
+from reproductions.paper.config import Experiment
 from reproductions.paper.data import DataError
+from reproductions.paper.fields import build
 from reproductions.paper.models import VisionLanguageModel, to_device
 from reproductions.paper.weights import NAME, load_changes
 from reproductions.paper.work import Workshop

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from rich.console import Console
 
-from reproductions.paper.config import ConfigError, Experiment, experiment_names, load_experiment
+from reproductions.paper.config import Experiment, experiment_names, load_experiment
+from reproductions.paper.fields import ConfigError
 from reproductions.paper.methods import METHODS, methods_of
 
 if TYPE_CHECKING:

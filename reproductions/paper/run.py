@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, set_seed
 
-from reproductions.paper.config import ConfigError, Experiment
+from reproductions.paper.config import Experiment
 from reproductions.paper.evaluate import evaluate
+from reproductions.paper.fields import ConfigError
 from reproductions.paper.files import alone_in, write
 from reproductions.paper.masking import analyse_masking
 from reproductions.paper.methods import Method

@@ -230,7 +230,7 @@ def last_checkpoint(folder: Path) -> str | None:
 
 def method_of(experiment: Experiment, name: str) -> Method:
     """A method with the experiment's settings."""
-    from reproductions.paper.config import build
+    from reproductions.paper.fields import build
 
     kind = METHODS[name]
     return kind(build(kind.Settings, experiment.methods.get(name, {}), experiment.name, f"methods.{name}."))

@@ -12,9 +12,10 @@ from typer.testing import CliRunner
 
 from reproductions.__main__ import app
 from reproductions.paper import rows, run
-from reproductions.paper.config import ConfigError, experiment_names, load_experiment
+from reproductions.paper.config import experiment_names, load_experiment
 from reproductions.paper.data import DataError
 from reproductions.paper.data.dataset import DataSet
+from reproductions.paper.fields import ConfigError
 from reproductions.paper.methods import METHODS, methods_of
 
 QUIET = Console(quiet=True)

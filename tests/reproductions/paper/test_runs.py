@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from reproductions.paper import evaluate, masking
-from reproductions.paper.config import ConfigError
 from reproductions.paper.data import DATASETS, DataError, Example
+from reproductions.paper.fields import ConfigError
 from reproductions.paper.files import read_lines
 from reproductions.paper.results import Result
 from reproductions.paper.run import run_row

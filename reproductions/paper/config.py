@@ -11,7 +11,7 @@ from typing import Any
 
 from reproductions.paper.data import DATASETS
 from reproductions.paper.fields import ConfigError, build, limited
-from reproductions.paper.methods import METHODS
+from reproductions.paper.methods import METHODS, Method
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -201,6 +201,12 @@ def load_experiment(
         )
     _check_names(experiment, path.name)
     return experiment
+
+
+def method_of(experiment: Experiment, name: str) -> Method:
+    """A method with the experiment's settings."""
+    kind = METHODS[name]
+    return kind(build(kind.Settings, experiment.methods.get(name, {}), experiment.name, f"methods.{name}."))
 
 
 def _override(values: dict[str, Any], override: str) -> None:

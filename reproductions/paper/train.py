@@ -15,7 +15,7 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 
 from reproductions.paper.config import Experiment
 from reproductions.paper.files import read_lines, write
-from reproductions.paper.methods import METHODS, Method
+from reproductions.paper.methods import Method
 from reproductions.paper.methods.base import Penalty
 from reproductions.paper.weights import NAME, changes, load_changes, save_changes
 from reproductions.paper.work import Workshop
@@ -226,14 +226,6 @@ def last_checkpoint(folder: Path) -> str | None:
             continue
         return str(path)
     return None
-
-
-def method_of(experiment: Experiment, name: str) -> Method:
-    """A method with the experiment's settings."""
-    from reproductions.paper.fields import build
-
-    kind = METHODS[name]
-    return kind(build(kind.Settings, experiment.methods.get(name, {}), experiment.name, f"methods.{name}."))
 
 
 def _trained(module: nn.Module) -> list[tuple[str, nn.Parameter]]:

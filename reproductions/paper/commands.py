@@ -157,10 +157,10 @@ class _refusals:  # noqa: N801
             raise typer.Exit(2) from error
         from reproductions.paper.data import DataError
         from reproductions.paper.fields import ConfigError
-        from reproductions.paper.files import BusyError
         from reproductions.paper.models import ModelError
         from reproductions.paper.results import ResultError
         from reproductions.paper.rows import RowsFailedError
+        from reproductions.shared.files import BusyError
 
         if isinstance(error, BusyError | ConfigError | DataError | ModelError | ResultError | RowsFailedError):
             typer.secho(str(error), err=True, fg="red")

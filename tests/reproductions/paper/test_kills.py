@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from reproductions.paper import masking, train
-from reproductions.paper.files import BusyError
 from reproductions.paper.methods.base import train_last
 from reproductions.paper.models.base import VisionLanguageModel
 from reproductions.paper.weights import NAME
 from reproductions.paper.work import Workshop
+from reproductions.shared.files import BusyError
 from tests.reproductions.paper.running import CPU, EXACT, contents, row
 
 

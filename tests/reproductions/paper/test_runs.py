@@ -11,11 +11,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from reproductions.paper import evaluate, masking
 from reproductions.paper.data import DATASETS, DataError, Example
 from reproductions.paper.fields import ConfigError
-from reproductions.paper.files import read_lines
 from reproductions.paper.results import Result
 from reproductions.paper.run import run_row
 from reproductions.paper.weights import NAME, changes, load_changes, save_changes
 from reproductions.paper.work import Workshop
+from reproductions.shared.files import read_lines
 from tests.properties import assert_same_bits
 from tests.reproductions.paper.running import CPU, EXACT, SHORT, row
 

@@ -31,7 +31,7 @@ def register(app: typer.Typer) -> None:
 def list_rows(overrides: Overrides = None, results: Results = None) -> None:
     """Every row of both tables and every figure: numbers trained, hours, memory, disk, data, and what has run."""
     with _refusals():
-        from reproductions.paper.listing import print_list
+        from reproductions.paper.run.listing import print_list
 
         print_list(overrides or [], results or RESULTS, _console())
 
@@ -61,7 +61,7 @@ def run(
     settings += [f'model="{model}"'] * (model is not None) + [f'data.source="{data}"'] * (data is not None)
     settings += ["trust_remote_code=true"] * trust_remote_code
     with _refusals():
-        from reproductions.paper import rows
+        from reproductions.paper.run import rows
 
         found, console = rows.chosen(experiment, method, all_rows, beyond, smoke, settings), _console()
         folder = _folder(results, smoke)
@@ -124,7 +124,7 @@ def harness(
     with _refusals():
         import torch
 
-        from reproductions.paper import harness as outer
+        from reproductions.paper.run import harness as outer
 
         model = outer.load_run(folder, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         found = outer.measure(model, tasks.split(","), tasks_folder=tasks_folder, limit=limit)
@@ -159,7 +159,7 @@ class _refusals:  # noqa: N801
         from reproductions.paper.fields import ConfigError
         from reproductions.paper.models import ModelError
         from reproductions.paper.results import ResultError
-        from reproductions.paper.rows import RowsFailedError
+        from reproductions.paper.run.rows import RowsFailedError
         from reproductions.shared.files import BusyError
 
         if isinstance(error, BusyError | ConfigError | DataError | ModelError | ResultError | RowsFailedError):

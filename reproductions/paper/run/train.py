@@ -16,9 +16,9 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 from reproductions.paper.config import Experiment
 from reproductions.paper.methods import Method
 from reproductions.paper.methods.base import Penalty
-from reproductions.paper.weights import NAME, changes, load_changes, save_changes
-from reproductions.paper.work import Workshop
-from reproductions.paper.workers import errors_of_workers
+from reproductions.paper.run.weights import NAME, changes, load_changes, save_changes
+from reproductions.paper.run.work import Workshop
+from reproductions.paper.run.workers import errors_of_workers
 from reproductions.shared.files import read_lines, write
 from torch_mdgd.integrations.transformers import MDGDTrainerMixin
 

@@ -88,7 +88,7 @@ def figures(
     """Draw Figures 1 to 5 from the results."""
     folder = _folder(results, smoke)
     with _refusals():
-        from reproductions.paper.figures import draw_all
+        from reproductions.paper.report.figures import draw_all
 
         for path in draw_all(folder, output or folder / "figures"):
             _console().print(f"wrote {path}")
@@ -102,7 +102,7 @@ def report(
     """One self-contained page with every table and figure."""
     folder = _folder(results, smoke)
     with _refusals():
-        from reproductions.paper.report import write_report
+        from reproductions.paper.report.page import write_report
 
         page = output or folder / "report.html"
         write_report(folder, page)
@@ -132,7 +132,7 @@ def harness(
 
 
 def _print_tables(folder: Path, console: "Console") -> None:
-    from reproductions.paper import tables
+    from reproductions.paper.report import tables
 
     for found in tables.rich_tables(folder):
         console.print(found)
@@ -158,7 +158,7 @@ class _refusals:  # noqa: N801
         from reproductions.paper.data import DataError
         from reproductions.paper.fields import ConfigError
         from reproductions.paper.models import ModelError
-        from reproductions.paper.results import ResultError
+        from reproductions.paper.report.results import ResultError
         from reproductions.paper.run.rows import RowsFailedError
         from reproductions.shared.files import BusyError
 

@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from reproductions.paper.data import DATASETS, DataError, Example
 from reproductions.paper.fields import ConfigError
-from reproductions.paper.results import Result
+from reproductions.paper.report.results import Result
 from reproductions.paper.run import evaluate, masking
 from reproductions.paper.run.row import run_row
 from reproductions.paper.run.weights import NAME, changes, load_changes, save_changes

@@ -8,11 +8,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from reproductions.paper.data import DATASETS
-from reproductions.paper.figures import draw_all
-from reproductions.paper.findings import Finding, findings
-from reproductions.paper.published import published
-from reproductions.paper.results import Result, read_results
-from reproductions.paper.tables import Comparison, Line, comparisons, trained_cell
+from reproductions.paper.report.figures import draw_all
+from reproductions.paper.report.findings import Finding, findings
+from reproductions.paper.report.published import published
+from reproductions.paper.report.results import Result, read_results
+from reproductions.paper.report.tables import Comparison, Line, comparisons, trained_cell
 
 SHOWN, AMONG = 4, 12
 """Examples of each task on the page, and how many of the first they are chosen from: runs keep pictures of those."""
@@ -29,7 +29,7 @@ CAPTIONS = {
     "figure5": "Figure 5. t-SNE of features of LLaVA.",
 }
 
-_STYLE = Path(__file__).with_name("report.css")
+_STYLE = Path(__file__).parents[1] / "report.css"
 
 
 def write_report(results: Path, output: Path) -> Path:

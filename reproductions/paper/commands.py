@@ -31,7 +31,7 @@ def register(app: typer.Typer) -> None:
 def list_rows(overrides: Overrides = None, results: Results = None) -> None:
     """Every row of both tables and every figure: numbers trained, hours, memory, disk, data, and what has run."""
     with _refusals():
-        from reproductions.paper.listing import print_list
+        from reproductions.paper.run.listing import print_list
 
         print_list(overrides or [], results or RESULTS, _console())
 
@@ -61,7 +61,7 @@ def run(
     settings += [f'model="{model}"'] * (model is not None) + [f'data.source="{data}"'] * (data is not None)
     settings += ["trust_remote_code=true"] * trust_remote_code
     with _refusals():
-        from reproductions.paper import rows
+        from reproductions.paper.run import rows
 
         found, console = rows.chosen(experiment, method, all_rows, beyond, smoke, settings), _console()
         folder = _folder(results, smoke)
@@ -88,7 +88,7 @@ def figures(
     """Draw Figures 1 to 5 from the results."""
     folder = _folder(results, smoke)
     with _refusals():
-        from reproductions.paper.figures import draw_all
+        from reproductions.paper.report.figures import draw_all
 
         for path in draw_all(folder, output or folder / "figures"):
             _console().print(f"wrote {path}")
@@ -102,7 +102,7 @@ def report(
     """One self-contained page with every table and figure."""
     folder = _folder(results, smoke)
     with _refusals():
-        from reproductions.paper.report import write_report
+        from reproductions.paper.report.page import write_report
 
         page = output or folder / "report.html"
         write_report(folder, page)
@@ -124,7 +124,7 @@ def harness(
     with _refusals():
         import torch
 
-        from reproductions.paper import harness as outer
+        from reproductions.paper.run import harness as outer
 
         model = outer.load_run(folder, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         found = outer.measure(model, tasks.split(","), tasks_folder=tasks_folder, limit=limit)
@@ -132,7 +132,7 @@ def harness(
 
 
 def _print_tables(folder: Path, console: "Console") -> None:
-    from reproductions.paper import tables
+    from reproductions.paper.report import tables
 
     for found in tables.rich_tables(folder):
         console.print(found)
@@ -155,12 +155,12 @@ class _refusals:  # noqa: N801
             what = "lmms-eval" if error.name == "lmms_eval" else "-e '.[paper]'"
             typer.secho(f"{error.name} is not installed: pip install {what}", err=True, fg="red")
             raise typer.Exit(2) from error
-        from reproductions.paper.config import ConfigError
         from reproductions.paper.data import DataError
-        from reproductions.paper.files import BusyError
+        from reproductions.paper.fields import ConfigError
         from reproductions.paper.models import ModelError
-        from reproductions.paper.results import ResultError
-        from reproductions.paper.rows import RowsFailedError
+        from reproductions.paper.report.results import ResultError
+        from reproductions.paper.run.rows import RowsFailedError
+        from reproductions.shared.files import BusyError
 
         if isinstance(error, BusyError | ConfigError | DataError | ModelError | ResultError | RowsFailedError):
             typer.secho(str(error), err=True, fg="red")

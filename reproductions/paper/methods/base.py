@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
-from reproductions.paper.config import limited
+from reproductions.paper.fields import limited
 from reproductions.paper.models.base import Batch
 from torch_mdgd import connector, freeze_all_but, last_decoder_layers
 

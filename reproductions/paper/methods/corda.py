@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from reproductions.methods.lora import lora_config
-from reproductions.paper.config import limited
+from reproductions.paper.fields import limited
 from reproductions.paper.methods import base
 from reproductions.paper.methods.lora import LoRA, LoraSettings
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from reproductions.paper.config import limited
+from reproductions.paper.fields import limited
 from reproductions.paper.methods import base
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from reproductions.methods.lora import lora
-from reproductions.paper.config import limited
+from reproductions.paper.fields import limited
 from reproductions.paper.methods import base
 
 

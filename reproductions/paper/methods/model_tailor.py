@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from reproductions.methods.model_tailor import tailor_
-from reproductions.paper.config import limited
+from reproductions.paper.fields import limited
 from reproductions.paper.methods import base
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from reproductions.paper.config import limited
+from reproductions.paper.fields import limited
 from reproductions.paper.methods import base
 from reproductions.paper.methods.lora import merge
 from torch_mdgd import connector, last_decoder_layers

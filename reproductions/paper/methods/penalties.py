@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from reproductions.methods.penalties import ElasticWeights, PullTowards, diagonal_fisher
-from reproductions.paper.config import limited
+from reproductions.paper.fields import limited
 from reproductions.paper.methods import base
 
 

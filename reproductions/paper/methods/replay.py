@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from reproductions.methods.replay import Replay as Replayed
-from reproductions.paper.config import limited
+from reproductions.paper.fields import limited
 from reproductions.paper.methods import base
 
 

@@ -3,13 +3,14 @@
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from reproductions.paper.models.base import Batch, ModelError, VisionLanguageModel, to_device
 from reproductions.paper.models.llava import Llava
 from reproductions.paper.models.minicpm_v2 import MiniCPMV2Model
 from reproductions.paper.models.minicpm_v4 import MiniCPMV4Model
 
-__all__ = ["MODELS", "Batch", "ModelError", "VisionLanguageModel", "load_model", "to_device"]
+__all__ = ["MODELS", "Batch", "ModelError", "VisionLanguageModel", "load_model", "skeleton", "to_device"]
 
 MODELS: dict[str, type[VisionLanguageModel]] = {
     family.name: family for family in (Llava, MiniCPMV2Model, MiniCPMV4Model)
@@ -45,3 +46,8 @@ def load_model(
         ) from error
     model.network.eval()
     return model.to(device)
+
+
+def skeleton(name: str) -> nn.Module:
+    """A model's network in its published size, without numbers."""
+    return MODELS[name].skeleton()

@@ -2,8 +2,8 @@
 
 import pytest
 
-from reproductions.paper.rows import _quiet
-from reproductions.paper.smoke import Assets
+from reproductions.paper.run.rows import _quiet
+from reproductions.paper.run.smoke import Assets
 
 
 @pytest.fixture(scope="session")

@@ -10,8 +10,8 @@ from safetensors.numpy import save_file
 
 from reproductions.paper.data import DATASETS
 from reproductions.paper.data.shapes import COLOURS, SHAPES
-from reproductions.paper.published import PublishedExperiment, PublishedRow, published
-from reproductions.paper.results import Result
+from reproductions.paper.report.published import PublishedExperiment, PublishedRow, published
+from reproductions.paper.report.results import Result
 
 SHIFT = {"zero-shot": -0.25, "fine-tune": 2.5, "mdgd": 0.75, "mdgd-gm": 0.5}
 """What is added to published scores to make ours; and how far features drift."""

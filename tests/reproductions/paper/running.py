@@ -4,7 +4,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from reproductions.paper.run import run_row
+from reproductions.paper.run.row import run_row
 
 CPU = torch.device("cpu")
 EXACT = ("dtype=float32", "training.checkpointing=false")

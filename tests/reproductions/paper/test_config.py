@@ -2,9 +2,10 @@
 
 import pytest
 
-from reproductions.paper.config import ConfigError, experiment_names, load_experiment
+from reproductions.paper.config import experiment_names, load_experiment
+from reproductions.paper.fields import ConfigError
 from reproductions.paper.methods import METHODS, methods_of
-from reproductions.paper.published import published
+from reproductions.paper.report.published import published
 
 GOOD = """
 title = "a title"

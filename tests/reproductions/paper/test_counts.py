@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from reproductions.paper.config import load_experiment
-from reproductions.paper.estimate import estimate, size_of, trained_numbers
+from reproductions.paper.config import load_experiment, method_of
 from reproductions.paper.methods import METHODS, methods_of
 from reproductions.paper.methods.base import train_last
-from reproductions.paper.published import published
-from reproductions.paper.train import method_of
-from reproductions.paper.work import Workshop, skeleton
+from reproductions.paper.models import skeleton
+from reproductions.paper.report.published import published
+from reproductions.paper.run.estimate import estimate, size_of, trained_numbers
+from reproductions.paper.run.work import Workshop
 from tests.reproductions.paper.running import CPU, EXACT
 from torch_mdgd import MDGDOptimizer, connector, last_decoder_layers, mdgd_backward
 

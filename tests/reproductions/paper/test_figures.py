@@ -9,11 +9,11 @@ from PIL import Image
 from safetensors.numpy import save_file
 from sklearn.neighbors import NearestNeighbors
 
-from reproductions.paper import figures
-from reproductions.paper.analysis import curve, embed, masking, ranks
 from reproductions.paper.data import DATASETS
-from reproductions.paper.published import published
-from reproductions.paper.results import read_results
+from reproductions.paper.report import figures
+from reproductions.paper.report.analysis import curve, embed, masking, ranks
+from reproductions.paper.report.published import published
+from reproductions.paper.report.results import read_results
 from tests.reproductions.paper.made_up_results import SHIFT, write_results
 
 FLICKR = "llava-flickr30k"

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from reproductions.paper.findings import findings
-from reproductions.paper.published import published
-from reproductions.paper.results import read_results
+from reproductions.paper.report.findings import findings
+from reproductions.paper.report.published import published
+from reproductions.paper.report.results import read_results
 from tests.reproductions.paper.made_up_results import write_results
 
 FLICKR = "llava-flickr30k"

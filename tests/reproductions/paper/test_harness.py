@@ -9,8 +9,8 @@ from PIL import Image
 pytest.importorskip("lmms_eval.evaluator")
 
 from reproductions.paper.data import DATASETS, DataError
-from reproductions.paper.harness import Harnessed, cut, load_run, measure
 from reproductions.paper.models import load_model
+from reproductions.paper.run.harness import Harnessed, cut, load_run, measure
 
 CPU = torch.device("cpu")
 TASK = """
@@ -110,8 +110,8 @@ def test_requests_about_several_pictures_are_refused(model):
 def test_a_runs_model_is_that_which_was_measured(assets, tmp_path):
     from rich.console import Console
 
-    from reproductions.paper.run import run_row
-    from reproductions.paper.weights import NAME, load_file
+    from reproductions.paper.run.row import run_row
+    from reproductions.paper.run.weights import NAME, load_file
 
     experiment = assets.experiment("llava-okvqa", ['pretrained=["pope"]', "training.steps=1"])
     folder = run_row(experiment, "fine-tune", tmp_path, smoke=True, device=CPU, console=Console(quiet=True))

@@ -10,12 +10,12 @@ import pytest
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from reproductions.paper import masking, train
-from reproductions.paper.files import BusyError
 from reproductions.paper.methods.base import train_last
 from reproductions.paper.models.base import VisionLanguageModel
-from reproductions.paper.weights import NAME
-from reproductions.paper.work import Workshop
+from reproductions.paper.run import masking, train
+from reproductions.paper.run.weights import NAME
+from reproductions.paper.run.work import Workshop
+from reproductions.shared.files import BusyError
 from tests.reproductions.paper.running import CPU, EXACT, contents, row
 
 

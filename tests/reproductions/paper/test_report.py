@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from reproductions.paper import figures, report
-from reproductions.paper.analysis import Embedding
 from reproductions.paper.data import DATASETS
-from reproductions.paper.published import published
-from reproductions.paper.report import write_report
+from reproductions.paper.report import figures
+from reproductions.paper.report import page as report
+from reproductions.paper.report.analysis import Embedding
+from reproductions.paper.report.page import write_report
+from reproductions.paper.report.published import published
 from tests.reproductions.paper.made_up_results import write_results, write_run
 
 FLICKR = "llava-flickr30k"

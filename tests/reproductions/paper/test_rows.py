@@ -11,11 +11,12 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from reproductions.__main__ import app
-from reproductions.paper import rows, run
-from reproductions.paper.config import ConfigError, experiment_names, load_experiment
+from reproductions.paper.config import experiment_names, load_experiment
 from reproductions.paper.data import DataError
 from reproductions.paper.data.dataset import DataSet
+from reproductions.paper.fields import ConfigError
 from reproductions.paper.methods import METHODS, methods_of
+from reproductions.paper.run import row, rows
 
 QUIET = Console(quiet=True)
 
@@ -37,7 +38,7 @@ def test_a_row_that_fails_does_not_stop_the_others(everything, tmp_path, monkeyp
             raise RuntimeError("it broke")
 
     asked = []
-    monkeypatch.setattr(run, "run_row", fails)
+    monkeypatch.setattr(row, "run_row", fails)
     done = call("run", "minicpm-pathvqa", "--all", "--results", tmp_path, *everything)
     assert done.exit_code == 1
     assert asked == ["zero-shot", "fine-tune", "lora", "mdgd", "mdgd-no-align", "mdgd-gm"]
@@ -60,7 +61,7 @@ def test_what_a_failed_row_held_is_gone_before_the_next(everything, tmp_path, mo
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     held, alive = [], []
-    monkeypatch.setattr(run, "run_row", fails)
+    monkeypatch.setattr(row, "run_row", fails)
     done = call("run", "minicpm-pathvqa", "--all", "--results", tmp_path, *everything)
     assert alive[2] == [False, False]
     assert "minicpm-pathvqa mdgd: out of GPU memory" in done.output
@@ -118,7 +119,7 @@ PARENT = """
 import sys
 from pathlib import Path
 from rich.console import Console
-from reproductions.paper import rows
+from reproductions.paper.run import rows
 
 rows.command = lambda row, overrides, results: [sys.executable, "-c", sys.argv[1], str(results / "fifo")]
 rows.beside({"x": ["mdgd"]}, [], Path(sys.argv[2]), ["0"], Console(quiet=True))
@@ -172,7 +173,7 @@ def test_data_that_cannot_be_had_are_missed_before_anything_runs(assets, tmp_pat
 
     whole, asked = DataSet.fetch, []
     monkeypatch.setattr(DataSet, "fetch", fetch)
-    monkeypatch.setattr(run, "run_row", lambda experiment, name, *args, **kwargs: asked.append(name))
+    monkeypatch.setattr(row, "run_row", lambda experiment, name, *args, **kwargs: asked.append(name))
     done = call("run", "llava-okvqa", "--all", "--results", tmp_path)
     assert "GQA, testdev: 16 examples" in done.output
     assert "OK-VQA: the hub's copy has no training split" in done.output

@@ -8,14 +8,14 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from reproductions.paper import evaluate, masking
-from reproductions.paper.config import ConfigError
 from reproductions.paper.data import DATASETS, DataError, Example
-from reproductions.paper.files import read_lines
-from reproductions.paper.results import Result
-from reproductions.paper.run import run_row
-from reproductions.paper.weights import NAME, changes, load_changes, save_changes
-from reproductions.paper.work import Workshop
+from reproductions.paper.fields import ConfigError
+from reproductions.paper.report.results import Result
+from reproductions.paper.run import evaluate, masking
+from reproductions.paper.run.row import run_row
+from reproductions.paper.run.weights import NAME, changes, load_changes, save_changes
+from reproductions.paper.run.work import Workshop
+from reproductions.shared.files import read_lines
 from tests.properties import assert_same_bits
 from tests.reproductions.paper.running import CPU, EXACT, SHORT, row
 
@@ -92,7 +92,7 @@ def test_what_is_measured_is_what_is_on_disk(assets, tmp_path, monkeypatch):
         measured.append((work.network(**batch).logits.dtype, getattr(work.network.config, "use_cache", True)))
         return {"scores": {"score": 0.0}, "effective_rank": 1.0}
 
-    monkeypatch.setattr("reproductions.paper.run.evaluate", look)
+    monkeypatch.setattr("reproductions.paper.run.row.evaluate", look)
     row(assets, tmp_path, "fine-tune", "dtype=bfloat16", "training.steps=1")
     assert measured == 2 * [(torch.bfloat16, True)]
 

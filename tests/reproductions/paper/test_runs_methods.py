@@ -10,8 +10,8 @@ from reproductions.methods.replay import Replay
 from reproductions.paper.methods import METHODS
 from reproductions.paper.methods.base import train_last
 from reproductions.paper.methods.replay import Mixed
-from reproductions.paper.weights import NAME, load_changes
-from reproductions.paper.work import Workshop
+from reproductions.paper.run.weights import NAME, load_changes
+from reproductions.paper.run.work import Workshop
 from tests.properties import assert_same_bits
 from tests.reproductions.paper.running import CPU, EXACT, row
 

@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reproductions.paper.data import DATASETS
-from reproductions.paper.published import published
-from reproductions.paper.scores import H_SCORES, harmonic, summary
+from reproductions.paper.report.published import published
+from reproductions.paper.report.scores import H_SCORES, harmonic, summary
 
 ROWS = [row for experiment in published().values() for row in experiment.rows.values()]
 percent = st.floats(0, 100)

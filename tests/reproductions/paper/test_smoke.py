@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from reproductions.__main__ import app
 from reproductions.paper.config import experiment_names
 from reproductions.paper.methods import METHODS
-from reproductions.paper.published import published
+from reproductions.paper.report.published import published
 
 
 def call(*arguments):

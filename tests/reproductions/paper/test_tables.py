@@ -5,9 +5,9 @@ import json
 import pytest
 from rich.console import Console
 
-from reproductions.paper.published import published
-from reproductions.paper.results import Result, ResultError, read_results
-from reproductions.paper.tables import comparisons, markdown, rich_tables
+from reproductions.paper.report.published import published
+from reproductions.paper.report.results import Result, ResultError, read_results
+from reproductions.paper.report.tables import comparisons, markdown, rich_tables
 from tests.reproductions.paper.made_up_results import SHIFT, write_results, write_run
 
 FLICKR = "llava-flickr30k"

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from rich.console import Console
 
-from reproductions.paper.config import ConfigError, Experiment, experiment_names, load_experiment
+from reproductions.paper.config import Experiment, experiment_names, load_experiment
+from reproductions.paper.fields import ConfigError
 from reproductions.paper.methods import METHODS, methods_of
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def run_rows(rows: Rows, overrides: Sequence[str], results: Path, *, smoke: bool
     _quiet()
     single = sum(map(len, rows.values())) == 1
     if smoke:
-        from reproductions.paper.smoke import Assets
+        from reproductions.paper.run.smoke import Assets
 
         load = Assets(results / "assets").write().experiment
     else:
@@ -96,7 +97,7 @@ def look_at_data(rows: Rows, experiments: Mapping[str, Experiment], console: Con
         what cannot be had; only rows that need it fail.
     """
     from reproductions.paper.data import DATASETS, DataError
-    from reproductions.paper.work import Workshop
+    from reproductions.paper.run.work import Workshop
 
     seen = set()
     for name, methods in rows.items():
@@ -117,7 +118,7 @@ def look_at_data(rows: Rows, experiments: Mapping[str, Experiment], console: Con
 
 
 def _in_turn(rows: Rows, experiments: Mapping[str, Experiment], results: Path, smoke: bool, console: Console) -> None:
-    from reproductions.paper.run import run_row
+    from reproductions.paper.run.row import run_row
 
     failed: list[str] = []
     # What was imported lives on; the collections after each training need not look through it.

@@ -14,12 +14,12 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.integrations.integration_utils import TensorBoardCallback
 
 from reproductions.paper.config import Experiment
-from reproductions.paper.files import read_lines, write
-from reproductions.paper.methods import METHODS, Method
+from reproductions.paper.methods import Method
 from reproductions.paper.methods.base import Penalty
-from reproductions.paper.weights import NAME, changes, load_changes, save_changes
-from reproductions.paper.work import Workshop
-from reproductions.paper.workers import errors_of_workers
+from reproductions.paper.run.weights import NAME, changes, load_changes, save_changes
+from reproductions.paper.run.work import Workshop
+from reproductions.paper.run.workers import errors_of_workers
+from reproductions.shared.files import read_lines, write
 from torch_mdgd.integrations.transformers import MDGDTrainerMixin
 
 CHECKPOINTS, LOG, TRAINED = "checkpoints", "training.jsonl", "trained_parameters.safetensors"
@@ -226,14 +226,6 @@ def last_checkpoint(folder: Path) -> str | None:
             continue
         return str(path)
     return None
-
-
-def method_of(experiment: Experiment, name: str) -> Method:
-    """A method with the experiment's settings."""
-    from reproductions.paper.config import build
-
-    kind = METHODS[name]
-    return kind(build(kind.Settings, experiment.methods.get(name, {}), experiment.name, f"methods.{name}."))
 
 
 def _trained(module: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -9,8 +9,8 @@ from rich.table import Table
 
 from reproductions.paper.config import experiment_names, load_experiment
 from reproductions.paper.data import DATASETS
-from reproductions.paper.estimate import ASSUMPTIONS, Estimate, downloads, estimate, size_of
 from reproductions.paper.methods import METHODS, methods_of
+from reproductions.paper.run.estimate import ASSUMPTIONS, Estimate, downloads, estimate, size_of
 
 FIGURES = {
     "1": ("effective rank of what is seen before and after fine-tuning, by task", ("zero-shot", "fine-tune"), ""),

@@ -14,10 +14,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from reproductions.paper.analysis import Kind, curve, embed, masking, ranks
 from reproductions.paper.data import DATASETS
-from reproductions.paper.published import PublishedExperiment, published
-from reproductions.paper.results import Result, read_results
+from reproductions.paper.report.analysis import Kind, curve, embed, masking, ranks
+from reproductions.paper.report.published import PublishedExperiment, published
+from reproductions.paper.report.results import Result, read_results
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 COLOURS = {"zero-shot": "#999999", "fine-tune": "#D55E00", "mdgd": "#0072B2", "mdgd-gm": "#56B4E9"}

@@ -12,11 +12,12 @@ from lmms_eval import evaluator
 from lmms_eval.api.model import lmms
 from tenacity import RetryError
 
-from reproductions.paper.config import Experiment, build
+from reproductions.paper.config import Experiment
 from reproductions.paper.data import DataError
+from reproductions.paper.fields import build
 from reproductions.paper.models import VisionLanguageModel, to_device
-from reproductions.paper.weights import NAME, load_changes
-from reproductions.paper.work import Workshop
+from reproductions.paper.run.weights import NAME, load_changes
+from reproductions.paper.run.work import Workshop
 
 LONGEST = 64
 """Tokens of an answer to a task that does not say how many."""

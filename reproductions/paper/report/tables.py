@@ -8,9 +8,9 @@ from rich.table import Table
 from rich.text import Text
 
 from reproductions.paper.data import DATASETS
-from reproductions.paper.published import PublishedExperiment, PublishedRow, published
-from reproductions.paper.results import Result, read_results
-from reproductions.paper.scores import summary
+from reproductions.paper.report.published import PublishedExperiment, PublishedRow, published
+from reproductions.paper.report.results import Result, read_results
+from reproductions.paper.report.scores import summary
 
 NOTES = {
     "cider_no_ptb": "CIDEr without the Penn Treebank tokenizer, which needs Java: not the published form.",

@@ -10,13 +10,13 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from reproductions.paper.files import write
 from reproductions.paper.methods.base import train_last
 from reproductions.paper.methods.mdgd_gm import MDGDGM
 from reproductions.paper.models import load_model
-from reproductions.paper.train import train
-from reproductions.paper.weights import NAME, load_changes
-from reproductions.paper.work import Workshop
+from reproductions.paper.run.train import train
+from reproductions.paper.run.weights import NAME, load_changes
+from reproductions.paper.run.work import Workshop
+from reproductions.shared.files import write
 from torch_mdgd import MDGDOptimizer, mdgd_backward
 
 ROLES = ("task", "visual", "reference_task", "reference_visual")

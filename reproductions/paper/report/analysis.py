@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.manifold import TSNE  # type: ignore[import-untyped]
 
-from reproductions.paper.results import Result
+from reproductions.paper.report.results import Result
 
 Kind = Literal["visual", "multimodal"]
 EMBEDDED = 500

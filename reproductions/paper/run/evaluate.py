@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from reproductions.paper.data import DATASETS
-from reproductions.paper.files import read_lines, write
 from reproductions.paper.metrics import METRICS
 from reproductions.paper.models import to_device
-from reproductions.paper.work import Workshop
-from reproductions.paper.workers import errors_of_workers
+from reproductions.paper.run.work import Workshop
+from reproductions.paper.run.workers import errors_of_workers
+from reproductions.shared.files import read_lines, write
 from torch_mdgd import VisualTap, effective_rank
 
 THUMBNAILS, THUMBNAIL = 12, (224, 224)

@@ -6,10 +6,10 @@ from itertools import pairwise
 
 import numpy as np
 
-from reproductions.paper.analysis import masking, ranks
-from reproductions.paper.published import PublishedExperiment, published
-from reproductions.paper.results import Result
-from reproductions.paper.scores import summary
+from reproductions.paper.report.analysis import masking, ranks
+from reproductions.paper.report.published import PublishedExperiment, published
+from reproductions.paper.report.results import Result
+from reproductions.paper.report.scores import summary
 
 Runs = Mapping[str, Mapping[str, Result]]
 

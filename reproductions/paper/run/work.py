@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from reproductions.paper.config import Experiment
 from reproductions.paper.data import DATASETS, Example
-from reproductions.paper.models import MODELS, Batch, load_model, to_device
+from reproductions.paper.models import Batch, load_model, to_device
 
 
 class Workshop:
@@ -85,11 +85,6 @@ class Workshop:
         rng = np.random.default_rng(self.experiment.seed)
         for i in rng.permutation(len(examples))[:count]:
             yield to_device(self.model.collate([examples[int(i)]], answers=True), self.device)
-
-
-def skeleton(model: str) -> nn.Module:
-    """A model's network in its published size, without numbers."""
-    return MODELS[model].skeleton()
 
 
 class _Chained(Sequence[Example]):

@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors.numpy import load_file
 
-from reproductions.paper.published import published
+from reproductions.paper.report.published import published
 
 
 class ResultError(ValueError):

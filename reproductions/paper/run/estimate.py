@@ -18,11 +18,10 @@ from typing import Any
 
 from torch import nn
 
-from reproductions.paper.config import Experiment
+from reproductions.paper.config import Experiment, method_of
 from reproductions.paper.data import DATASETS
 from reproductions.paper.methods import METHODS, Method
-from reproductions.paper.train import method_of
-from reproductions.paper.work import skeleton
+from reproductions.paper.models import skeleton
 from torch_mdgd import connector, last_decoder_layers
 from torch_mdgd.parts import text_decoder
 

@@ -1,6 +1,5 @@
 """One self-contained HTML page: what ran, the tables, the figures, answers beside pictures, and the configurations."""
 
-import base64
 import html
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,11 +7,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from reproductions.paper.data import DATASETS
-from reproductions.paper.figures import draw_all
-from reproductions.paper.findings import Finding, findings
-from reproductions.paper.published import published
-from reproductions.paper.results import Result, read_results
-from reproductions.paper.tables import Comparison, Line, comparisons, trained_cell
+from reproductions.paper.report.figures import draw_all
+from reproductions.paper.report.findings import Finding, findings
+from reproductions.paper.report.published import published
+from reproductions.paper.report.results import Result, read_results
+from reproductions.paper.report.tables import Comparison, Line, comparisons, trained_cell
+from reproductions.shared.page import document, embedded, figure, navigation
 
 SHOWN, AMONG = 4, 12
 """Examples of each task on the page, and how many of the first they are chosen from: runs keep pictures of those."""
@@ -29,7 +29,7 @@ CAPTIONS = {
     "figure5": "Figure 5. t-SNE of features of LLaVA.",
 }
 
-_STYLE = Path(__file__).with_name("report.css")
+_STYLE = Path(__file__).parents[1] / "report.css"
 
 
 def write_report(results: Path, output: Path) -> Path:
@@ -55,12 +55,11 @@ def write_report(results: Path, output: Path) -> Path:
 def _page(runs: Mapping[str, Mapping[str, Result]], tables: Sequence[Comparison], figures: str) -> str:
     everything = [run for methods in runs.values() for run in methods.values()]
     sections = ("Findings", "Tables", "Figures", "Answers", "Runs")
-    links = "".join(f'<a href="#{name.lower()}">{name}</a>' for name in sections)
     parts = [
         "<h1>Modality-decoupled gradient descent: the paper's experiments</h1>",
         f'<p class="faint">{_overview(everything)}</p>',
         _banner(everything),
-        f"<nav>{links}</nav>",
+        navigation(sections),
         '<h2 id="findings">Findings</h2>',
         "<p>What the paper found, and whether the runs here agree. Smoke runs are no evidence.</p>",
         f'<ul class="findings">{"".join(map(_finding, findings(runs)))}</ul>',
@@ -79,12 +78,7 @@ def _page(runs: Mapping[str, Mapping[str, Result]], tables: Sequence[Comparison]
     ]
     body = "\n".join(part for part in parts if part)
     style = _STYLE.read_text(encoding="utf-8")
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>MDGD: the paper's experiments</title><style>{style}</style></head>\n"
-        f"<body>\n{body}\n</body></html>\n"
-    )
+    return document("MDGD: the paper's experiments", body, style)
 
 
 def _overview(runs: Sequence[Result]) -> str:
@@ -158,16 +152,8 @@ def _direction(cell: str, kind: str) -> str:
 
 def _figures(results: Path) -> str:
     with TemporaryDirectory() as folder:
-        return "".join(
-            f'<figure><img alt="{html.escape(path.stem)}" src="{_embedded(path)}">'
-            f"<figcaption>{html.escape(CAPTIONS[path.stem])}</figcaption></figure>"
-            for path in draw_all(results, Path(folder))
-        )
-
-
-def _embedded(path: Path) -> str:
-    kind = "png" if path.suffix == ".png" else "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+        drawn = draw_all(results, Path(folder))
+        return "".join(figure(path, CAPTIONS[path.stem]) for path in drawn)
 
 
 def _answers(name: str, runs: Mapping[str, Result], opened: bool) -> str:
@@ -201,7 +187,7 @@ def _cards(task: str, runs: Mapping[str, Result]) -> Iterable[str]:
 
 def _card(answers: Mapping[str, Mapping], picture: Path | None) -> str:
     first = next(iter(answers.values()))
-    image = f'<img alt="" loading="lazy" src="{_embedded(picture)}">' if picture else ""
+    image = f'<img alt="" loading="lazy" src="{embedded(picture.read_bytes(), "jpeg")}">' if picture else ""
     references = " / ".join(dict.fromkeys(map(str, first["answers"])))
     said = "".join(
         f"<dt>{html.escape(label)}</dt><dd>{html.escape(str(line['prediction'])) or '(nothing)'}</dd>"

@@ -23,7 +23,7 @@ def _for_cuda(tensor: Tensor) -> bool:
     return tensor.device.type == "cuda" and torch.version.hip is None and _triton_installed()
 
 
-# A backend is a module with the four operations, and says for which tensors it is taken unasked; the first that is wins.
+# A backend is a module with the four operations. The first that is for a tensor is taken; the oracle only if asked for.
 BACKENDS: dict[str, Callable[[Tensor], bool]] = {
     "triton": _for_cuda,
     "eager": lambda tensor: True,

@@ -1,5 +1,7 @@
-"""A mask: which elements of the trained parameters may move. It is chosen once, when the optimizer is built or from the
-gradients of a step; elements outside it stay bit-identical, whatever the wrapped optimizer does.
+"""A mask: which elements of the trained parameters may move.
+
+It is chosen when the optimizer is built, or from the gradients of a step. Elements outside it stay bit-identical,
+whatever the wrapped optimizer does.
 """
 
 from collections.abc import Sequence

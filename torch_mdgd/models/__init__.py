@@ -1,0 +1,1 @@
+"""Vision-language models: what families call their parts, the parts, their features."""

@@ -1,0 +1,1 @@
+"""Several processes: sharded tensors, and ranks that share a batch."""

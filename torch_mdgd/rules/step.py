@@ -56,8 +56,8 @@ def moves_(parameters: Tensors, before: Tensors) -> list[Tensor | None]:
 def subtract_(parameters: Tensors, x: Tensors, a: Tensor) -> None:
     """θ − a x, in place, for T scalars a.
 
-    The correction is subtracted from where the optimizer arrived. So a move with nothing to remove, or an element outside
-    a mask, stays bit-identical; only −0 may become 0.
+    The correction is subtracted from where the optimizer arrived. So a move with nothing to remove, or an element
+    outside a mask, stays bit-identical; only −0 may become 0.
     """
     touched = [p if y is not None else None for p, y in zip(parameters, x, strict=True)]
     kernels.combine_(touched, [parameters, x], torch.stack([torch.ones_like(a), -a], dim=1))

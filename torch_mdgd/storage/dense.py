@@ -135,7 +135,7 @@ class DenseStorage(Storage):
             if name in found:
                 require_shapes(name, found[name], [p.shape for p in parameters])
         masks: Tensors = found.get("mask", [])
-        if not self.chooses and sum(counts(masks)):
+        if not self.chooses and any(counts(masks)):
             raise ValueError("the state dict was saved with a mask: build the MDGDOptimizer with it, too")
         base.load_state_dict(inner)
         for t, (x, p) in enumerate(zip(found.get("reference", ()), parameters, strict=False)):

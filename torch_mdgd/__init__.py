@@ -12,10 +12,11 @@ from torch_mdgd.masks import Given, Magnitude, Random, TopK
 from torch_mdgd.models.parts import connector, freeze_all_but, last_decoder_layers
 from torch_mdgd.models.tap import VisualTap, visual_alignment_loss
 from torch_mdgd.optimizer import MDGDOptimizer
-from torch_mdgd.rules import MDGD, DriftBudget, Project, ProtectInputs, Rule, StepProject
+from torch_mdgd.rules import MDGD, Anchor, DriftBudget, Project, ProtectInputs, Rule, StepProject
 
 __all__ = [
     "MDGD",
+    "Anchor",
     "DriftBudget",
     "Given",
     "MDGDOptimizer",

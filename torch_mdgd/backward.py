@@ -1,8 +1,8 @@
 """The passes of one training step, in place of ``loss.backward()``."""
 
 import warnings
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch_mdgd.captures import REFERENCE
 from torch_mdgd.models.families import PICTURES
 from torch_mdgd.models.tap import Batch, VisualTap, visual_alignment_loss
-from torch_mdgd.models.vision_cache import reuse_frozen_vision
+from torch_mdgd.models.vision_cache import reuse_frozen_parts
 from torch_mdgd.optimizer import MDGDOptimizer
 from torch_mdgd.parallel.ranks import Ranks, gather_around
 from torch_mdgd.rules.base import KINDS
@@ -30,13 +30,16 @@ def mdgd_backward(
     visual_weight: float | None = None,
     scaler: torch.amp.GradScaler | None = None,
     combine: bool = True,
+    separate: bool = False,
+    diagnose_every: int | None = None,
     reuse_vision: bool = True,
 ) -> Tensor:
     """Capture every gradient that the optimizer's update needs from one batch, and leave d in ``.grad``.
 
     With gradients at the reference: 3 forward and 4 backward passes, one graph at a time (z(θ) without a graph, then
-    φ, then θ); without: 2 and 2. All forward passes see the same random numbers, so that dropout makes no drift; the
-    model stays in the mode, train or eval, that it is in.
+    φ, then θ). Without: a forward pass at φ as far as the features, and one at θ; then one backward pass of L + αL_v
+    where the rule allows it (``MDGD(regularize=0)``, and under a mask), else one for each loss. All forward passes see
+    the same random numbers, so that dropout makes no drift; the model stays in the mode, train or eval, that it is in.
 
     A rule that needs the task gradient alone takes one forward and one backward pass in any case, and there is no L_v.
 
@@ -58,8 +61,11 @@ def mdgd_backward(
         combine: False for all but the last micro-batch of a step, so that gradients add up before the update is
             formed, which is not linear in them. Those of a step that is never made stay until the optimizer's
             ``zero_grad()``; the model's does not know of them.
-        reuse_vision: run the frozen parts of the vision tower once, not in each pass; exact, see
-            :func:`~torch_mdgd.models.vision_cache.reuse_frozen_vision`.
+        separate: take g and v apart even where one backward pass of L + αL_v gives d.
+        diagnose_every: take them apart at one step of so many, so that ``cos_task_visual`` and ``visual_to_task`` of
+            ``optimizer.diagnostics`` are measured there; between, those of the last measured step stay.
+        reuse_vision: run the frozen parts of the vision tower, and the frozen layers at the beginning of the decoder,
+            once and not in each pass; exact, see :func:`~torch_mdgd.models.vision_cache.reuse_frozen_parts`.
 
     Returns:
         the task loss, detached, without weight or scale. L_v is in ``optimizer.diagnostics["visual_loss"]``, of this
@@ -95,8 +101,11 @@ def mdgd_backward(
     needs = wrapped.needs(pictures=seen or not combine)
     wrapped.rule.sum_over(ranks.groups)
     try:
-        with reuse_frozen_vision(model) if reuse_vision else nullcontext(), ranks.no_sync():
-            if "visual" in wrapped.needs():
+        with passes.sparing(reuse_vision), ranks.no_sync():
+            alpha = None if separate else wrapped.joint(diagnose_every)
+            if alpha is not None:
+                task_loss, visual_loss = passes.jointly(alpha, pictures)
+            elif "visual" in wrapped.needs():
                 task_loss, visual_loss = passes.one_at_a_time(needs == KINDS, pictures, reduce=combine)
             else:
                 task_loss, visual_loss = passes.task_alone(), None
@@ -191,24 +200,56 @@ class _Passes:
         elif pictures:
             with self.optimizer.reference(self.model):
                 z_reference = self.features()
-        with self.optimizer.rule.observe(self.images):
+        with self.optimizer.rule.observe(self.images, self.batch):
             task_loss, z = self.forward()
             if pictures and z_reference is not None:
                 self.optimizer.rule.saw_features(z, z_reference, self.ranks.mean)
             visual_loss = self.both_gradients(task_loss, z, z_reference if pictures else None, "visual")
         return task_loss.detach(), visual_loss
 
+    def jointly(self, alpha: float, pictures: bool) -> tuple[Tensor, Tensor]:
+        """Task loss and L_v, from one backward pass of L + αL_v."""
+        z_reference = None
+        if pictures:
+            with self.optimizer.reference(self.model):
+                z_reference = self.features()
+        with self.optimizer.rule.observe(self.images, self.batch):
+            task_loss, z = self.forward()
+            visual_loss = visual_alignment_loss(z, z if z_reference is None else z_reference, self.alignment)
+            total = task_loss * self.weights["task"]
+            if z_reference is not None:
+                self.optimizer.rule.saw_features(z, z_reference, self.ranks.mean)
+                total = total + visual_loss * (alpha * self.weights["visual"])
+            self.backward("joint", total)
+        return task_loss.detach(), visual_loss.detach()
+
     def task_alone(self) -> Tensor:
         """Task loss, from one forward and one backward pass."""
-        with self.optimizer.rule.observe(self.images):
+        with self.optimizer.rule.observe(self.images, self.batch):
             task_loss = _loss_of(self.run()[0])
             self.backward("task", task_loss)
         return task_loss.detach()
 
+    @contextmanager
+    def sparing(self, reuse: bool) -> Iterator[None]:
+        """Nothing is computed inside that no pass needs: no cache of keys and values, no frozen part twice."""
+        found = {id(c): c for m in self.model.modules() if (c := getattr(m, "config", None)) is not None}
+        configs = [c for c in found.values() if getattr(c, "use_cache", None) is True]
+        for config in configs:
+            config.use_cache = False
+        try:
+            with reuse_frozen_parts(self.model, self.optimizer.trained) if reuse else nullcontext():
+                yield
+        finally:
+            for config in configs:
+                config.use_cache = True
+
     def features(self) -> Tensor:
-        """Z, without a graph."""
+        """Z, without a graph: no further than the text module, where the outer modules allow it."""
+        modules = list(self.model.modules())
+        whole = self.ranks.sharded or any(hasattr(m, "_hf_hook") or hasattr(m, "_orig_mod") for m in modules)
         with torch.no_grad():
-            return self.run()[1]
+            return self.run()[1] if whole else self.tap.features(self.prepared(), self.batch)
 
     def both_gradients(
         self, task_loss: Tensor, z: Tensor, z_fixed: Tensor | None, kind: Literal["visual", "reference_visual"]
@@ -234,20 +275,23 @@ class _Passes:
             )
         return loss, z
 
-    def run(self) -> tuple[Any, Tensor]:
+    def prepared(self) -> Callable[..., Any]:
+        """What is run, with the random numbers of all passes."""
         self.random.rewind()
         loss: Any = self.loss
-        run: Any = self.model if loss is None else lambda **inputs: loss(inputs)
-        return self.tap(run, self.batch)
+        return self.model if loss is None else lambda **inputs: loss(inputs)
 
-    def backward(self, kind: Literal["task", "visual"], loss: Tensor, retain_graph: bool = False) -> None:
+    def run(self) -> tuple[Any, Tensor]:
+        return self.tap(self.prepared(), self.batch)
+
+    def backward(self, kind: Literal["task", "visual", "joint"], loss: Tensor, retain_graph: bool = False) -> None:
         if not loss.requires_grad:
             raise RuntimeError(
                 f"mdgd_backward: nothing that the {kind} loss depends on requires gradients: is a parameter trainable, "
                 "and this outside torch.no_grad()?"
             )
         scale = 1.0 if self.scaler is None else self.scaler.get_scale()
-        weighted: Any = loss * self.weights[kind]
+        weighted: Any = loss if kind == "joint" else loss * self.weights[kind]
         if kind == "visual" and self.ranks.sharded:
             gather_around(self.tap.text_module, self.model)
         # Autocast is for forward passes; around this one it would round what the forward pass did not.

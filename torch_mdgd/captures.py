@@ -14,6 +14,8 @@ from torch_mdgd.rules.base import KINDS
 
 # g̃₀, which takes the place of the two kinds at the reference once it is formed.
 REFERENCE = "reference"
+# g + αv, which takes the place of "task" and "visual" where one backward pass gives it.
+JOINT = "joint"
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Step:
         reference: g̃₀.
         gradients: those of the three that are there, in this order: (g), (g, v) or (g, v, g̃₀).
         d: where the combination goes: over g, into a new buffer if only others have a gradient, nowhere if none has.
+        scale: the loss scale that all of them carry.
     """
 
     task: list[Tensor | None]
@@ -33,6 +36,7 @@ class Step:
     reference: list[Tensor | None]
     gradients: list[list[Tensor | None]]
     d: list[Tensor | None]
+    scale: float
 
 
 class Captures:
@@ -72,17 +76,25 @@ class Captures:
 
     def close(self, parameters: Sequence[Tensor]) -> Step:
         """All that was captured, for the update; the captures are empty from here on."""
-        task, visual, reference = self.take(("task", "visual", REFERENCE), parameters)
+        task, visual, reference = self.take((self._first, "visual", REFERENCE), parameters)
+        scale = self.scale or 1.0
         self.clear()
         gradients = [task, visual, reference]
         while len(gradients) > 1 and all(x is None for x in gradients[-1]):
             gradients.pop()
         d = [_destination(xs, p) for p, *xs in zip(parameters, *gradients, strict=True)]
-        return Step(task, visual, reference, gradients, d)
+        return Step(task, visual, reference, gradients, d, scale)
+
+    @property
+    def _first(self) -> str:
+        return JOINT if JOINT in self.gradients else "task"
 
     def require(self, kinds: Sequence[str]) -> None:
-        """Raise a RuntimeError that names the kinds which are not there, themselves or in g̃₀."""
+        """Raise a RuntimeError that names the kinds which are not there, themselves, in g + αv or in g̃₀."""
+        if len(self.gradients) > 1 and JOINT in self.gradients:
+            raise RuntimeError("a step has either one backward pass of both losses ('joint') or one of each, not both")
         there = {*self.gradients, *(KINDS[2:] if REFERENCE in self.gradients else ())}
+        there |= set(KINDS[:2] if JOINT in self.gradients else ())
         missing = [kind for kind in kinds if kind not in there]
         if missing:
             hint = ""

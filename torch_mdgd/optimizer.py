@@ -14,7 +14,7 @@ from torch._compile import _disable_dynamo
 from torch.optim import LBFGS, Optimizer
 
 from torch_mdgd import kernels
-from torch_mdgd.captures import REFERENCE, Captures, Step, assign, refuse_stray
+from torch_mdgd.captures import JOINT, REFERENCE, Captures, Step, assign, refuse_stray
 from torch_mdgd.checks import require_number
 from torch_mdgd.diagnostics import gradient_diagnostics
 from torch_mdgd.kernels import Tensors
@@ -142,6 +142,11 @@ class MDGDOptimizer(Optimizer):
             )
         return found
 
+    @property
+    def trained(self) -> list[Tensor]:
+        """The parameters that are trained or have been, in order: those whose φ is held."""
+        return [p for p, one in zip(self.parameters, self._storage.trained, strict=True) if one]
+
     def needs(self, pictures: bool = True) -> tuple[str, ...]:
         """The gradients that the next combine needs: "task", "visual", "reference_task", "reference_visual", in order.
 
@@ -152,19 +157,29 @@ class MDGDOptimizer(Optimizer):
             return KINDS
         return self.rule.needs(self._weights(), self.mask is not None) if pictures else KINDS[:1]
 
+    def joint(self, measure_every: int | None = None) -> float | None:
+        """α where one backward pass of L + αL_v, captured as "joint", gives the d of the next combine; else None.
+
+        Args:
+            measure_every: None at one step of so many, at which g and v are then taken apart for the diagnostics.
+        """
+        if self._mask_is_due() or (measure_every is not None and self._storage.age % measure_every == 0):
+            return None
+        return self.rule.joint(self._weights(), self.mask is not None)
+
     @property
     def captured(self) -> dict[str, list[Tensor | None]]:
         """What was captured for this step so far, by kind: the buffers themselves."""
         return self._captures.gradients
 
-    def capture(self, kind: Literal["task", "visual"], *, scale: float = 1.0) -> AbstractContextManager[None]:
+    def capture(self, kind: Literal["task", "visual", "joint"], *, scale: float = 1.0) -> AbstractContextManager[None]:
         """Whatever backward passes inside leave in ``.grad`` is kept as this gradient, and ``.grad`` cleared.
 
         Captures of one kind add up until the next :meth:`combine` (micro-batches). Inside :meth:`reference` they are
         gradients at φ. An exception inside discards all that was captured for this step.
 
         Args:
-            kind: "task" or "visual".
+            kind: "task", "visual", or "joint" for the gradient of L + αL_v with α of :meth:`joint`.
             scale: the loss scale in force, such as ``scaler.get_scale()``: all captures of a step must agree.
 
         Raises:
@@ -172,8 +187,10 @@ class MDGDOptimizer(Optimizer):
             RuntimeError: captures are nested; ``.grad`` holds a gradient that no capture took; no parameter received
                 a gradient.
         """
-        if kind not in ("task", "visual"):
-            raise ValueError(f"capture: kind must be 'task' or 'visual', got {kind!r}")
+        if kind not in ("task", "visual", JOINT):
+            raise ValueError(f"capture: kind must be 'task', 'visual' or 'joint', got {kind!r}")
+        if kind == JOINT and (self._storage.swapped or self.joint() is None):
+            raise RuntimeError("capture: this step needs task and visual gradients apart: ask joint() before")
         self._made.clear()
         return self._captures.record(f"reference_{kind}" if self._storage.swapped else kind, self.parameters, scale)
 
@@ -262,15 +279,19 @@ class MDGDOptimizer(Optimizer):
         refuse_stray(parameters)
         if all(kind in self._captures.gradients for kind in KINDS[2:]):
             self.reduce_reference()
+        joint = JOINT in self._captures.gradients
         step = self._captures.close(parameters)
         self._warn_of_idle_groups(step)
         products = kernels.inner_products(step.gradients)
-        self._made.begin(products)
+        self._made.begin(None if joint else products)
         if self._mask_is_due():
             self._choose_mask(parameters, step, products)
         if self.rule.corrects:
             self._made.visual = self._storage.restrict_(step.visual)
-        w = {name: x.to(products.device) for name, x in self._weights().items()}
+        w = self._weights()
+        difference = partial(self._storage.difference, parameters)
+        self.rule.pull_(step.task, parameters, difference, w, step.scale)
+        w = {name: x.to(products.device) for name, x in w.items()}
         coefficients = self.rule.coefficients(products, w, self._storage.masked)
         self._storage.combine_(step.d, step.gradients, coefficients)
         self._made.d = [None if x is None else x.to(p.dtype) for p, x in zip(parameters, step.d, strict=True)]
@@ -465,9 +486,10 @@ class _Made:
         self.visual: list[Tensor | None] | None = None
         self.refused = False
 
-    def begin(self, products: Tensor) -> None:
+    def begin(self, products: Tensor | None) -> None:
         self.clear()
-        self.products = products
+        # Where g and v were not taken apart, those of the last step that did stay.
+        self.products = self.products if products is None else products
 
     def visual_for(self, parameters: Sequence[Tensor]) -> list[Tensor | None] | None:
         """V of this step; None if every ``.grad`` was replaced since combine, e.g. by ``model.zero_grad()``.

@@ -43,7 +43,7 @@ class MDGDModuleMixin:
         Args:
             model: called as ``model(**batch)``; its output has a ``loss``.
             batch: inputs and labels.
-            **options: ``tap``, ``loss``, ``alignment`` and ``reuse_vision`` of
+            **options: ``tap``, ``loss``, ``alignment``, ``separate``, ``diagnose_every`` and ``reuse_vision`` of
                 :func:`~torch_mdgd.mdgd_backward`; what is about accumulation and scaling follows the Trainer.
 
         Returns:

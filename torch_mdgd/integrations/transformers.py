@@ -220,6 +220,9 @@ class _Watching(VisualTap):
         self.z = z.detach()
         return output, z
 
+    def features(self, model: Any, batch: Batch) -> Tensor:
+        return self.tap.features(model, batch)
+
 
 def _watching(tap: VisualTap | None, model: nn.Module) -> _Watching:
     return _Watching(tap or VisualTap.for_model(model))

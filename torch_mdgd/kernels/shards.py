@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from torch_mdgd.parallel.dtensor import indices, is_sharded, local, sum_shards_
+from torch_mdgd.parallel.dtensor import as_shard, indices, is_sharded, local, sum_shards_
 
 Keys: TypeAlias = Callable[[], Iterator[tuple[int, slice, Tensor]]]
 
@@ -66,7 +66,7 @@ def _select(like: Sequence[Tensor], read: Callable[[int, slice], Tensor], k: int
             tied = [block == threshold for _, _, block in keys([t])]
             chosen = torch.cat([*tied, flat[t][:0]]).nonzero().squeeze(1)
             flat[t][chosen if taken == found else chosen[_first(like[t], chosen, taken)]] = True
-    return [_as_shard(mask, x) for mask, x in zip(masks, like, strict=True)]
+    return [as_shard(mask, x) for mask, x in zip(masks, like, strict=True)]
 
 
 def _first(x: Tensor, positions: Tensor, n: int) -> Tensor:
@@ -111,15 +111,3 @@ def _ordered(scores: Tensor) -> Tensor:
 def _shards(x: Tensor) -> Any:
     tensor: Any = x
     return (tensor.device_mesh, *(p.is_replicate() for p in tensor.placements)) if is_sharded(x) else None
-
-
-def _as_shard(part: Tensor, like: Tensor) -> Tensor:
-    if not is_sharded(like):
-        return part
-    from torch.distributed.tensor import DTensor
-
-    target: Any = like
-    whole: Tensor = DTensor.from_local(
-        part, target.device_mesh, target.placements, run_check=False, shape=like.shape, stride=like.stride()
-    )
-    return whole

@@ -80,7 +80,7 @@ class VisualTap:
         """
         return VisualTap(self.text_module, lambda batch: _last(_before_the_answer(batch)), self.layers)
 
-    def __call__(self, model: nn.Module, batch: Batch) -> tuple[Any, Tensor]:
+    def __call__(self, model: Callable[..., Any], batch: Batch) -> tuple[Any, Tensor]:
         """Run ``model(**batch)``.
 
         Returns:
@@ -90,6 +90,22 @@ class VisualTap:
             RuntimeError: the text module was not run.
             ValueError: the mask does not fit the hidden states.
         """
+        return self._run(model, batch, stop=False)
+
+    def features(self, model: Callable[..., Any], batch: Batch) -> Tensor:
+        """Z alone, without a graph: the model is run no further than its text module, so without head and loss.
+
+        The same numbers as z of a whole run, bit for bit. Not for a model whose outer modules have to finish their
+        pass, as those sharded by ``fully_shard`` or offloaded by accelerate, nor for a compiled one.
+
+        Raises:
+            RuntimeError: the text module was not run.
+            ValueError: the mask does not fit the hidden states.
+        """
+        with torch.no_grad():
+            return self._run(model, batch, stop=True)[1]
+
+    def _run(self, model: Callable[..., Any], batch: Batch, stop: bool) -> tuple[Any, Tensor]:
         mask = self.mask(batch)
         seen: dict[int, Tensor] = {}
 
@@ -97,15 +113,19 @@ class VisualTap:
             def keep(module: nn.Module, args: Any, output: Any) -> None:
                 hidden = args if from_input else output
                 seen[place] = hidden if isinstance(hidden, Tensor) else hidden[0]
+                if stop and len(seen) == len(handles):
+                    raise _Seen
 
             return keep
 
-        handles = [
-            module.register_forward_hook(hook(place, from_input))
-            for place, (module, from_input) in enumerate(self._places)
-        ]
+        handles: list[Any] = []
+        for place, (module, from_input) in enumerate(self._places):
+            handles.append(module.register_forward_hook(hook(place, from_input)))
+        output = None
         try:
             output = model(**batch)
+        except _Seen:
+            pass
         finally:
             for handle in handles:
                 handle.remove()
@@ -122,6 +142,10 @@ class VisualTap:
                     "model changed the sequence, so its image tokens need a mask function of their own"
                 )
         return output, torch.cat([seen[place][mask.to(seen[place].device)] for place in range(len(handles))])
+
+
+class _Seen(BaseException):
+    """All features are there; not an Exception, so that no model or trainer takes it for its own."""
 
 
 def visual_alignment_loss(z: Tensor, z_ref: Tensor, kind: Literal["l1", "mse"] = "l1") -> Tensor:

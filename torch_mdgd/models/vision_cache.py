@@ -1,7 +1,8 @@
-"""The frozen vision tower, computed once a batch: all passes of a step see the same pictures."""
+"""Frozen parts, computed once a batch: all passes of a step see the same pictures and words."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -9,45 +10,60 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from torch_mdgd.models.families import TOWERS
-from torch_mdgd.models.parts import unwrap
+from torch_mdgd.models.parts import decoder_layers, text_decoder, unwrap
 
 
 @contextmanager
-def reuse_frozen_vision(model: nn.Module) -> Iterator[None]:
-    """Inside, the frozen parts of the vision tower return their last outputs when their inputs are the same again.
+def reuse_frozen_parts(model: nn.Module, exchanged: Collection[Tensor] = ()) -> Iterator[None]:
+    """Inside, parts that no training reaches return their last outputs when their inputs are the same again.
 
-    For passes over one batch: same inputs, bit for bit, same mode of modules and autocast. A part is run as ever if
-    one of its parameters is trained, if its output carries a graph, or if it draws random numbers or changes its
-    buffers, as dropout and batch normalisation in training mode do. So results are those without this, bit for bit.
-    What it keeps until it ends is the output of each such part: of the tower, or of each of its blocks if its
-    connector inside is trained (Qwen-VL).
+    Those are the frozen parts of the vision tower, and the frozen layers at the beginning of the text decoder. For
+    passes over one batch: same inputs, bit for bit, same mode of modules and autocast. A part is run as ever if one of
+    its parameters is trained or exchanged, if its inputs or its output carry a graph, or if it draws random numbers or
+    changes its buffers, as dropout and batch normalisation in training mode do. So results are those without this, bit
+    for bit. What it keeps until it ends is the output of each such part: of the tower, or of each of its blocks if its
+    connector inside is trained (Qwen-VL), and of each decoder layer.
 
     Args:
-        model: any module; one without a vision tower by name (``families.TOWERS``) is left alone.
+        model: any module; one without such parts is left alone.
+        exchanged: parameters that have other values in some of the passes.
     """
     with ExitStack() as stack:
-        for part in frozen_vision_parts(model):
+        for part in [*frozen_vision_parts(model, exchanged), *_first_frozen_layers(model, exchanged)]:
             stack.enter_context(_remembering(part))
         yield
 
 
-def frozen_vision_parts(model: nn.Module) -> list[nn.Module]:
-    """The largest modules of the vision tower that hold parameters, none of them trained."""
+def frozen_vision_parts(model: nn.Module, exchanged: Collection[Tensor] = ()) -> list[nn.Module]:
+    """The largest modules of the vision tower that hold parameters, none of them trained or exchanged."""
     towers: dict[str, nn.Module] = {}
     for name, module in unwrap(model).named_modules():
         inside = any(name.startswith(f"{tower}.") for tower in towers)
         if name.rpartition(".")[2] in TOWERS and not inside:
             towers[name] = module
-    return [part for tower in towers.values() for part in _frozen(tower)]
+    return [part for tower in towers.values() for part in _frozen(tower, {id(p) for p in exchanged})]
 
 
-def _frozen(module: nn.Module) -> Iterator[nn.Module]:
-    parameters = list(module.parameters())
-    if parameters and not any(p.requires_grad for p in parameters) and not isinstance(module, nn.ModuleList):
+def _frozen(module: nn.Module, exchanged: set[int]) -> Iterator[nn.Module]:
+    if _is_frozen(module, exchanged) and not isinstance(module, nn.ModuleList):
         yield module
     else:
         for child in module.children():
-            yield from _frozen(child)
+            yield from _frozen(child, exchanged)
+
+
+def _first_frozen_layers(model: nn.Module, exchanged: Collection[Tensor]) -> list[nn.Module]:
+    try:
+        layers = decoder_layers(text_decoder(model))
+    except (TypeError, ValueError):
+        return []
+    moved = {id(p) for p in exchanged}
+    return list(takewhile(lambda layer: _is_frozen(layer, moved), layers))
+
+
+def _is_frozen(module: nn.Module, exchanged: set[int]) -> bool:
+    parameters = list(module.parameters())
+    return bool(parameters) and not any(p.requires_grad or id(p) in exchanged for p in parameters)
 
 
 @contextmanager
@@ -76,6 +92,9 @@ class _Remembered:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         inputs = tree_flatten((args, kwargs))[0]
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+            # What is remembered has no graph, and this pass may need one.
+            return self.forward(*args, **kwargs)
         if self.spec is not None and _unchanged(self.outputs) and self._saw(inputs):
             return tree_unflatten([x for x, _ in self.outputs], self.spec)
         before = self._fingerprint(inputs)

@@ -66,6 +66,19 @@ def as_part(part: Tensor, like: Tensor) -> Tensor:
     return out
 
 
+def as_shard(part: Tensor, like: Tensor) -> Tensor:
+    """What this process holds of a tensor that is sharded as ``like``, as that tensor."""
+    if not is_sharded(like):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    target: Any = like
+    whole: Tensor = DTensor.from_local(
+        part, target.device_mesh, target.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+    return whole
+
+
 def indices(like: Tensor) -> Tensor:
     """Where the numbers of this rank's part stand in the whole tensor, flattened: int64, shape (numel of the part,)."""
     whole = torch.arange(like.numel(), device=like.device).view(like.shape)

@@ -68,6 +68,17 @@ class Rule:
         """
         return KINDS[:2]
 
+    def joint(self, w: Weights, masked: bool) -> float | None:
+        """α where d = g + αv with one α for all parameters; None where g and v are needed apart.
+
+        One backward pass of L + αL_v then gives d.
+
+        Args:
+            w: the weights, on the CPU.
+            masked: whether a mask is chosen at some time.
+        """
+        return None
+
     def drift(self, products: Tensor) -> Tensor:
         """⟨g, v⟩ / ⟨v, v⟩, by which (6) and (7) remove v from g; shape (T,).
 
@@ -81,7 +92,7 @@ class Rule:
 
         Args:
             products: inner products of the R gradients of this step, float64, shape (T, R, R). R is 3 for
-                (g, v, g̃₀), 2 for (g, v), 1 for g alone. A missing gradient is zero.
+                (g, v, g̃₀), 2 for (g, v), 1 for g alone or for g + αv of one backward pass. A missing gradient is zero.
             w: the weights, on the device of the products.
             masked: whether d is of (11), under a mask.
 
@@ -89,6 +100,24 @@ class Rule:
             float64, shape (T, R). A coefficient of 0 still carries NaN and Inf along.
         """
         raise NotImplementedError
+
+    def pull_(
+        self,
+        g: Tensors,
+        parameters: Sequence[Tensor],
+        difference: Callable[[int], Tensor],
+        w: Weights,
+        scale: float,
+    ) -> None:
+        """Add a term of the rule's own to g, in place, before d is combined.
+
+        Args:
+            g: T gradients; None for a parameter that has none.
+            parameters: T parameters.
+            difference: θ − φ of parameter t; of a sharded parameter, this process's shard.
+            w: the weights, on the CPU.
+            scale: the loss scale that g carries.
+        """
 
     def correct_(self, parameters: Tensors, before: Tensors, visual: Tensors | None, w: Weights) -> None:
         """Correct the parameters after the wrapped optimizer's step, in place.
@@ -102,11 +131,12 @@ class Rule:
             w: the weights, on the CPU.
         """
 
-    def observe(self, images: Tensor) -> AbstractContextManager[None]:
+    def observe(self, images: Tensor, batch: Mapping[str, Any] | None = None) -> AbstractContextManager[None]:
         """Around the forward pass at θ.
 
         Args:
             images: bool, shape (batch, tokens), true at image tokens.
+            batch: what the model is called with.
         """
         return nullcontext()
 

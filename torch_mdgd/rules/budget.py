@@ -13,24 +13,23 @@ Neither changes if the losses, or z, are multiplied by a constant. This is ours,
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from torch_mdgd.checks import require_number
+from torch_mdgd.checks import require_number, require_whole
 from torch_mdgd.kernels import Tensors, ratio
+from torch_mdgd.rules.around import Around
 from torch_mdgd.rules.base import Rule, Weights, lone
 
-PULL = "drift_pull"
+PULL, STRENGTH, RATIO, AGE = "drift_pull", "drift_strength", "drift_ratio", "drift_age"
 SPAN = 4.0
 RATE = 0.05
 # A pull ten times as long as g has nothing left to learn with; beyond it, only noise would grow.
 LIMITS = (1e-3, 10.0)
 
 
-class DriftBudget(Rule):
+class DriftBudget(Around):
     """Another rule, whose α follows from a budget; its ``align`` is in units of ‖g‖ / ‖v‖, and is where α begins.
 
     Nothing here waits for the device, and processes that are told the same drift hold the same s.
@@ -38,24 +37,32 @@ class DriftBudget(Rule):
     Args:
         rule: has a weight ``align``, such as ``MDGD(regularize=0)`` or ``Project()``.
         budget: δ > 0, how far visual features may move, as a part of their size.
+        measure_every: after how many steps ‖g‖ / ‖v‖ is measured. Where the rule allows one backward pass for both
+            losses, the steps between take it, with the last ratio, and s and q of the step before. With 1, g and v are
+            taken apart at every step.
 
     Raises:
         TypeError: ``rule`` is no rule.
-        ValueError: ``budget`` is not a finite number above 0; ``rule`` has no ``align``, or one of 0.
+        ValueError: an argument is out of range, naming it; ``rule`` has no ``align``, or one of 0.
     """
 
-    def __init__(self, rule: Rule, budget: float) -> None:
-        if not isinstance(rule, Rule):
-            raise TypeError(f"DriftBudget: rule must be a Rule such as Project(), got {rule!r}")
+    def __init__(self, rule: Rule, budget: float, measure_every: int = 1) -> None:
+        super().__init__(rule)
         if not rule.weights.get("align"):
             raise ValueError(f"DriftBudget multiplies align: pass a rule with an align above 0, not {rule}")
-        self.rule = rule
         self.budget = require_number("DriftBudget: budget", budget, above=0)
-        self.weights, self.corrects = rule.weights, rule.corrects
-        self.pull = torch.ones((), dtype=torch.float64)
+        self.measure_every = require_whole("DriftBudget: measure_every", measure_every)
+        self._begin()
         # Of the step under way: Σ |z − z(φ)| and Σ |z(φ)|.
         self._sums: Tensor | None = None
         self._recorded: dict[str, Tensor] = {}
+
+    def _begin(self) -> None:
+        self.pull = torch.ones((), dtype=torch.float64)
+        # s · q · ‖g‖ / ‖v‖ of the last step, and ‖g‖ / ‖v‖ of the last that measured it; how many steps ago it did.
+        self.strength = torch.zeros((), dtype=torch.float64)
+        self.ratio = torch.zeros((), dtype=torch.float64)
+        self.age = 0
 
     def __repr__(self) -> str:
         return f"DriftBudget({self.rule}, {self.budget:g})"
@@ -64,7 +71,14 @@ class DriftBudget(Rule):
         """Take in how far the features of one micro-batch have moved."""
         sums = average(drift_sums(z, z_ref))
         self._sums = sums if self._sums is None else self._sums + sums
-        self.rule.saw_features(z, z_ref, average)
+        super().saw_features(z, z_ref, average)
+
+    def joint(self, w: Weights, masked: bool) -> float | None:
+        """The rule's α times the last strength; None at steps that measure. It waits for the device."""
+        strength = float(self.strength)
+        if self.measure_every == 1 or self.age % self.measure_every == 0 or not 0 < strength < float("inf"):
+            return None
+        return self.rule.joint({**w, "align": w["align"] * strength}, masked)
 
     def coefficients(self, products: Tensor, w: Weights, masked: bool) -> Tensor:
         """The rule's, with α of this step.
@@ -72,14 +86,17 @@ class DriftBudget(Rule):
         Raises:
             RuntimeError: there is a visual gradient, and nobody has told how far its features have moved.
         """
-        strength = torch.zeros_like(products[0, 0, 0])
-        if products.shape[-1] > 1:
+        measured = products.shape[-1] > 1
+        if measured:
             if self._sums is None:
                 raise RuntimeError("DriftBudget needs the drift: call rule.saw_features(z, z_ref) in each step")
-            strength = self._strength(ratio(*self._sums.to(products.device).unbind()), products)
-        align = w["align"] * strength
-        self._recorded["align"] = align[0]
-        return self.rule.coefficients(products, {**w, "align": align}, masked)
+            total = products.sum(0)
+            self.ratio = ratio(total[0, 0], total[1, 1]).sqrt()
+        if self._sums is not None:
+            self.age = 1 if measured else self.age + 1
+            self.strength = self._strength(ratio(*self._sums.to(products.device).unbind()), products)
+            self._recorded["align"] = w["align"][0] * self.strength
+        return self.rule.coefficients(products, {**w, "align": w["align"] * self.strength.to(products.device)}, masked)
 
     def _strength(self, drift: Tensor, products: Tensor) -> Tensor:
         """What multiplies ``align``.
@@ -93,61 +110,34 @@ class DriftBudget(Rule):
         # A new tensor: state dicts hold the old one.
         self.pull = s = (s * q**RATE).clamp(*LIMITS)
         self._recorded["visual_drift"] = drift
-        total = products.sum(0)
-        return s * q * ratio(total[0, 0], total[1, 1]).sqrt()
+        return s * q * self.ratio.to(products.device)
 
     def forget(self) -> None:
         """Forget what was seen for the step under way."""
         self._sums = None
-        self.rule.forget()
+        super().forget()
 
     def state(self) -> dict[str, Tensor | Sequence[Tensor]]:
-        """S, and the rule's own."""
-        return {PULL: self.pull, **self.rule.state()}
+        """S, and the rule's own; between measurements the ratio and the strength too."""
+        own = {PULL: self.pull}
+        if self.measure_every > 1:
+            own |= {STRENGTH: self.strength, RATIO: self.ratio, AGE: torch.tensor(self.age)}
+        return {**own, **super().state()}
 
     def load_state(self, found: Mapping[str, Tensors], parameters: Sequence[Tensor]) -> None:
         """The opposite of :meth:`state`."""
-        pull = lone(found, PULL)
-        self.pull = torch.ones((), dtype=torch.float64) if pull is None else pull.clone()
-        self.rule.load_state(found, parameters)
+        self._begin()
+        for name, attribute in ((PULL, "pull"), (STRENGTH, "strength"), (RATIO, "ratio")):
+            value = lone(found, name)
+            if value is not None:
+                setattr(self, attribute, value.clone())
+        age = lone(found, AGE)
+        self.age = 0 if age is None else int(age)
+        super().load_state(found, parameters)
 
     def diagnostics(self) -> dict[str, Tensor]:
         """``align``, which is α of the first parameter, and ``visual_drift``."""
-        return {**self.rule.diagnostics(), **self._recorded}
-
-    # The rest is the rule's.
-
-    def attach(self, parameters: Sequence[Tensor], masked: bool) -> None:
-        """See :class:`Rule`, here and below."""
-        self.rule.attach(parameters, masked)
-
-    def extend(self, parameters: Sequence[Tensor]) -> None:
-        """The rule's."""
-        self.rule.extend(parameters)
-
-    def needs(self, w: Weights, masked: bool) -> tuple[str, ...]:
-        """The rule's."""
-        return self.rule.needs(w, masked)
-
-    def drift(self, products: Tensor) -> Tensor:
-        """The rule's."""
-        return self.rule.drift(products)
-
-    def correct_(self, parameters: Tensors, before: Tensors, visual: Tensors | None, w: Weights) -> None:
-        """The rule's."""
-        self.rule.correct_(parameters, before, visual, w)
-
-    def observe(self, images: Tensor) -> AbstractContextManager[None]:
-        """The rule's."""
-        return self.rule.observe(images)
-
-    def sum_over(self, groups: Sequence[Any]) -> None:
-        """The rule's."""
-        self.rule.sum_over(groups)
-
-    def check_state(self, found: Mapping[str, Tensors], parameters: Sequence[Tensor]) -> None:
-        """The rule's."""
-        self.rule.check_state(found, parameters)
+        return {**super().diagnostics(), **self._recorded}
 
 
 def drift_sums(z: Tensor, z_ref: Tensor) -> Tensor:

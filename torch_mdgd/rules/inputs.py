@@ -170,7 +170,7 @@ class ProtectInputs(Rule):
         self._groups = groups
 
     @contextmanager
-    def observe(self, images: Tensor) -> Iterator[None]:
+    def observe(self, images: Tensor, batch: Mapping[str, Any] | None = None) -> Iterator[None]:
         """A forward pass inside tells of its inputs; those of micro-batches add up until the optimizer's next step.
 
         What gradient checkpointing runs again in a backward pass is not counted again. An exception inside discards
@@ -178,6 +178,7 @@ class ProtectInputs(Rule):
 
         Args:
             images: bool, shape (batch, tokens), true at image tokens.
+            batch: not looked at.
 
         Raises:
             ValueError: a layer of the decoder sees another sequence than that of the images.

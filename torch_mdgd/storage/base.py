@@ -60,6 +60,10 @@ class Storage(ABC):
         """Swap θ and φ."""
 
     @abstractmethod
+    def difference(self, parameters: Sequence[Tensor], t: int) -> Tensor:
+        """θ − φ of a trained parameter; of a sharded one, this process's shard."""
+
+    @abstractmethod
     def choose(self, masks: Tensors, base: Optimizer, parameters: Sequence[Tensor]) -> None:
         """Let only the elements inside these masks move from now on; None for a parameter that is not trained.
 

@@ -89,6 +89,14 @@ class CompactStorage(Storage):
         forget_casts()
         self.swapped = not self.swapped
 
+    def difference(self, parameters: Sequence[Tensor], t: int) -> Tensor:
+        """At full size, zero outside the mask."""
+        p = self._parts(parameters)[t]
+        out = torch.zeros_like(p)
+        if self.positions is not None:
+            _put_(out, self.positions[t], _take(p, self.positions[t]) - self.reference[t])
+        return out
+
     @torch.no_grad()
     def choose(self, masks: Tensors, base: Optimizer, parameters: Sequence[Tensor]) -> None:
         """Once. What the wrapped optimizer already holds of other elements is dropped."""

@@ -70,6 +70,12 @@ class DenseStorage(Storage):
         exchange_(parameters, self.reference)
         self.swapped = not self.swapped
 
+    def difference(self, parameters: Sequence[Tensor], t: int) -> Tensor:
+        """At full size."""
+        p, x = dtensor.local([parameters[t], self.reference[t]])
+        out: Tensor = p.detach() - x
+        return out
+
     def choose(self, masks: Tensors, base: Optimizer, parameters: Sequence[Tensor]) -> None:
         """Hold the masks; state of an element that an earlier mask held still begins anew."""
         for p, old, new in zip(parameters, self.masks or (), masks, strict=False):

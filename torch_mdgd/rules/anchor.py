@@ -1,0 +1,447 @@
+"""The anchor: a layer's answers to the inputs that it gets from prompts stay where they were.
+
+A linear layer answers x with Wx. The anchor penalises how far its answers move, E ‖(W − W₀) x‖², over the inputs x that
+prompts bring to it at the reference φ: image tokens and question tokens, but no answers.
+
+    C = mean of x xᵀ over prompt tokens at φ, divided by the mean of its diagonal     (x ends in 1 for a trained bias)
+    d = g + λ (W − W₀) C                                  the gradient of λ/2 tr((W − W₀) C (W − W₀)ᵀ) added to g
+    LoRA: W − W₀ = s (BA − B₀A₀), and the chain rule for A and B
+
+It needs no visual gradient and no pass at φ: one forward and one backward pass. It is ours, not the paper's. Relatives:
+L2-SP is C = I; EWC is diagonal and on the side of outputs; the Kronecker-factored Laplace approximation (Ritter et al.
+2018) has an output factor besides, and tokens of all kinds; LaLoRA (arXiv 2512.17720) is a Laplace approximation of the
+adapters' own weights; Adam-NSCL (CVPR 2021) and GPM (ICLR 2021) project on the null space of C.
+"""
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from torch_mdgd.checks import require_number, require_whole
+from torch_mdgd.kernels import Tensors
+from torch_mdgd.models.linear import (
+    Linear,
+    attended_tokens,
+    prompt_tokens,
+    rows,
+    trained_linear_layers,
+    uncovered,
+    watching,
+)
+from torch_mdgd.parallel import dtensor
+from torch_mdgd.rules.around import Around, Plain
+from torch_mdgd.rules.base import Rule, Weights, lone, require_shapes
+from torch_mdgd.rules.moments import Covariance, Moments
+
+SUMS, SIZE, SEEN, STEPS = "anchor_sums", "anchor_size", "anchor_seen", "anchor_steps"
+
+
+class Anchor(Around):
+    """d = g + λ (W − W₀) C for each trained linear layer; for LoRA the same of W − W₀ = s (BA − B₀A₀).
+
+    C is made of what prompts bring to each layer at φ: by :meth:`calibrate` before training, with pictures of the task
+    and general questions, or else from the first steps' own prompts. Layers that share an input share the work.
+
+    What is held: for each distinct input 2 · rank rows of its width, in float32. For the last six layers of a 7 B LLaVA
+    (widths 4096 and 11008) with rank 8 that is 9 MB, for LoRA on all its 32 layers 48 MB; a step reads each trained
+    weight once more, and LoRA's matrices alone. Norms, embeddings, convolutions and fused experts are not held: a
+    warning names them once.
+
+    Args:
+        model: whose layers are trained; also inside DistributedDataParallel or a PeftModel.
+        strength: λ ≥ 0.
+        rank: how many directions of each input are held exactly, beside an isotropic rest; None for the whole C, the
+            square of each width.
+        tokens: what C is made of in the text decoder: "prompt" (image and question tokens), "image", or "all". Other
+            layers, as the connector's, count all that enters them.
+        warmup: from how many steps C is made where :meth:`calibrate` was not called.
+        every: k ≥ 1: the pull comes at one step of k, k-fold.
+        rule: what is done besides, such as ``MDGD(align, regularize=0)``; nothing if None.
+        parts: of the model, to hold their layers alone; all layers if empty.
+        text_module: the decoder; that of a model of transformers if None.
+
+    Raises:
+        ValueError: an argument is out of range, naming it; a DoRA layer.
+        TypeError: no ``text_module``, and not a model of transformers; ``rule`` is no rule.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        strength: float = 0.01,
+        *,
+        rank: int | None = 8,
+        tokens: Literal["prompt", "image", "all"] = "prompt",
+        warmup: int = 8,
+        every: int = 1,
+        rule: Rule | None = None,
+        parts: Sequence[nn.Module] = (),
+        text_module: nn.Module | None = None,
+    ) -> None:
+        strength = require_number("Anchor: strength", strength, least=0)
+        super().__init__(Plain() if rule is None else rule, {"strength": strength})
+        if tokens not in ("prompt", "image", "all"):
+            raise ValueError(f"Anchor: tokens must be 'prompt', 'image' or 'all', got {tokens!r}")
+        self.rank = None if rank is None else require_whole("Anchor: rank", rank)
+        self.tokens = tokens
+        self.warmup, self.every = require_whole("Anchor: warmup", warmup), require_whole("Anchor: every", every)
+        self._model, self._parts, self._text = model, list(parts), text_module
+        self.layers: list[Linear] = []
+        self._count = 0
+        # By a layer's key: the moments of all earlier inputs, those of the step under way, and C.
+        self.moments: dict[int, Moments] = {}
+        self._new: dict[int, Moments] = {}
+        self._covariances: dict[int, Covariance] = {}
+        self._groups: Sequence[Any] = ()
+        # From how many steps C is made so far; how many steps were combined.
+        self.seen = self.steps = 0
+        self._places: dict[Any, int] = {}
+        self._phi: list[Tensor] = []
+        self._pending: tuple[Any, ...] | None = None
+
+    def __repr__(self) -> str:
+        inner = "" if isinstance(self.rule, Plain) else f", rule={self.rule}"
+        return f"Anchor({self.weights['strength']:g}, rank={self.rank}{inner})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A process group belongs to its process.
+        return {**vars(self), "_groups": (), "_new": {}}
+
+    # --------------------------------------------------------------------------------------------------------------
+    # Which layers.
+
+    def attach(self, parameters: Sequence[Tensor], masked: bool) -> None:
+        """Find the layers among the parameters of an optimizer.
+
+        Raises:
+            ValueError: there are none, or it belongs to another optimizer already.
+        """
+        super().attach(parameters, masked)
+        if self._count:
+            raise ValueError("Anchor belongs to another optimizer already: make a new one")
+        self._find(parameters)
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            self.calibrate(*pending)
+
+    def extend(self, parameters: Sequence[Tensor]) -> None:
+        """Look for layers whose weights are in a new group."""
+        super().extend(parameters)
+        self._find(parameters)
+
+    def _find(self, parameters: Sequence[Tensor]) -> None:
+        places = {p: self._count + i for i, p in enumerate(parameters)}
+        self._count += len(places)
+        found = trained_linear_layers(self._model, places, self._text, self._parts)
+        for layer in found:
+            held = [parameters[i - self._count + len(places)] for i in (layer.weight, layer.bias) if i is not None]
+            if any(p.is_shard() and p.dim for x in held for p in getattr(x, "placements", ())):
+                raise ValueError(f"Anchor: {layer.name} is not sharded by rows, along its first dimension")
+            like = parameters[layer.key - self._count + len(places)]
+            self.moments[layer.key] = Moments.empty(layer.width, self.rank, dtensor.local([like])[0])
+        self.layers += found
+        if not self.layers:
+            raise ValueError("Anchor: the optimizer holds no linear layer of the model, plain or LoRA's")
+        left = uncovered(self._model, places, found)
+        if left and not self._parts:
+            some = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
+            warnings.warn(f"Anchor holds linear layers; these are trained freely: {some}", stacklevel=4)
+
+    # --------------------------------------------------------------------------------------------------------------
+    # What enters them.
+
+    @contextmanager
+    def observe(self, images: Tensor, batch: Mapping[str, Any] | None = None) -> Iterator[None]:
+        """A forward pass inside tells of its inputs, while C is being made; micro-batches add up.
+
+        Raises:
+            ValueError: a layer of the decoder sees another sequence than that of the batch; no ``input_ids``.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(super().observe(images, batch))
+            if self.seen < self.warmup:
+                stack.enter_context(self._watching(images, batch))
+            yield
+
+    @contextmanager
+    def _watching(self, images: Tensor, batch: Mapping[str, Any] | None) -> Iterator[None]:
+        if self.tokens == "image":
+            mask = images
+        else:
+            mask = prompt_tokens(batch) if self.tokens == "prompt" else attended_tokens(batch)
+        last: list[Any] = []
+
+        def see(layer: Linear, x: Tensor) -> None:
+            kind = layer.in_text, layer.width, x._version
+            # That of q, k and v is one, and of a gate and what it multiplies.
+            if not last or last[0] is not x or last[1] != kind:
+                chosen = rows(x, mask, layer)
+                flat = x.detach().reshape(-1, x.shape[-1])
+                flat = flat if chosen is None else flat[chosen.reshape(-1).to(x.device)]
+                with torch.autocast(x.device.type, enabled=False):
+                    last[:] = x, kind, Moments.of(flat, layer.width, self.rank, self.moments[layer.key].sums)
+            self._new[layer.key] = self._new[layer.key].plus([last[2]]) if layer.key in self._new else last[2]
+
+        try:
+            with watching(self.layers, see):
+                yield
+        except BaseException:
+            self._new = {}
+            raise
+
+    @torch.no_grad()
+    def calibrate(
+        self,
+        batches: Iterable[Mapping[str, Any]],
+        images: Callable[[Mapping[str, Any]], Tensor] | None = None,
+        group: Any = None,
+    ) -> "Anchor":
+        """Make C from what these batches bring to the layers at φ, in place of the first steps.
+
+        Call it before training: now, or as soon as the optimizer is built, the batches are run without gradients. No
+        labels are needed: all tokens are then prompts.
+
+        Args:
+            batches: what the model is called with: pictures of the task under general questions, such as
+                :func:`torch_mdgd.prompts.question_batches` makes, or the task's own batches. A few hundred prompts do.
+            images: marks image tokens, for ``tokens="image"``.
+            group: processes that each have batches of their own.
+
+        Returns:
+            this rule.
+
+        Raises:
+            ValueError: no batch.
+        """
+        if not self.layers:
+            # Which layers are trained is known when the optimizer is built.
+            self._pending = batches, images, group
+            return self
+        training = [m for m in self._model.modules() if m.training]
+        self._model.eval()
+        try:
+            for key, empty in self.moments.items():
+                self.moments[key] = Moments.empty(empty.sums.shape[1], self.rank, empty.sums)
+            self._new, count = {}, 0
+            for batch in batches:
+                mask = torch.zeros(1, dtype=torch.bool) if images is None else images(batch)
+                with self._watching(mask, batch):
+                    self._model(**{name: x for name, x in batch.items() if name != "labels"})
+                self._take_in([group] if group is not None else [])
+                count += 1
+        finally:
+            for module in training:
+                module.training = True
+        if not count:
+            raise ValueError("Anchor.calibrate: batches is empty")
+        self.seen = self.warmup
+        return self
+
+    def sum_over(self, groups: Sequence[Any]) -> None:
+        """From now on, inputs are those of the processes of these groups; ``mdgd_backward`` says so itself."""
+        super().sum_over(groups)
+        self._groups = groups
+
+    def forget(self) -> None:
+        """Forget the inputs of the step under way."""
+        super().forget()
+        self._new = {}
+
+    def _take_in(self, groups: Sequence[Any]) -> None:
+        """Add the new inputs of all processes to the moments."""
+        merged: dict[tuple[int, ...], Moments] = {}
+        gathered: dict[int, list[Moments]] = {}
+        for key, held in self.moments.items():
+            new = self._new.get(key)
+            if new is None and not groups:
+                continue
+            new = new or Moments.empty(held.sums.shape[1], self.rank, held.sums)
+            if id(new) not in gathered or groups:
+                others = [new]
+                for group in groups:
+                    others = [part for other in others for part in other.gathered(group)]
+                gathered[id(new)] = others
+            pair = id(held), id(new)
+            if pair not in merged:
+                merged[pair] = held.plus(gathered[id(new)])
+            self.moments[key] = merged[pair]
+        self._new, self._covariances = {}, {}
+
+    def _covariance(self, layer: Linear) -> Covariance:
+        moments = self.moments[layer.key]
+        if layer.key not in self._covariances:
+            self._covariances[layer.key] = moments.normalised()
+        return self._covariances[layer.key]
+
+    # --------------------------------------------------------------------------------------------------------------
+    # The pull.
+
+    def pull_(
+        self,
+        g: Tensors,
+        parameters: Sequence[Tensor],
+        difference: Callable[[int], Tensor],
+        w: Weights,
+        scale: float,
+    ) -> None:
+        """Add λ (W − W₀) C to the gradients of the task."""
+        super().pull_(g, parameters, difference, w, scale)
+        if self.seen < self.warmup and (self._new or self._groups):
+            self._take_in(self._groups)
+            self.seen += 1
+        self.steps += 1
+        if self.steps % self.every:
+            return
+        strength = (w["strength"] * (scale * self.every)).tolist()
+        here: list[Any] = dtensor.local(g)
+        for layer in self.layers:
+            pull = strength[layer.key]
+            if pull and layer.lora is None:
+                self._pull_plain_(layer, here, difference, pull)
+            elif pull:
+                self._pull_lora_(layer, g, parameters, difference, pull)
+
+    def _pull_plain_(self, layer: Linear, g: list[Any], difference: Callable[[int], Tensor], pull: float) -> None:
+        c = self._covariance(layer)
+        width = c.matrix.shape[1] - (layer.bias is not None)
+        weight = layer.weight if layer.weight is not None and g[layer.weight] is not None else None
+        bias = layer.bias if layer.bias is not None and g[layer.bias] is not None else None
+        if weight is None and bias is None:
+            return
+        dtype = c.matrix.dtype
+        db = None if layer.bias is None or bias is None else difference(bias).to(dtype)[:, None]
+        if weight is not None:
+            dw = difference(weight).to(dtype)
+        else:
+            assert db is not None
+            dw = db.new_zeros(len(db), width)
+        parts = [dw] if layer.bias is None else [dw, dw.new_zeros(len(dw), 1) if db is None else db]
+        out = c.after(parts)
+        if weight is not None:
+            g[weight].add_(out[0], alpha=pull)
+        if bias is not None:
+            g[bias].add_(out[1][:, 0], alpha=pull)
+
+    def _pull_lora_(
+        self,
+        layer: Linear,
+        g: Tensors,
+        parameters: Sequence[Tensor],
+        difference: Callable[[int], Tensor],
+        pull: float,
+    ) -> None:
+        def at_both(i: int) -> tuple[Tensor, Tensor]:
+            value = dtensor.whole(parameters[i].detach())
+            return value, value - dtensor.whole(dtensor.as_shard(difference(i), parameters[i]))
+
+        c = self._covariance(layer)
+        a, b = layer.lora or (None, None)
+        (A, A0), (B, B0) = self._matrices(layer, at_both)
+        AC, A0C = c.after([A])[0], c.after([A0])[0]
+        factor = pull * layer.scaling**2
+        if a is not None and g[a] is not None:
+            _add_(g[a], B.T @ B @ AC - B.T @ B0 @ A0C, factor)
+        if b is not None and g[b] is not None:
+            _add_(g[b], B @ (AC @ A.T) - B0 @ (A0C @ A.T), factor)
+
+    def _matrices(self, layer: Linear, at_both: Callable[[int], tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+        """A and B, each at θ and at φ: from its place if it is trained, else from the module."""
+        dtype, modules = self.moments[layer.key].sums.dtype, (layer.module.lora_A, layer.module.lora_B)
+        out = []
+        for i, matrices in zip(layer.lora or (), modules, strict=True):
+            fixed: Any = matrices
+            now, then = (fixed[layer.adapter].weight.detach(),) * 2 if i is None else at_both(i)
+            out.append((now.to(dtype), then.to(dtype)))
+        return out
+
+    # --------------------------------------------------------------------------------------------------------------
+    # As a plain loss.
+
+    def hold(self, parameters: Iterable[Tensor] | None = None) -> "Anchor":
+        """Find the layers and keep φ, for :meth:`loss`, without an optimizer.
+
+        Args:
+            parameters: those that are trained; all of the model that require gradients if None.
+
+        Returns:
+            this rule, to be calibrated.
+        """
+        found = list(self._model.parameters() if parameters is None else parameters)
+        trained = [p for p in found if p.requires_grad]
+        self.attach(trained, masked=False)
+        self._phi = [p.detach().clone() for p in trained]
+        self._places = {p: i for i, p in enumerate(trained)}
+        return self
+
+    def loss(self) -> Tensor:
+        """λ/2 Σ tr((W − W₀) C (W − W₀)ᵀ) over all layers, with its graph; float32 scalar.
+
+        Its gradient is what an optimizer with this rule adds to the task's. Add it to the loss of a Trainer, or of an
+        engine that hides gradients, after :meth:`hold` and :meth:`calibrate`.
+
+        Raises:
+            RuntimeError: :meth:`hold` was not called.
+        """
+        if not self._phi:
+            raise RuntimeError("Anchor.loss: call anchor.hold() before training, when the weights are the reference")
+        theta: list[Any] = list(self._places)
+        terms = [self._energy(layer, theta) for layer in self.layers]
+        total = torch.stack([x.float().to(terms[0].device) for x in terms]).sum()
+        return total * (self.weights["strength"] / 2)
+
+    def _energy(self, layer: Linear, theta: Sequence[Tensor]) -> Tensor:
+        """tr(D C Dᵀ)."""
+        c = self._covariance(layer)
+        if layer.lora is None:
+            deltas = [theta[i] - self._phi[i] for i in (layer.weight, layer.bias) if i is not None]
+            parts = [x.to(c.matrix.dtype) if x.dim() == 2 else x.to(c.matrix.dtype)[:, None] for x in deltas]
+            if layer.weight is None:
+                parts = [parts[0].new_zeros(len(parts[0]), c.matrix.shape[1] - 1), *parts]
+            return torch.stack([(x * y).sum() for x, y in zip(parts, c.after(parts), strict=True)]).sum()
+        (A, A0), (B, B0) = self._matrices(layer, lambda i: (theta[i], self._phi[i]))
+        AC, A0C = c.after([A])[0], c.after([A0])[0]
+        both = ((B.T @ B) * (AC @ A.T)).sum() - 2 * ((B.T @ B0) * (A @ A0C.T)).sum()
+        out: Tensor = (both + ((B0.T @ B0) * (A0C @ A0.T)).sum()) * layer.scaling**2
+        return out
+
+    # --------------------------------------------------------------------------------------------------------------
+    # Checkpoints.
+
+    def state(self) -> dict[str, Tensor | Sequence[Tensor]]:
+        """The moments, beside each layer's first parameter, and how far they are made."""
+        sums = [torch.zeros(0) for _ in range(self._count)]
+        sizes = [torch.zeros(0) for _ in range(self._count)]
+        for key, moments in self.moments.items():
+            sums[key], sizes[key] = moments.sums, moments.size
+        counts = {SEEN: torch.tensor(self.seen), STEPS: torch.tensor(self.steps)}
+        return {SUMS: sums, SIZE: sizes, **counts, **super().state()}
+
+    def check_state(self, found: Mapping[str, Tensors], parameters: Sequence[Tensor]) -> None:
+        """Raise a ValueError if other layers are held there, or with another rank."""
+        super().check_state(found, parameters)
+        if SUMS in found:
+            shapes = [self.moments[i].sums.shape if i in self.moments else (0,) for i in range(self._count)]
+            require_shapes(SUMS, found[SUMS], shapes)
+
+    def load_state(self, found: Mapping[str, Tensors], parameters: Sequence[Tensor]) -> None:
+        """The opposite of :meth:`state`; without it, C is made anew."""
+        super().load_state(found, parameters)
+        self._new, self._covariances = {}, {}
+        for key, held in self.moments.items():
+            sums, size = (found[name][key] if name in found else None for name in (SUMS, SIZE))
+            self.moments[key] = Moments.empty(held.sums.shape[1], self.rank, held.sums)
+            if sums is not None and size is not None:
+                self.moments[key] = Moments(sums.to(held.sums, copy=True), size.to(held.size, copy=True), self.rank)
+        seen, steps = lone(found, SEEN), lone(found, STEPS)
+        self.seen, self.steps = 0 if seen is None else int(seen), 0 if steps is None else int(steps)
+
+
+def _add_(g: Any, whole: Tensor, factor: float) -> None:
+    """Add a whole tensor to a gradient that may be sharded."""
+    if dtensor.is_sharded(g):
+        whole = dtensor.local([dtensor.shard_like(whole, g)])[0]
+    dtensor.local([g])[0].add_(whole, alpha=factor)

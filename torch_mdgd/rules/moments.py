@@ -1,0 +1,129 @@
+"""Second moments C = mean of x xᵀ of what enters a layer: whole, or as a few directions and an isotropic rest.
+
+A low-rank C is never formed. Rows R of some hundred inputs and the directions of all earlier ones are decomposed
+together, and the largest are kept: R ≈ the top singular vectors times their singular values, so C ≈ RᵀR / n. What the
+directions leave of the trace is spread evenly over all other directions.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# How many inputs of one batch are decomposed; the trace is of all.
+SAMPLE = 512
+
+
+@dataclass(eq=False)
+class Moments:
+    """Sums over inputs.
+
+    Attributes:
+        sums: Σ x xᵀ, shape (width, width); or rows R with RᵀR ≈ Σ x xᵀ, shape (2 · rank, width). At least float32.
+        size: Σ ‖x‖² and the number of inputs, float64, shape (2,).
+        rank: of the low-rank form; None for the whole one.
+    """
+
+    sums: Tensor
+    size: Tensor
+    rank: int | None
+
+    @classmethod
+    def empty(cls, width: int, rank: int | None, like: Tensor) -> "Moments":
+        """Of no inputs."""
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        height = width if rank is None else 2 * rank
+        sums = torch.zeros(height, width, dtype=dtype, device=like.device)
+        return cls(sums, torch.zeros(2, dtype=torch.float64, device=like.device), rank)
+
+    @classmethod
+    def of(cls, x: Tensor, width: int, rank: int | None, like: Tensor) -> "Moments":
+        """Of inputs x, shape (n, width or width − 1): without the 1 of a bias, it is put behind them."""
+        out = cls.empty(width, rank, like)
+        x = x.detach().to(out.sums.dtype)
+        if x.shape[1] < width:
+            x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
+        out.size = torch.stack([x.square().sum(dtype=torch.float64), out.size.new_tensor(float(len(x)))])
+        if rank is None:
+            out.sums = x.T @ x
+        elif len(x):
+            n = min(len(x), SAMPLE)
+            chosen = x[torch.linspace(0, len(x) - 1, n, device=x.device).round().long()]
+            out.sums = _largest(chosen * (len(x) / n) ** 0.5, 2 * rank)
+        return out
+
+    def plus(self, others: Sequence["Moments"]) -> "Moments":
+        """The sum; this one alone if a sum is not finite, as of a step that a gradient scaler skips."""
+        size = sum((other.size for other in others), start=self.size)
+        if not bool(size.isfinite().all()):
+            return self
+        if self.rank is None:
+            return Moments(sum((other.sums for other in others), start=self.sums), size, None)
+        stacked = torch.cat([self.sums, *(other.sums for other in others)])
+        return Moments(_largest(stacked, 2 * self.rank), size, self.rank)
+
+    def gathered(self, group: Any) -> list["Moments"]:
+        """Those of all processes of a group."""
+        world = torch.distributed.get_world_size(group)
+        sums = [torch.empty_like(self.sums) for _ in range(world)]
+        sizes = [torch.empty_like(self.size) for _ in range(world)]
+        torch.distributed.all_gather(sums, self.sums.contiguous(), group)
+        torch.distributed.all_gather(sizes, self.size, group)
+        return [Moments(x, n, self.rank) for x, n in zip(sums, sizes, strict=True)]
+
+    def normalised(self) -> "Covariance":
+        """C divided by the mean of its diagonal; zero if there was no input."""
+        width, total = self.sums.shape[1], self.size[0].to(self.sums.dtype)
+        unit = torch.where(total > 0, width / total, 0)
+        if self.rank is None:
+            return Covariance(self.sums * unit, None)
+        rank = min(self.rank, width)
+        rows = self.sums[:rank]
+        lengths = rows.square().sum(1)
+        rest = (total - lengths.sum()).clamp(min=0) / (width - rank) if width > rank else torch.zeros_like(total)
+        # Along a direction there is as much as its length says, and not the rest besides.
+        shrink = torch.where(lengths > 0, (1 - rest / lengths).clamp(min=0).sqrt(), 0)
+        return Covariance(rows * (shrink * unit.sqrt())[:, None], rest * unit)
+
+
+@dataclass(eq=False)
+class Covariance:
+    """C as a matrix, shape (width, width), with ``rest`` None; or YᵀY + rest · I, with Y of shape (rank, width)."""
+
+    matrix: Tensor
+    rest: Tensor | None
+
+    def after(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """D C of a matrix D that is given by groups of columns, by the same groups.
+
+        Args:
+            parts: shape (m, widths), whose widths add up to C's.
+        """
+        widths = [x.shape[1] for x in parts]
+        columns = self.matrix.split(widths, dim=1)
+        if self.rest is None:
+            rows = self.matrix.split(widths, dim=0)
+            blocks = [[block.split(widths, dim=1) for block in rows]]
+            return [sum_of(x @ blocks[0][i][j] for i, x in enumerate(parts)) for j in range(len(parts))]
+        along = sum_of(x @ y.T for x, y in zip(parts, columns, strict=True))
+        return [torch.addmm(x * self.rest, along, y) for x, y in zip(parts, columns, strict=True)]
+
+
+def sum_of(terms: Any) -> Tensor:
+    """The sum of tensors, without a zero to begin with."""
+    first, *others = terms
+    out: Tensor = sum(others, start=first)
+    return out
+
+
+def _largest(rows: Tensor, count: int) -> Tensor:
+    """The top singular vectors of rows times their singular values, largest first, filled up with zeros."""
+    wide = rows.double()
+    values, vectors = torch.linalg.eigh(wide @ wide.T)
+    top = vectors.flip(-1)[:, :count]
+    out = torch.zeros(count, rows.shape[1], dtype=rows.dtype, device=rows.device)
+    out[: top.shape[1]] = (top.T @ wide).to(rows.dtype)
+    del values
+    return out

@@ -1,0 +1,103 @@
+"""The visual alignment loss as a plain loss, for those who own no optimizer.
+
+It goes into any Trainer's ``compute_loss``, and into engines that hide gradients.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from torch_mdgd.models.tap import Batch, VisualTap, visual_alignment_loss
+from torch_mdgd.optimizer import MDGDOptimizer
+from torch_mdgd.parallel.ranks import refuse_model
+from torch_mdgd.storage.exchange import exchange_
+
+
+class Reference:
+    """φ of a model without an MDGDOptimizer: its trained parameters as they are now.
+
+    Adapters of peft that begin as nothing, as LoRA's do, need no copy: at φ they are switched off.
+
+    Args:
+        model: the model that is trained, whole on this process.
+
+    Raises:
+        ValueError: no parameter of the model requires gradients.
+        TypeError: a kind of parallelism that shards or hides parameters.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        refuse_model(model)
+        self.model = model
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        if not self.parameters:
+            raise ValueError("Reference: no parameter of the model requires gradients")
+        self.off = _begins_as_nothing(model)
+        self.values = [] if self.off else [p.detach().clone() for p in self.parameters]
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """φ is in the model here. Autograd refuses a backward pass across it."""
+        if self.off:
+            model: Any = self.model
+            with model.disable_adapter():
+                yield
+            return
+        exchange_(self.parameters, self.values)
+        try:
+            yield
+        finally:
+            exchange_(self.parameters, self.values)
+
+
+def visual_loss(
+    model: nn.Module,
+    batch: Batch,
+    *,
+    reference: Reference | MDGDOptimizer | nn.Module,
+    tap: VisualTap | None = None,
+    alignment: Literal["l1", "mse"] = "l1",
+) -> tuple[Any, Tensor]:
+    """Run the model on a batch, and compare its features at image tokens with those at φ.
+
+    ``output, visual = visual_loss(model, batch, reference=reference)``, then ``(output.loss + α * visual).backward()``,
+    gives d = g + αv of :class:`torch_mdgd.rules.MDGD` with ``regularize=0``. A pass at φ without a graph comes first.
+
+    Args:
+        model: called as ``model(**batch)``.
+        batch: its inputs.
+        reference: where φ is: a :class:`Reference`, an MDGDOptimizer, or a second model.
+        tap: where z comes from; ``VisualTap.for_model(model)`` if None.
+        alignment: the form of L_v (5).
+
+    Returns:
+        the model's output, and L_v, a float32 scalar with its graph; 0 without image tokens.
+    """
+    tap = tap or VisualTap.for_model(model)
+    state = torch.get_rng_state()
+    if isinstance(reference, nn.Module):
+        there = VisualTap.for_model(reference, tap.layers)
+        z_reference = there.features(reference, batch)
+    else:
+        at_reference: AbstractContextManager[Any] = (
+            reference() if isinstance(reference, Reference) else reference.reference(model)
+        )
+        with at_reference:
+            z_reference = tap.features(model, batch)
+    # Dropout must not make a difference.
+    torch.set_rng_state(state)
+    output, z = tap(model, batch)
+    return output, visual_alignment_loss(z, z_reference, alignment)
+
+
+def _begins_as_nothing(model: nn.Module) -> bool:
+    """Whether all that is trained is LoRA whose B is zero, so that switching it off is φ."""
+    if not hasattr(model, "disable_adapter"):
+        return False
+    names: Sequence[str] = [name for name, p in model.named_parameters() if p.requires_grad]
+    last = [p for name, p in model.named_parameters() if p.requires_grad and ".lora_B." in name]
+    known = all(".lora_A." in name or ".lora_B." in name for name in names)
+    return known and bool(last) and not any(bool(p.detach().any()) for p in last)

@@ -98,16 +98,19 @@ def uncovered(model: nn.Module, places: dict[Any, int], layers: Collection[Linea
 
 @contextmanager
 def watching(layers: Sequence[Linear], see: Any) -> Iterator[None]:
-    """Inside, ``see(layer, x)`` is called with what enters a layer; not when gradient checkpointing runs it again."""
+    """Inside, ``see(layer, x, y)`` is called with what enters a layer, and what it makes of it.
+
+    Not when gradient checkpointing runs it again.
+    """
 
     def hook(layer: Linear) -> Any:
-        def call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
             if torch._C._current_graph_task_id() == -1:
-                see(layer, args[0] if args else next(iter(kwargs.values())))
+                see(layer, args[0] if args else next(iter(kwargs.values())), y)
 
         return call
 
-    handles = [layer.module.register_forward_pre_hook(hook(layer), with_kwargs=True) for layer in layers]
+    handles = [layer.module.register_forward_hook(hook(layer), with_kwargs=True) for layer in layers]
     try:
         yield
     finally:

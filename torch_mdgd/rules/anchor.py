@@ -78,6 +78,7 @@ class Anchor(Around):
         tokens: Literal["prompt", "image", "all"] = "prompt",
         warmup: int = 8,
         every: int = 1,
+        relative: bool = True,
         rule: Rule | None = None,
         parts: Sequence[nn.Module] = (),
         text_module: nn.Module | None = None,
@@ -89,12 +90,16 @@ class Anchor(Around):
         self.rank = None if rank is None else require_whole("Anchor: rank", rank)
         self.tokens = tokens
         self.warmup, self.every = require_whole("Anchor: warmup", warmup), require_whole("Anchor: every", every)
+        self.relative = relative
         self._model, self._parts, self._text = model, list(parts), text_module
         self.layers: list[Linear] = []
         self._count = 0
         # By a layer's key: the moments of all earlier inputs, those of the step under way, and C.
         self.moments: dict[int, Moments] = {}
         self._new: dict[int, Moments] = {}
+        # By a layer's key: Σ ‖y‖² of its answers and their number; of earlier inputs, and of the step under way.
+        self.answers: dict[int, Tensor] = {}
+        self._new_answers: dict[int, Tensor] = {}
         self._covariances: dict[int, Covariance] = {}
         self._groups: Sequence[Any] = ()
         # From how many steps C is made so far; how many steps were combined.
@@ -109,7 +114,7 @@ class Anchor(Around):
 
     def __getstate__(self) -> dict[str, Any]:
         # A process group belongs to its process.
-        return {**vars(self), "_groups": (), "_new": {}}
+        return {**vars(self), "_groups": (), "_new": {}, "_new_answers": {}}
 
     # --------------------------------------------------------------------------------------------------------------
     # Which layers.
@@ -143,6 +148,7 @@ class Anchor(Around):
                 raise ValueError(f"Anchor: {layer.name} is not sharded by rows, along its first dimension")
             like = parameters[layer.key - self._count + len(places)]
             self.moments[layer.key] = Moments.empty(layer.width, self.rank, dtensor.local([like])[0])
+            self.answers[layer.key] = torch.zeros(2, dtype=torch.float64, device=like.device)
         self.layers += found
         if not self.layers:
             raise ValueError("Anchor: the optimizer holds no linear layer of the model, plain or LoRA's")
@@ -175,22 +181,23 @@ class Anchor(Around):
             mask = prompt_tokens(batch) if self.tokens == "prompt" else attended_tokens(batch)
         last: list[Any] = []
 
-        def see(layer: Linear, x: Tensor) -> None:
-            kind = layer.in_text, layer.width, x._version
-            # That of q, k and v is one, and of a gate and what it multiplies.
-            if not last or last[0] is not x or last[1] != kind:
-                chosen = rows(x, mask, layer)
-                flat = x.detach().reshape(-1, x.shape[-1])
-                flat = flat if chosen is None else flat[chosen.reshape(-1).to(x.device)]
-                with torch.autocast(x.device.type, enabled=False):
-                    last[:] = x, kind, Moments.of(flat, layer.width, self.rank, self.moments[layer.key].sums)
-            self._new[layer.key] = self._new[layer.key].plus([last[2]]) if layer.key in self._new else last[2]
+        def see(layer: Linear, x: Tensor, y: Tensor) -> None:
+            kind, key = (layer.in_text, layer.width, x._version), layer.key
+            chosen = rows(x, mask, layer)
+            with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+                # That of q, k and v is one, and of a gate and what it multiplies.
+                if not last or last[0] is not x or last[1] != kind:
+                    last[:] = x, kind, Moments.of(_flat(x, chosen), layer.width, self.rank, self.moments[key].sums)
+                answers = _flat(y, chosen).double()
+                size = torch.stack([answers.square().sum(), answers.new_tensor(float(len(answers)))])
+                self._new[key] = self._new[key].plus([last[2]]) if key in self._new else last[2]
+                self._new_answers[key] = self._new_answers.get(key, torch.zeros_like(size)) + size
 
         try:
             with watching(self.layers, see):
                 yield
         except BaseException:
-            self._new = {}
+            self._new, self._new_answers = {}, {}
             raise
 
     @torch.no_grad()
@@ -226,7 +233,8 @@ class Anchor(Around):
         try:
             for key, empty in self.moments.items():
                 self.moments[key] = Moments.empty(empty.sums.shape[1], self.rank, empty.sums)
-            self._new, count = {}, 0
+                self.answers[key] = torch.zeros_like(self.answers[key])
+            self._new, self._new_answers, count = {}, {}, 0
             for batch in batches:
                 mask = torch.zeros(1, dtype=torch.bool) if images is None else images(batch)
                 with self._watching(mask, batch):
@@ -249,7 +257,7 @@ class Anchor(Around):
     def forget(self) -> None:
         """Forget the inputs of the step under way."""
         super().forget()
-        self._new = {}
+        self._new, self._new_answers = {}, {}
 
     def _take_in(self, groups: Sequence[Any]) -> None:
         """Add the new inputs of all processes to the moments."""
@@ -269,12 +277,18 @@ class Anchor(Around):
             if pair not in merged:
                 merged[pair] = held.plus(gathered[id(new)])
             self.moments[key] = merged[pair]
-        self._new, self._covariances = {}, {}
+            answers = self._new_answers.get(key, torch.zeros_like(self.answers[key]))
+            for group in groups:
+                torch.distributed.all_reduce(answers, group=group)
+            if bool(answers.isfinite().all()):
+                self.answers[key] = self.answers[key] + answers
+        self._new, self._new_answers, self._covariances = {}, {}, {}
 
     def _covariance(self, layer: Linear) -> Covariance:
-        moments = self.moments[layer.key]
         if layer.key not in self._covariances:
-            self._covariances[layer.key] = moments.normalised()
+            total, count = self.answers[layer.key]
+            size = total / count.clamp(min=1) if self.relative else None
+            self._covariances[layer.key] = self.moments[layer.key].covariance(size)
         return self._covariances[layer.key]
 
     # --------------------------------------------------------------------------------------------------------------
@@ -416,7 +430,7 @@ class Anchor(Around):
         sums = [torch.zeros(0) for _ in range(self._count)]
         sizes = [torch.zeros(0) for _ in range(self._count)]
         for key, moments in self.moments.items():
-            sums[key], sizes[key] = moments.sums, moments.size
+            sums[key], sizes[key] = moments.sums, torch.cat([moments.size, self.answers[key]])
         counts = {SEEN: torch.tensor(self.seen), STEPS: torch.tensor(self.steps)}
         return {SUMS: sums, SIZE: sizes, **counts, **super().state()}
 
@@ -430,14 +444,23 @@ class Anchor(Around):
     def load_state(self, found: Mapping[str, Tensors], parameters: Sequence[Tensor]) -> None:
         """The opposite of :meth:`state`; without it, C is made anew."""
         super().load_state(found, parameters)
-        self._new, self._covariances = {}, {}
+        self._new, self._new_answers, self._covariances = {}, {}, {}
         for key, held in self.moments.items():
             sums, size = (found[name][key] if name in found else None for name in (SUMS, SIZE))
             self.moments[key] = Moments.empty(held.sums.shape[1], self.rank, held.sums)
+            self.answers[key] = torch.zeros_like(self.answers[key])
             if sums is not None and size is not None:
-                self.moments[key] = Moments(sums.to(held.sums, copy=True), size.to(held.size, copy=True), self.rank)
+                own, answers = size.to(held.size, copy=True).split(2)
+                self.moments[key] = Moments(sums.to(held.sums, copy=True), own.clone(), self.rank)
+                self.answers[key] = answers.clone()
         seen, steps = lone(found, SEEN), lone(found, STEPS)
         self.seen, self.steps = 0 if seen is None else int(seen), 0 if steps is None else int(steps)
+
+
+def _flat(x: Tensor, chosen: Tensor | None) -> Tensor:
+    """The chosen rows of inputs or answers, shape (n, width)."""
+    flat = x.detach().reshape(-1, x.shape[-1])
+    return flat if chosen is None else flat[chosen.reshape(-1).to(x.device)]
 
 
 def _add_(g: Any, whole: Tensor, factor: float) -> None:

@@ -73,13 +73,18 @@ class Moments:
         torch.distributed.all_gather(sizes, self.size, group)
         return [Moments(x, n, self.rank) for x, n in zip(sums, sizes, strict=True)]
 
-    def normalised(self) -> "Covariance":
-        """C divided by the mean of its diagonal; zero if there was no input."""
-        width, total = self.sums.shape[1], self.size[0].to(self.sums.dtype)
-        unit = torch.where(total > 0, width / total, 0)
+    def covariance(self, size: Tensor | None = None) -> "Covariance":
+        """Mean of x xᵀ, divided by a size, or by the mean of its own diagonal; zero if there was no input.
+
+        Args:
+            size: float64 scalar.
+        """
+        width, count = self.sums.shape[1], self.size[1]
+        size = self.size[0] / (width * count) if size is None else size
+        unit = torch.where(size * count > 0, 1 / (size * count), 0).to(self.sums.dtype)
         if self.rank is None:
             return Covariance(self.sums * unit, None)
-        rank = min(self.rank, width)
+        rank, total = min(self.rank, width), self.size[0].to(self.sums.dtype)
         rows = self.sums[:rank]
         lengths = rows.square().sum(1)
         rest = (total - lengths.sum()).clamp(min=0) / (width - rank) if width > rank else torch.zeros_like(total)
@@ -104,26 +109,17 @@ class Covariance:
         widths = [x.shape[1] for x in parts]
         columns = self.matrix.split(widths, dim=1)
         if self.rest is None:
-            rows = self.matrix.split(widths, dim=0)
-            blocks = [[block.split(widths, dim=1) for block in rows]]
-            return [sum_of(x @ blocks[0][i][j] for i, x in enumerate(parts)) for j in range(len(parts))]
-        along = sum_of(x @ y.T for x, y in zip(parts, columns, strict=True))
+            blocks = [block.split(widths, dim=0) for block in columns]
+            return [torch.stack([x @ y for x, y in zip(parts, block, strict=True)]).sum(0) for block in blocks]
+        along = torch.stack([x @ y.T for x, y in zip(parts, columns, strict=True)]).sum(0)
         return [torch.addmm(x * self.rest, along, y) for x, y in zip(parts, columns, strict=True)]
-
-
-def sum_of(terms: Any) -> Tensor:
-    """The sum of tensors, without a zero to begin with."""
-    first, *others = terms
-    out: Tensor = sum(others, start=first)
-    return out
 
 
 def _largest(rows: Tensor, count: int) -> Tensor:
     """The top singular vectors of rows times their singular values, largest first, filled up with zeros."""
     wide = rows.double()
-    values, vectors = torch.linalg.eigh(wide @ wide.T)
+    vectors = torch.linalg.eigh(wide @ wide.T).eigenvectors
     top = vectors.flip(-1)[:, :count]
     out = torch.zeros(count, rows.shape[1], dtype=rows.dtype, device=rows.device)
     out[: top.shape[1]] = (top.T @ wide).to(rows.dtype)
-    del values
     return out

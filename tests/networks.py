@@ -21,16 +21,14 @@ def capture_both(
     model: nn.Sequential, optimizer: MDGDOptimizer, scaler: torch.amp.GradScaler | None = None, scale: float = 1.0
 ) -> None:
     visual, task = losses(model)
-    for role, loss in (("visual", visual), ("task", task)):
-        with optimizer.capture(role, scale=scale if scaler is None else scaler.get_scale()):
+    for kind, loss in (("visual", visual), ("task", task)):
+        with optimizer.capture(kind, scale=scale if scaler is None else scaler.get_scale()):
             (loss if scaler is None else scaler.scale(loss)).backward(retain_graph=True)
 
 
-def capture_required(
-    model: nn.Sequential, optimizer: MDGDOptimizer, scaler: torch.amp.GradScaler | None = None
-) -> None:
+def capture_needed(model: nn.Sequential, optimizer: MDGDOptimizer, scaler: torch.amp.GradScaler | None = None) -> None:
     """Every gradient that the next combine needs."""
-    if len(optimizer.required_roles) == 4:
+    if "reference_task" in optimizer.needs():
         with optimizer.reference():
             capture_both(model, optimizer, scaler)
     capture_both(model, optimizer, scaler)

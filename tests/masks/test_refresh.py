@@ -1,76 +1,70 @@
-"""When a mask is chosen: what a warm-up adds up."""
+"""A mask that is chosen anew every so many steps."""
 
-import pytest
+import copy
+
 import torch
 from torch import nn
 
-from tests.properties import assert_same_bits
-from torch_mdgd import MDGDOptimizer, TopK
-from torch_mdgd.roles import ROLES
-
-STEPS = (torch.tensor([4.0, 3.0, 2.0, 1.0]), torch.tensor([-8.0, 0.0, 5.0, 0.5]), torch.tensor([1.0, 9.0, 1.0, 7.0]))
+from torch_mdgd import MDGD, MDGDOptimizer, TopK
+from torch_mdgd.rules.base import KINDS
 
 
-def wrapped(warmup):
-    return MDGDOptimizer(torch.optim.SGD([nn.Parameter(torch.ones(4))], lr=0.1), mask=TopK(0.25, warmup=warmup))
+def normal(step):
+    return [torch.randn(30, generator=torch.Generator().manual_seed(step))]
 
 
-def step(optimizer, g, scale=None):
-    if scale is None:
-        optimizer.set_gradients(**{role: [g * (role != "visual")] for role in ROLES[:2]})
-        optimizer.set_gradients(reference_task=[g], reference_visual=[0 * g])
-    else:
-        (p,) = optimizer.parameters
-        with optimizer.reference():
-            capture(optimizer, p, g, scale)
-        capture(optimizer, p, g, scale)
-    optimizer.combine()
-    for p in optimizer.parameters:
-        p.grad /= scale or 1.0
+def test_a_refreshed_mask_follows_the_gradients_of_its_step_and_needs_the_reference_only_then():
+    parameters = [nn.Parameter(torch.randn(30))]
+    optimizer = MDGDOptimizer(torch.optim.SGD(parameters, lr=0.1, momentum=0.9), mask=TopK(0.2, refresh=3))
+    zeros = [torch.zeros(30)]
+    for step in range(7):
+        g = normal(step)
+        choosing = step % 3 == 0
+        assert (optimizer.needs() == KINDS) == choosing
+        before = parameters[0].detach().clone()
+        if choosing:
+            optimizer.set_gradients(task=g, visual=zeros, reference_task=g, reference_visual=zeros)
+            wanted = set(g[0].abs().topk(6).indices.tolist())
+        else:
+            optimizer.set_gradients(task=g, visual=zeros)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert set((parameters[0] != before).nonzero().flatten().tolist()) == wanted
+
+
+def step(optimizer, g):
+    """A step without a visual gradient, and with as much of the reference as is needed."""
+    none = [None] * len(optimizer.parameters)
+    given = {"task": g, "visual": none, "reference_task": g, "reference_visual": none}
+    optimizer.set_gradients(**{kind: given[kind] for kind in optimizer.needs()})
     optimizer.step()
     optimizer.zero_grad()
 
 
-def capture(optimizer, p, g, scale):
-    for role, x in (("visual", 0 * g), ("task", g)):
-        with optimizer.capture(role, scale=scale):
-            (p @ x * scale).backward()
+def test_a_state_dict_tells_how_old_the_mask_is():
+    def build(p):
+        return MDGDOptimizer(torch.optim.SGD([p], lr=0.1), mask=TopK(0.2, refresh=3))
+
+    p = nn.Parameter(torch.zeros(30))
+    optimizer = build(p)
+    for number in range(2):
+        step(optimizer, normal(number))
+    resumed = build(nn.Parameter(p.detach().clone()))
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for o in (optimizer, resumed):
+        asked = []
+        for number in range(2, 5):
+            asked.append(o.needs() == KINDS)
+            step(o, normal(number))
+        assert asked == [False, True, False]
+    assert torch.equal(resumed.parameters[0], p)
 
 
-def mask(optimizer):
-    return optimizer.state_dict()["state"][0]["mdgd_mask"].tolist()
-
-
-@pytest.mark.parametrize("masked", [False, True])
-def test_what_was_added_up_before_a_state_dict_was_loaded_is_forgotten(masked):
-    fresh, other = wrapped(2), wrapped(2)
-    state = fresh.state_dict()
-    if masked:
-        # A run that is asked again after its mask was chosen, in the middle of another's warm-up.
-        for g in STEPS[1:]:
-            step(fresh, g)
-        state = fresh.state_dict()
-    step(other, STEPS[0])
-    other.load_state_dict(state)
-    for g in STEPS[1:]:
-        step(other, g)
-    if not masked:
-        for g in STEPS[1:]:
-            step(fresh, g)
-        # With the first step's gradients it would be another.
-        assert mask(fresh) == [False, True, False, False]
-    assert mask(other) == mask(fresh)
-    assert not other._schedule.sums
-
-
-def test_steps_of_a_warm_up_count_alike_whatever_their_loss_scale():
-    outcomes = []
-    for scales in ((None, None), (8.0, 1.0), (0.5, 2.0)):
-        optimizer = wrapped(2)
-        for g, scale in zip(STEPS[:2], scales, strict=True):
-            step(optimizer, g, scale)
-        outcomes.append(optimizer)
-    assert mask(outcomes[0]) == [False, False, True, False]
-    for optimizer in outcomes[1:]:
-        assert mask(optimizer) == mask(outcomes[0])
-        assert_same_bits(optimizer.parameters, outcomes[0].parameters)
+def test_what_the_wrapped_optimizer_holds_of_an_element_that_comes_in_anew_begins_at_zero():
+    p = nn.Parameter(torch.zeros(2))
+    base = torch.optim.SGD([p], lr=1.0, momentum=0.5)
+    optimizer = MDGDOptimizer(base, MDGD(regularize=0), mask=TopK(0.5, refresh=1))
+    for g in ([4.0, 1.0], [1.0, 4.0], [4.0, 1.0], [4.0, 1.0]):
+        step(optimizer, [torch.tensor(g)])
+    # The first element moves in steps 1, 3 and 4, and what it was moved by in step 1 is forgotten in step 3.
+    assert p.tolist() == [-4.0 - 4.0 - (4.0 + 2.0), -4.0]

@@ -134,13 +134,7 @@ class MDGDOptimizer(Optimizer):
         Raises:
             RuntimeError: a group was added to ``base`` behind this optimizer's back.
         """
-        found = [p for group in self.param_groups for p in group["params"]]
-        if len(found) != len(self._storage):
-            raise RuntimeError(
-                f"{len(found)} parameters, but a reference for {len(self._storage)}: "
-                "call add_param_group on the MDGDOptimizer, not on its base"
-            )
-        return found
+        return [p for group in self._known_groups() for p in group["params"]]
 
     @property
     def trained(self) -> list[Tensor]:
@@ -335,9 +329,19 @@ class MDGDOptimizer(Optimizer):
             raise RuntimeError(f"{verb}: leave capture() and reference() first")
         return self.parameters
 
+    def _known_groups(self) -> list[Group]:
+        """The parameter groups; a RuntimeError if ``base`` holds parameters that this optimizer was not told of."""
+        count = sum(len(group["params"]) for group in self.param_groups)
+        if count != len(self._storage):
+            raise RuntimeError(
+                f"{count} parameters, but a reference for {len(self._storage)}: "
+                "call add_param_group on the MDGDOptimizer, not on its base"
+            )
+        return self.param_groups
+
     def _weights(self) -> dict[str, Tensor]:
         """The rule's weights by parameter: float64, shape (T,), on the CPU."""
-        groups = [group for group in self.param_groups for _ in group["params"]]
+        groups = [group for group in self._known_groups() for _ in group["params"]]
         return {
             name: torch.tensor([group[PREFIX + name] for group in groups], dtype=torch.float64, device="cpu")
             for name in self.rule.weights

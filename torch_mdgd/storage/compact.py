@@ -253,7 +253,9 @@ class CompactStorage(Storage):
 
 
 def _leaf(parameter: Tensor) -> nn.Parameter:
-    return nn.Parameter(parameter.detach().new_empty(0))
+    x = parameter.detach().new_empty(0)
+    # Whole numbers, as of a model in 4 bits, are never trained.
+    return nn.Parameter(x, requires_grad=x.is_floating_point() or x.is_complex())
 
 
 def _positions(mask: Tensor) -> Tensor:

@@ -2,26 +2,27 @@
 
 import copy
 import io
+import warnings
 
 import pytest
 import torch
 from torch import nn
 
 from tests.properties import assert_same_bits, bits
-from torch_mdgd import MDGDOptimizer, TopK, checkpoint
+from torch_mdgd import MDGD, MDGDOptimizer, Project, Random, StepProject, TopK
+from torch_mdgd.rules.base import KINDS
+from torch_mdgd.storage.entries import pack, unpack
 
 FORMS = {
     "nothing captured": None,
-    "regularize": {},
-    "reference, global": {"update": "reference", "scope": "global"},
-    "project": {"update": "project"},
+    "published": {},
+    "project": {"rule": Project()},
+    "step": {"rule": StepProject(0.1)},
     "masked": {"mask": TopK(0.3)},
-    "masked reference": {"update": "reference", "mask": TopK(0.3)},
-    "step": {"update": "project", "space": "step", "restore": 0.1},
-    "masked step": {"update": "project", "space": "step", "mask": TopK(0.3)},
-    "history": {"update": "project", "space": "step", "history": 3, "restore": 0.1},
-    "masked history": {"update": "project", "space": "step", "history": 3, "mask": TopK(0.3), "scope": "global"},
-    "compact history": {"update": "project", "space": "step", "history": 3, "mask": TopK(0.3), "compact": True},
+    "refreshed": {"mask": TopK(0.3, refresh=2)},
+    "masked step": {"rule": StepProject(), "mask": TopK(0.3)},
+    "compact": {"mask": TopK(0.3), "compact": True},
+    "compact step": {"rule": StepProject(0.1), "mask": TopK(0.3), "compact": True},
 }
 BASES = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.02),
@@ -43,20 +44,19 @@ def build(model, base, form):
 def train(model, optimizer, steps, form):
     for step in steps:
         g = torch.Generator().manual_seed(step)
-        roles = {
-            role: [torch.randn(p.shape, generator=g).to(p.dtype) for p in model.parameters()]
-            for role in ("task", "visual")
+        kinds = {
+            kind: [torch.randn(p.shape, generator=g).to(p.dtype) for p in model.parameters()] for kind in KINDS[:2]
         }
         if form is None:
-            for p, x in zip(model.parameters(), roles["task"], strict=True):
+            for p, x in zip(model.parameters(), kinds["task"], strict=True):
                 p.grad = x
         else:
-            if len(optimizer.required_roles) == 4:
+            if optimizer.needs() == KINDS:
                 # Gradients that depend on the reference, so that a wrong one shows.
                 with optimizer.reference():
                     at = [p.detach().clone() for p in model.parameters()]
-                roles |= {"reference_task": [x.sin() for x in at], "reference_visual": [x.square() for x in at]}
-            optimizer.set_gradients(**roles)
+                kinds |= {"reference_task": [x.sin() for x in at], "reference_visual": [x.square() for x in at]}
+            optimizer.set_gradients(**kinds)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -152,21 +152,60 @@ def test_loading_leaves_the_state_dict_as_it_was():
     state = optimizer.state_dict()
     keys = {i: set(entry) for i, entry in state["state"].items()}
     groups = copy.deepcopy(state["param_groups"])
-    build(network(), "adamw", {"align": 0.5}).load_state_dict(state)
+    build(network(), "adamw", {"rule": MDGD(0.5)}).load_state_dict(state)
     assert {i: set(entry) for i, entry in state["state"].items()} == keys
     assert state["param_groups"] == groups
 
 
 def test_settings_in_the_groups_are_loaded():
-    optimizer = build(network(), "sgd", {"align": 0.25, "scope": "global"})
+    optimizer = build(network(), "sgd", {"rule": MDGD(0.25, 0.5)})
     other = build(network(), "sgd", {})
     other.load_state_dict(optimizer.state_dict())
-    assert (other.param_groups[0]["align"], other.param_groups[0]["scope"]) == (0.25, "global")
+    found = {key: value for key, value in other.param_groups[0].items() if key.startswith("mdgd_")}
+    assert found == {"mdgd_rule": "MDGD", "mdgd_align": 0.25, "mdgd_regularize": 0.5}
+
+
+def test_weights_of_another_rule_are_not_loaded():
+    saved = build(network(), "sgd", {"rule": MDGD(0.25)}).state_dict()
+    optimizer = build(network(), "sgd", {"rule": Project(0.75)})
+    saved["param_groups"][0]["lr"] = 0.5
+    optimizer.load_state_dict(saved)
+    found = {key: value for key, value in optimizer.param_groups[0].items() if key.startswith("mdgd_")}
+    assert found == {"mdgd_rule": "Project", "mdgd_align": 0.75}
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+@pytest.mark.parametrize("compact", [False, True])
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("chosen", [False, True])
+def test_a_state_dict_without_a_mask_leaves_the_present_one(chosen, wrapped, compact):
+    p, twin = (nn.Parameter(torch.ones(100)) for _ in range(2))
+    plain = torch.optim.AdamW([twin])
+    twin.grad = torch.ones(100)
+    plain.step()
+    saved = (MDGDOptimizer(plain) if wrapped else plain).state_dict()
+    if wrapped and compact:
+        for entry in saved["state"].values():
+            del entry["mdgd_reference"]
+    mask = TopK(0.1) if chosen else Random(0.1)
+    optimizer = MDGDOptimizer(torch.optim.AdamW([p], lr=0.01), mask=mask, compact=compact)
+    g = [torch.randn(100, generator=torch.Generator().manual_seed(0))]
+    if chosen:
+        optimizer.set_gradients(**dict.fromkeys(KINDS, g))
+        optimizer.step()
+        optimizer.zero_grad()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimizer.load_state_dict(saved)
+    before = p.detach().clone()
+    optimizer.set_gradients(task=[torch.ones(100)], visual=[None])
+    optimizer.step()
+    assert int((p != before).sum()) == 10
 
 
 def test_loading_discards_captures():
     model = network()
-    optimizer = build(model, "sgd", {"update": "project"})
+    optimizer = build(model, "sgd", {"rule": Project()})
     state = optimizer.state_dict()
     optimizer.set_gradients(task=[torch.ones_like(p) for p in model.parameters()])
     optimizer.load_state_dict(state)
@@ -182,13 +221,13 @@ def test_the_wrapped_optimizers_own_state_dict_works_with_a_warning():
     plain.step()
     other = network()
     start = [p.detach().clone() for p in other.parameters()]
-    optimizer = build(other, "adamw", {"align": 0.25})
+    optimizer = build(other, "adamw", {"rule": MDGD(0.25)})
     state = plain.state_dict()
     with pytest.warns(UserWarning, match="holds no reference"):
         optimizer.load_state_dict(state)
-    assert "align" not in state["param_groups"][0]
+    assert "mdgd_align" not in state["param_groups"][0]
     assert optimizer.param_groups[0]["lr"] == 0.5
-    assert optimizer.param_groups[0]["align"] == 0.25
+    assert optimizer.param_groups[0]["mdgd_align"] == 0.25
     assert float(optimizer.state[other[0].weight]["step"]) == 1
     with optimizer.reference():
         assert_same_bits(list(other.parameters()), start)
@@ -207,7 +246,7 @@ def broken(state, how):
     elif how == "more groups":
         state["param_groups"].append({**state["param_groups"][0], "params": [state["param_groups"][0]["params"].pop()]})
     else:
-        state["param_groups"][0]["align"] = -1.0
+        state["param_groups"][0]["mdgd_align"] = -1.0
     return state
 
 
@@ -219,7 +258,7 @@ def broken(state, how):
         ("a mask of another shape", r"'mdgd_mask' of parameter 1 has shape \(7,\)"),
         ("partly lost", "'mdgd_reference' for some parameters but not for parameter 3"),
         ("more groups", "has 2 parameter groups, this optimizer 1"),
-        ("a setting out of range", "align must be a finite number"),
+        ("a setting out of range", "mdgd_align must be a finite number"),
     ],
 )
 def test_a_state_dict_that_does_not_fit_is_refused_and_changes_nothing(how, message):
@@ -241,7 +280,7 @@ def test_a_state_dict_that_does_not_fit_is_refused_and_changes_nothing(how, mess
 
 @pytest.mark.parametrize("name", ["masked", "compact"])
 def test_groups_that_are_divided_otherwise_are_refused_and_change_nothing(name):
-    form = FORMS["masked"] | {"compact": name == "compact"}
+    form = FORMS[name]
     saved = []
     for first in (2, 4):
         model = network()
@@ -279,8 +318,8 @@ def test_pack_and_unpack_are_opposites():
     plain.step()
     reference = [p.detach() + 1 for p in parameters]
     masks = [p.detach() > 0 for p in parameters]
-    packed = checkpoint.pack(plain.state_dict(), {"reference": reference, "mask": masks, "positions": None})
-    inner, found = checkpoint.unpack(packed, parameters)
+    packed = pack(plain.state_dict(), {"reference": reference, "mask": masks, "nothing": [None] * len(masks)})
+    inner, found = unpack(packed, parameters)
     assert list(inner["state"]) == [0]
     assert set(found) == {"reference", "mask"}
     assert_same_bits(found["reference"], reference)
@@ -304,7 +343,7 @@ def dcp_round_trip(form):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("name", ["regularize", "masked", "step"])
+@pytest.mark.parametrize("name", ["published", "masked", "step"])
 def test_distributed_checkpoint_round_trip(name):
     form = FORMS[name]
     model, optimizer, twin, loaded = dcp_round_trip(form)
@@ -329,5 +368,5 @@ def test_the_first_step_of_distributed_checkpoint_does_nothing(name):
     # dcp.load fills in what this state has, and nothing else: the mask needs its place before it is chosen.
     form = FORMS[name] or {}
     own = {"mdgd_positions"} if "compact" in form else {"mdgd_reference"} | ({"mdgd_mask"} if "mask" in form else set())
-    own |= {"mdgd_history_left", "mdgd_history_right"} if "history" in form else set()
+    own |= {"mdgd_mask_age"} if name == "refreshed" else set()
     assert set(saved["state"]["0.weight"]) == {"step", "exp_avg", "exp_avg_sq"} | own

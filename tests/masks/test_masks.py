@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests.properties import assert_close, assert_same_bits, bits, expected, flat
-from tests.strategies import SCOPES, UPDATES, WEIGHTS, cases, make_case
-from torch_mdgd import MDGDOptimizer, TopK, equations
-from torch_mdgd.masking import Given, Magnitude, Random, ScoreInputs, restore_outside_
+from tests.reference import equations
+from tests.strategies import WEIGHTS, cases, make_case
+from torch_mdgd import MDGD, Given, Magnitude, MDGDOptimizer, Project, Random, StepProject, TopK
+from torch_mdgd.masks.base import ScoreInputs, restore_outside_
 
 F64 = (torch.float64,)
 BASES = {
@@ -20,38 +21,35 @@ BASES = {
     "sgd fused": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, fused=True),
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.1, momentum=0.9, centered=True),
 }
-SPACES = {"gradient": {}, "step": {"update": "project", "space": "step", "restore": 0.1}}
+RULES = [MDGD(), StepProject(0.1)]
 
 
 def masks_of(optimizer):
     return [entry["mdgd_mask"] for entry in optimizer.state_dict()["state"].values()]
 
 
-def chosen(case, mask, **settings):
+def chosen(case, mask):
     """The masks after one step."""
-    optimizer = MDGDOptimizer(torch.optim.SGD(case.parameters, lr=0.1), mask=mask, **settings)
+    optimizer = MDGDOptimizer(torch.optim.SGD(case.parameters, lr=0.1), mask=mask)
     optimizer.set_gradients(**case.gradients)
     optimizer.step()
     return masks_of(optimizer)
 
 
-@pytest.mark.parametrize("fraction", [0.0, -0.1, 1.1, float("nan")])
+@pytest.mark.parametrize("fraction", [0.0, -0.1, 1.1, float("nan"), True])
 def test_fraction_out_of_range_is_refused(fraction):
-    with pytest.raises(ValueError, match="fraction must lie in"):
+    with pytest.raises(ValueError, match="TopK: fraction must"):
         TopK(fraction)
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: TopK(0.1, scope="layer"), "scope must be"),
         (lambda: TopK(0.1, refresh=0), "refresh must be a whole number from 1"),
-        (lambda: TopK(0.1, warmup=0), "warmup must be a whole number from 1"),
         (lambda: TopK(0.1, refresh=1.5), "refresh must be a whole number from 1, got 1.5"),
-        (lambda: TopK("a"), "fraction must lie in"),
-        (lambda: Magnitude(0.1, scope="layer"), "Magnitude: scope must be"),
-        (lambda: Random(0.0), "fraction must lie in"),
-        (lambda: Magnitude(2.0), "fraction must lie in"),
+        (lambda: TopK("a"), "TopK: fraction must be a finite number"),
+        (lambda: Random(0.0), "Random: fraction must lie in"),
+        (lambda: Magnitude(2.0), "Magnitude: fraction must lie in"),
     ],
 )
 def test_arguments_out_of_range_are_refused(make, message):
@@ -71,19 +69,16 @@ def test_scores_with_nan_are_refused_by_position():
         scored([torch.ones(2), torch.tensor([1.0, float("nan")])], TopK(0.5))
 
 
-@pytest.mark.parametrize("scope", ["global", "tensor"])
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=4), st.floats(0.001, 1.0), st.integers(0, 2**31))
-def test_fact_8_exact_count_with_ties_to_the_lowest_index(scope, sizes, fraction, seed):
+def test_fact_8_exact_count_with_ties_to_the_lowest_index(sizes, fraction, seed):
     generator = torch.Generator().manual_seed(seed)
     # Five different scores, so that nearly all are tied.
     scores = [torch.randint(-2, 3, (n,), generator=generator).double() for n in sizes]
-    masks = scored(scores, TopK(fraction, scope=scope))
+    masks = scored(scores, TopK(fraction))
     assert all(m.dtype == torch.bool and m.shape == s.shape for m, s in zip(masks, scores, strict=True))
-    pairs = [(torch.cat(masks), torch.cat(scores))] if scope == "global" else zip(masks, scores, strict=True)
-    for mask, score in pairs:
-        total = score.tolist()
-        ranked = sorted(range(len(total)), key=lambda i: (-total[i], i))[: max(1, round(fraction * len(total)))]
-        assert mask.nonzero().flatten().tolist() == sorted(ranked)
+    total = torch.cat(scores).tolist()
+    ranked = sorted(range(len(total)), key=lambda i: (-total[i], i))[: max(1, round(fraction * len(total)))]
+    assert torch.cat(masks).nonzero().flatten().tolist() == sorted(ranked)
 
 
 def test_fact_8_all_tied():
@@ -95,8 +90,6 @@ def test_fact_8_all_tied():
 def test_magnitude_keeps_the_largest_numbers_of_the_reference():
     parameters = [nn.Parameter(torch.tensor([0.1, -9.0, 3.0])), nn.Parameter(torch.tensor([[-4.0, 2.0]]))]
     optimizer = MDGDOptimizer(torch.optim.SGD(parameters), mask=Magnitude(0.4))
-    assert [m.tolist() for m in masks_of(optimizer)] == [[False, True, False], [[True, False]]]
-    optimizer = MDGDOptimizer(torch.optim.SGD(parameters), mask=Magnitude(0.4, scope="tensor"))
     assert [m.tolist() for m in masks_of(optimizer)] == [[False, True, False], [[True, False]]]
     optimizer = MDGDOptimizer(torch.optim.SGD(parameters), mask=Magnitude(0.6))
     assert [m.tolist() for m in masks_of(optimizer)] == [[False, True, True], [[True, False]]]
@@ -118,7 +111,7 @@ def test_a_given_mask_is_checked_and_kept():
     optimizer = MDGDOptimizer(torch.optim.SGD(parameters), mask=Given(masks))
     assert_same_bits(masks_of(optimizer), masks)
     for bad, message in (
-        (masks[:1], "1 masks for 2 parameters"),
+        (masks[:1], "1 masks for 2 trained parameters"),
         ([masks[0], masks[1].float()], "mask 1 is torch.float32"),
         ([masks[0], masks[1][0]], "mask 1"),
         ([torch.zeros_like(m) for m in masks], "nothing could be trained"),
@@ -127,66 +120,13 @@ def test_a_given_mask_is_checked_and_kept():
             MDGDOptimizer(torch.optim.SGD(parameters), mask=Given(bad))
 
 
-def gradients_at(step, parameters):
-    generator = torch.Generator().manual_seed(step)
-    return [torch.randn(p.shape, generator=generator) for p in parameters]
+@given(case=cases(F64), fraction=st.sampled_from([0.1, 0.5, 1.0]))
+def test_the_mask_keeps_the_largest_similarities(case, fraction):
+    rows = [[flat([x], [p]) for x in row] for *row, p in zip(*case.kinds, case.parameters, strict=True)]
+    scores = torch.cat([equations.similarity(*row) for row in rows])
 
+    masks = torch.cat([m.reshape(-1) for m in chosen(case, TopK(fraction))])
 
-def test_a_warm_up_adds_gradients_up_and_moves_nothing():
-    parameters = [nn.Parameter(torch.randn(6, 5)), nn.Parameter(torch.randn(20))]
-    before = [p.detach().clone() for p in parameters]
-    optimizer = MDGDOptimizer(torch.optim.AdamW(parameters, lr=0.1), mask=TopK(0.2, warmup=3))
-    zeros = [torch.zeros_like(p) for p in parameters]
-    for step in range(3):
-        assert len(optimizer.required_roles) == 4
-        g = gradients_at(step, parameters)
-        optimizer.set_gradients(task=g, visual=zeros, reference_task=g, reference_visual=zeros)
-        optimizer.step()
-        optimizer.zero_grad()
-        if step < 2:
-            assert_same_bits(parameters, before)
-            assert not optimizer.base.state
-    total = torch.cat(
-        [sum(xs).flatten().abs() for xs in zip(*(gradients_at(s, parameters) for s in range(3)), strict=True)]
-    )
-    kept = torch.cat([m.flatten() for m in masks_of(optimizer)])
-    assert set(kept.nonzero().flatten().tolist()) == set(total.topk(10).indices.tolist())
-    assert len(optimizer.required_roles) == 2
-
-
-def test_a_refreshed_mask_follows_the_gradients_of_its_step_and_needs_the_reference_only_then():
-    parameters = [nn.Parameter(torch.randn(30))]
-    optimizer = MDGDOptimizer(torch.optim.SGD(parameters, lr=0.1, momentum=0.9), mask=TopK(0.2, refresh=3))
-    zeros = [torch.zeros(30)]
-    for step in range(7):
-        g = gradients_at(step, parameters)
-        choosing = step % 3 == 0
-        assert (len(optimizer.required_roles) == 4) == choosing
-        before = parameters[0].detach().clone()
-        if choosing:
-            optimizer.set_gradients(task=g, visual=zeros, reference_task=g, reference_visual=zeros)
-            wanted = set(g[0].abs().topk(6).indices.tolist())
-        else:
-            optimizer.set_gradients(task=g, visual=zeros)
-        optimizer.step()
-        optimizer.zero_grad()
-        assert set((parameters[0] != before).nonzero().flatten().tolist()) == wanted
-
-
-@pytest.mark.parametrize("similarity", [equations.product, equations.sign_agreement, lambda x, y: -(x - y).abs()])
-@given(case=cases(F64), scope=SCOPES, fraction=st.sampled_from([0.1, 0.5, 1.0]))
-def test_the_mask_keeps_the_largest_similarities(similarity, case, scope, fraction):
-    like = case.parameters
-    g, v, g0, v0 = case.roles
-    if scope == "global":
-        pairs = [[flat(role, like) for role in case.roles]]
-    else:
-        pairs = [[flat([x], [p]) for x in row] for *row, p in zip(g, v, g0, v0, like, strict=True)]
-    scores = [similarity(equations.decouple(a, b), equations.decouple(c, d)) for a, b, c, d in pairs]
-
-    masks = torch.cat([m.reshape(-1) for m in chosen(case, TopK(fraction, similarity=similarity), scope=scope)])
-
-    scores = torch.cat(scores)
     assert int(masks.sum()) == max(1, round(fraction * scores.numel()))
     # To rounding: the two sides add in another order.
     if not masks.all():
@@ -211,10 +151,9 @@ def test_tiny_gradients_do_not_underflow_into_ties():
     assert set(mask.nonzero().flatten().tolist()) == set(g[0].abs().topk(10).indices.tolist())
 
 
-@given(cases(), UPDATES, SCOPES, WEIGHTS)
-def test_every_masked_form_equals_the_oracle(case, update, scope, align):
-    form = {"update": update, "scope": scope, "align": align}
-    optimizer = MDGDOptimizer(torch.optim.SGD(case.parameters, lr=0.1), mask=TopK(0.4), **form)
+@given(cases(), st.sampled_from([MDGD, Project]), WEIGHTS)
+def test_every_masked_form_equals_the_flat_form(case, rule, align):
+    optimizer = MDGDOptimizer(torch.optim.SGD(case.parameters, lr=0.1), rule(align), mask=TopK(0.4))
     optimizer.set_gradients(**case.gradients)
     optimizer.step()
     optimizer.zero_grad()
@@ -225,18 +164,18 @@ def test_every_masked_form_equals_the_oracle(case, update, scope, align):
     optimizer.set_gradients(**case.gradients)
     optimizer.combine()
 
-    wanted = expected(case.roles, case.parameters, masks=masks, **form)
-    inputs = [[None if x is None else (2 + align) * x for x in role] for role in case.roles]
+    wanted = expected(case.kinds, case.parameters, rule=rule.__name__, align=align, masks=masks)
+    inputs = [[None if x is None else (2 + align) * x for x in kind] for kind in case.kinds]
     assert_close([p.grad for p in case.parameters], wanted, inputs)
     for p, mask in zip(case.parameters, masks, strict=True):
         assert p.grad is None or not p.grad[~mask].any()
 
 
-@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("base", BASES)
-def test_fact_7_numbers_outside_the_mask_stay_bit_identical(base, space):
+def test_fact_7_numbers_outside_the_mask_stay_bit_identical(base, rule):
     case = make_case([(6, 5), (7,), (3,)], (torch.float32, torch.float64, torch.float32), 0)
-    optimizer = MDGDOptimizer(BASES[base](case.parameters), mask=TopK(0.3), **SPACES[space])
+    optimizer = MDGDOptimizer(BASES[base](case.parameters), rule, mask=TopK(0.3))
     start = [bits(p).clone() for p in case.parameters]
     for sign in (1, -1, 1):
         optimizer.set_gradients(**{r: [sign * x for x in row] for r, row in case.gradients.items()})
@@ -252,17 +191,17 @@ def test_fact_7_numbers_outside_the_mask_stay_bit_identical(base, space):
         assert bool((bits(p)[mask.reshape(-1)] != x[mask.reshape(-1)]).all())
 
 
-@pytest.mark.parametrize("space", SPACES)
-def test_fact_7_holds_for_momentum_left_from_an_earlier_mask(space):
+@pytest.mark.parametrize("rule", RULES)
+def test_fact_7_holds_for_momentum_left_from_an_earlier_mask(rule):
     case = make_case([(6, 5), (7,)], F64 * 2, 0)
     base = torch.optim.SGD(case.parameters, lr=0.1, momentum=0.9, weight_decay=0.1)
-    plain = MDGDOptimizer(base, **SPACES[space])
+    plain = MDGDOptimizer(base, rule)
     plain.set_gradients(**case.gradients)
     plain.step()
     plain.zero_grad()
     assert all(base.state[p]["momentum_buffer"].all() for p in case.parameters)
 
-    masked = MDGDOptimizer(base, mask=TopK(0.3), **SPACES[space])
+    masked = MDGDOptimizer(base, rule, mask=TopK(0.3))
     start = [bits(p).clone() for p in case.parameters]
     for _ in range(2):
         masked.set_gradients(**case.gradients)
@@ -310,3 +249,12 @@ def test_restore_outside_copies_bits():
     p, before = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([-0.0, float("nan"), 5.0])
     restore_outside_([p], [before], [torch.tensor([False, False, True])])
     assert_same_bits([p], [torch.tensor([-0.0, float("nan"), 3.0])])
+
+
+def test_a_mask_may_be_chosen_where_no_other_gradient_than_the_tasks_is_there():
+    p = nn.Parameter(torch.zeros(4))
+    optimizer = MDGDOptimizer(torch.optim.SGD([p], lr=1.0), mask=TopK(0.5))
+    optimizer.set_gradients(task=[torch.ones(4)], visual=[None], reference_task=[None], reference_visual=[None])
+    optimizer.step()
+    # All scores are 0, and ties go to the lowest index.
+    assert p.tolist() == [-1.0, -1.0, 0.0, 0.0]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests.properties import assert_same_bits
-from tests.protected import MASK, Model, batch, covariances, layers, normal, seen, train, wrap
+from tests.rules.protected import MASK, Model, batch, covariances, layers, normal, seen, train, wrap
 from torch_mdgd import MDGDOptimizer, VisualInputs
 from torch_mdgd import inputs as inputs_module
 from torch_mdgd.inputs import decouple_weight, top_eigenvectors

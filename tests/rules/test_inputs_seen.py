@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tests.properties import assert_same_bits
-from tests.protected import MASK, Model, batch, covariances, normal, seen, train, wrap
+from tests.rules.protected import MASK, Model, batch, covariances, normal, seen, train, wrap
 from torch_mdgd import MDGDOptimizer, VisualInputs
 
 

@@ -68,6 +68,12 @@ def by_hand(model, phi, batch, kind="l1"):
     return roles
 
 
+def wrap(base, model, rule=None, **settings):
+    """With a rule of its own if it is a function of the model."""
+    made = rule if rule is None or isinstance(rule, rules.Rule) else rule(model)
+    return MDGDOptimizer(base, made, **settings)
+
+
 def grads(optimizer):
     return [p.grad for p in optimizer.parameters]
 

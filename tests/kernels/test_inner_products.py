@@ -38,7 +38,9 @@ def assert_close(got, wanted, rows, columns):
 @given(case=lists())
 def test_every_pair_of_vectors(backend, device, case):
     vectors = [on(vector, device) for vector in case.vectors]
-    assert_close(kernels.inner_products(vectors), oracle.inner_products(case.vectors, case.vectors), case.vectors, case.vectors)
+    assert_close(
+        kernels.inner_products(vectors), oracle.inner_products(case.vectors, case.vectors), case.vectors, case.vectors
+    )
 
 
 @given(case=lists(least=2), split=st.integers(1, 3))
@@ -57,7 +59,9 @@ def test_nan_and_inf_come_through(backend, device, case, value, at):
         return
     spoil(at.draw(st.sampled_from(present)), at.draw(st.integers(0, 999)), value)
     vectors = [on(vector, device) for vector in case.vectors]
-    assert_close(kernels.inner_products(vectors), oracle.inner_products(case.vectors, case.vectors), case.vectors, case.vectors)
+    assert_close(
+        kernels.inner_products(vectors), oracle.inner_products(case.vectors, case.vectors), case.vectors, case.vectors
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -7,8 +7,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from tests.families import FAMILIES, make_batch, make_model, make_text_model
-from torch_mdgd.parts import connector, freeze_all_but, last_decoder_layers, unwrap
+from tests.models.families import FAMILIES, make_batch, make_model, make_text_model
+from torch_mdgd.models.parts import connector, freeze_all_but, last_decoder_layers, unwrap
 
 
 @pytest.fixture(params=FAMILIES)

@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests.properties import assert_same_bits
-from tests.protected import MASK, Model, batch, covariances, layers, normal, seen, train, wrap
-from torch_mdgd import MDGDOptimizer, VisualInputs
-from torch_mdgd import inputs as inputs_module
-from torch_mdgd.inputs import decouple_weight, top_eigenvectors
+from tests.reference.equations import protect_inputs
+from tests.rules.protected import MASK, Model, batch, covariances, layers, normal, seen, train, wrap
+from torch_mdgd import MDGDOptimizer, ProtectInputs, Random
+from torch_mdgd.rules import inputs as inputs_module
+from torch_mdgd.rules.inputs import top_eigenvectors
 
 SEEDS = st.integers(0, 2**31)
 
@@ -26,9 +27,9 @@ def covariance(width, rank, seed):
 def test_a_decoupled_move_kills_every_direction_and_is_left_alone_afterwards(seed, width, rank, energy):
     (q,) = top_eigenvectors(covariance(width, rank, seed)[None], energy)
     assert torch.allclose(q.T @ q, torch.eye(q.shape[1], dtype=q.dtype), atol=1e-12)
-    delta = decouple_weight(normal(4, width, seed=seed + 2), q)
+    delta = protect_inputs(normal(4, width, seed=seed + 2), q)
     assert (delta @ q).abs().max() < 1e-12 * width
-    assert torch.allclose(decouple_weight(delta, q), delta, rtol=1e-12, atol=1e-12)
+    assert torch.allclose(protect_inputs(delta, q), delta, rtol=1e-12, atol=1e-12)
 
 
 @given(SEEDS, st.integers(1, 9), st.sampled_from([0.1, 0.5, 0.9]))
@@ -64,7 +65,7 @@ def test_a_step_is_the_oracle_of_the_wrapped_optimizers_move(base):
         start, end = layers(before)[name], layers(twin)[name]
         move = torch.cat([end.weight - start.weight, (end.bias - start.bias)[:, None]], 1).detach()
         kept = torch.cat([layer.weight - start.weight, (layer.bias - start.bias)[:, None]], 1).detach()
-        assert torch.allclose(kept, decouple_weight(move, q), rtol=1e-9, atol=1e-12)
+        assert torch.allclose(kept, protect_inputs(move, q), rtol=1e-9, atol=1e-12)
         assert (move @ q).abs().max() > 1e-3 > 1e-12 > (kept @ q).abs().max()
     assert_same_bits([model.norm.weight, model.norm.bias], [twin.norm.weight, twin.norm.bias])
 
@@ -77,9 +78,9 @@ def test_the_covariance_by_hand_and_its_decay():
         x = seen(model, [batch(seed)])
         wanted = {name: 0.75 * c + 0.25 * x[name].T @ x[name] / len(x[name]) for name, c in wanted.items()}
         train(model, optimizer, [seed])
-    names = optimizer.inputs.names
+    names = optimizer.rule.names
     assert list(names.values()) == ["projector", "decoder.first", "decoder.second"]
-    for i, c in optimizer.inputs.covariances.items():
+    for i, c in optimizer.rule.covariances.items():
         assert torch.allclose(c, wanted[names[i].rpartition(".")[2]], rtol=1e-12)
 
 
@@ -113,14 +114,14 @@ def test_bases_are_the_same_decomposed_one_at_a_time(monkeypatch):
         model.decoder.second = nn.Linear(5, 3, bias=False).double()
         model.decoder.third = nn.Linear(5, 3, bias=False).double()
         optimizer = wrap(model)
-        with optimizer.inputs.observe(MASK):
+        with optimizer.rule.observe(MASK):
             hidden = torch.tanh(model.decoder.first(normal(2, 5, 6)))
             model.decoder.second(hidden)
             model.decoder.third(hidden.clone() ** 3)
         for p in model.parameters():
             p.grad = torch.zeros_like(p)
         optimizer.step()
-        found.append([q @ q.T for q in optimizer.inputs.bases.values()])
+        found.append([q @ q.T for q in optimizer.rule.bases.values()])
     for x, y in zip(*found, strict=True):
         assert torch.allclose(x, y, atol=1e-10)
     assert sum(bool(x.any()) for x in found[0]) == 3
@@ -177,7 +178,7 @@ def test_a_state_dict_of_other_layers_is_refused_and_one_without_forgets():
     with pytest.warns(UserWarning, match="no reference"):
         optimizer.load_state_dict(plain.state_dict())
     assert not any(c.any() for c in covariances(optimizer))
-    assert not any(q.shape[1] for q in optimizer.inputs.bases.values())
+    assert not any(q.shape[1] for q in optimizer.rule.bases.values())
     assert [len(c) for c in covariances(wrap(other))] == [5, 6, 5]
 
 
@@ -187,24 +188,25 @@ def test_what_it_cannot_protect_is_refused():
     def base():
         return torch.optim.SGD(model.parameters(), lr=0.1)
 
-    def inputs(**options):
-        return VisualInputs(model, text_module=model.decoder, **options)
+    def rule(**options):
+        return ProtectInputs(model, text_module=model.decoder, **options)
 
-    step = {"update": "project", "space": "step"}
     with pytest.raises(ValueError, match=r"no nn\.Linear"):
-        MDGDOptimizer(torch.optim.SGD(model.norm.parameters(), lr=0.1), protect=inputs(), **step)
-    own = inputs()
-    MDGDOptimizer(base(), protect=own, **step)
+        MDGDOptimizer(torch.optim.SGD(model.norm.parameters(), lr=0.1), rule())
+    own = rule()
+    MDGDOptimizer(base(), own)
     with pytest.raises(ValueError, match="another optimizer"):
-        MDGDOptimizer(base(), protect=own, **step)
+        MDGDOptimizer(base(), own)
+    with pytest.raises(ValueError, match="outside a mask"):
+        MDGDOptimizer(base(), rule(), mask=Random(0.3))
     wrong = [{"energy": x} for x in (1.1, -0.1, 2, "0.9", True)] + [{"decay": x} for x in (1.0, None)]
     for bad in (*wrong, {"refresh": 0}, {"refresh": 1.5}):
         with pytest.raises(ValueError, match=next(iter(bad))):
-            inputs(**bad)
+            rule(**bad)
     with pytest.raises(ValueError, match="parts holds a layer that is no part"):
-        inputs(parts=[model.projector, nn.Linear(4, 6)])
+        rule(parts=[model.projector, nn.Linear(4, 6)])
     with pytest.raises(TypeError, match="not a model of transformers"):
-        VisualInputs(model)
+        ProtectInputs(model)
 
 
 def test_parts_alone_are_protected():
@@ -214,7 +216,7 @@ def test_parts_alone_are_protected():
     optimizers = wrap(models[0]), wrap(models[1], parts=[parts])
     for model, optimizer in zip(models, optimizers, strict=True):
         train(model, optimizer, [0])
-    assert set(optimizers[1].inputs.names.values()) == {"projector", "decoder.second"}
+    assert set(optimizers[1].rule.names.values()) == {"projector", "decoder.second"}
     plain = Model()
     free = wrap(plain, energy=0)
     train(plain, free, [0])

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from tests.families import FAMILIES, make_batch, make_model
+from tests.models.families import FAMILIES, make_batch, make_model
 from tests.properties import assert_same_bits
 from tests.tiny_models import llava, llava_batch
 from torch_mdgd import MDGDOptimizer, connector, freeze_all_but, last_decoder_layers, mdgd_backward
-from torch_mdgd.parts import unwrap
-from torch_mdgd.reuse import frozen_vision_parts, reuse_frozen_vision
+from torch_mdgd.models.parts import unwrap
+from torch_mdgd.models.vision_cache import frozen_vision_parts, reuse_frozen_vision
 
 
 def prepared(model):

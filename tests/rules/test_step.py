@@ -1,4 +1,4 @@
-"""Step space: the move of the wrapped optimizer, against the flat float64 form."""
+"""StepProject: the move of the wrapped optimizer, against the flat float64 form."""
 
 import math
 
@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.properties import assert_close, assert_same_bits, flat, split
-from tests.strategies import SCOPES, cases, make_case
-from torch_mdgd import MDGDOptimizer, TopK
-from torch_mdgd.decoupling import decouple_move
+from tests.reference.equations import step_project
+from tests.strategies import cases, make_case
+from torch_mdgd import MDGDOptimizer, StepProject, TopK
 
 F64 = (torch.float64,)
 BASES = {
@@ -24,39 +24,35 @@ def copies(tensors):
     return [torch.nn.Parameter(x.detach().clone()) for x in tensors]
 
 
-def wrap(parameters, base="adamw", **settings):
-    return MDGDOptimizer(BASES[base](parameters), update="project", space="step", **settings)
+def wrap(parameters, base="adamw", restore=0.0, mask=None):
+    return MDGDOptimizer(BASES[base](parameters), StepProject(restore), mask=mask)
 
 
 def vector(*numbers):
     return torch.tensor(numbers, dtype=torch.float64)
 
 
-def test_decouple_move_by_hand():
+def test_step_project_by_hand():
     # ⟨Δ, v⟩ = 1 > 0 is removed; what is left has length √2 and the restoring move half of ‖Δ‖ = √5 along −v.
     delta, v = vector(2.0, -1.0), vector(1.0, 1.0)
-    assert decouple_move(delta, v).tolist() == [1.5, -1.5]
+    assert step_project(delta, v).tolist() == [1.5, -1.5]
     wanted = vector(1.5, -1.5) - 0.5 * math.sqrt(5) / math.sqrt(2)
-    assert torch.allclose(decouple_move(delta, v, 0.5), wanted, rtol=1e-15)
+    assert torch.allclose(step_project(delta, v, 0.5), wanted, rtol=1e-15)
 
 
 def test_a_move_that_lowers_the_visual_loss_stays():
     delta, v = vector(2.0, -3.0), vector(1.0, 1.0)
-    assert decouple_move(delta, v).tolist() == delta.tolist()
+    assert step_project(delta, v).tolist() == delta.tolist()
 
 
 def test_no_visual_gradient_or_no_move_removes_and_restores_nothing():
     zero, x = vector(0.0, 0.0), vector(1.0, 2.0)
-    assert decouple_move(x, zero, 0.5).tolist() == x.tolist()
-    assert decouple_move(zero, x, 0.5).tolist() == [0.0, 0.0]
+    assert step_project(x, zero, 0.5).tolist() == x.tolist()
+    assert step_project(zero, x, 0.5).tolist() == [0.0, 0.0]
 
 
-def expected_moves(moves, v, scope, restore):
-    if scope == "global":
-        return split(decouple_move(flat(moves, moves), flat(v, moves), restore), moves)
-    return [
-        split(decouple_move(flat([d], [d]), flat([x], [d]), restore), [d])[0] for d, x in zip(moves, v, strict=True)
-    ]
+def expected_moves(moves, v, restore):
+    return [split(step_project(flat([d], [d]), flat([x], [d]), restore), [d])[0] for d, x in zip(moves, v, strict=True)]
 
 
 def masked(tensors, masks):
@@ -65,14 +61,13 @@ def masked(tensors, masks):
 
 @given(
     cases((torch.float64, torch.float32), missing=False),
-    SCOPES,
     st.sampled_from(list(BASES)),
     st.sampled_from([0.0, 0.1]),
     st.sampled_from([None, TopK(0.4)]),
 )
-def test_every_step_equals_the_oracle(case, scope, base, restore, mask):
+def test_every_step_equals_the_oracle(case, base, restore, mask):
     twins = copies(case.parameters)
-    optimizer = wrap(case.parameters, base, scope=scope, restore=restore, mask=mask)
+    optimizer = wrap(case.parameters, base, restore, mask)
     plain = BASES[base](twins)
     for sign in (1, -1, 1):
         before = [p.detach().clone() for p in case.parameters]
@@ -88,13 +83,13 @@ def test_every_step_equals_the_oracle(case, scope, base, restore, mask):
             twin.grad = y
         plain.step()
         moves = masked([x.detach().double() - y.double() for x, y in zip(twins, before, strict=True)], masks)
-        moves = expected_moves(moves, masked(v, masks), scope, restore)
+        moves = expected_moves(moves, masked(v, masks), restore)
         assert_close(case.parameters, [y.double() + d for y, d in zip(before, moves, strict=True)])
 
 
-@given(cases(F64, missing=False), SCOPES, st.sampled_from(list(BASES)))
-def test_no_move_raises_the_visual_loss_to_first_order(case, scope, base):
-    optimizer = wrap(case.parameters, base, scope=scope)
+@given(cases(F64, missing=False), st.sampled_from(list(BASES)))
+def test_no_move_raises_the_visual_loss_to_first_order(case, base):
+    optimizer = wrap(case.parameters, base)
     v = case.gradients["visual"]
     for sign in (1, -1, 1):
         before = [p.detach().clone() for p in case.parameters]
@@ -102,18 +97,16 @@ def test_no_move_raises_the_visual_loss_to_first_order(case, scope, base):
         optimizer.step()
         optimizer.zero_grad()
         moves = [p.detach() - x for p, x in zip(case.parameters, before, strict=True)]
-        pairs = [(flat(moves, moves), flat(v, moves))]
-        if scope == "tensor":
-            pairs = [(d.reshape(-1), x.reshape(-1)) for d, x in zip(moves, v, strict=True)]
+        pairs = [(d.reshape(-1), x.reshape(-1)) for d, x in zip(moves, v, strict=True)]
         # Rounding is that of θ, from which the move is a difference.
         size = max(float(p.detach().norm()) for p in case.parameters)
         assert all(float(d @ x) <= 1e-14 * (1 + size) * float(x.norm()) for d, x in pairs)
 
 
-@given(cases(), SCOPES, st.sampled_from(list(BASES)), st.booleans())
-def test_a_zero_visual_gradient_leaves_the_wrapped_step_bit_for_bit(case, scope, base, absent):
+@given(cases(), st.sampled_from(list(BASES)), st.booleans())
+def test_a_zero_visual_gradient_leaves_the_wrapped_step_bit_for_bit(case, base, absent):
     twins = copies(case.parameters)
-    plain, optimizer = BASES[base](twins), wrap(case.parameters, base, scope=scope, restore=0.1)
+    plain, optimizer = BASES[base](twins), wrap(case.parameters, base, restore=0.1)
     g = case.gradients["task"]
     nothing = [None if absent else torch.zeros_like(p) for p in case.parameters]
     g = [torch.zeros_like(p) if x is None else x for x, p in zip(g, case.parameters, strict=True)]
@@ -129,53 +122,30 @@ def test_a_zero_visual_gradient_leaves_the_wrapped_step_bit_for_bit(case, scope,
 
 def test_the_wrapped_optimizer_steps_on_the_task_gradient_itself():
     case = make_case([(3, 4), (5,)], F64 * 2, 0)
-    optimizer = wrap(case.parameters, align=7.0, regularize=3.0)
+    optimizer = wrap(case.parameters, restore=0.3)
     optimizer.set_gradients(task=case.gradients["task"], visual=case.gradients["visual"])
     optimizer.combine()
     assert_same_bits([p.grad for p in case.parameters], case.gradients["task"])
 
 
-def test_a_parameter_without_visual_gradient_counts_in_the_length_of_a_global_move():
-    case = make_case([(4,), (4,)], F64 * 2, 0)
-    a, b = case.parameters
-    start = [a.detach().clone(), b.detach().clone()]
-    optimizer = MDGDOptimizer(
-        torch.optim.SGD([a, b], lr=1.0), update="project", space="step", scope="global", restore=0.5
-    )
-    g, v = case.gradients["task"], [case.gradients["visual"][0], None]
-    optimizer.set_gradients(task=g, visual=v)
-    optimizer.step()
-    moves = expected_moves([-x for x in g], v, "global", 0.5)
-    assert_close([a, b], [x + d for x, d in zip(start, moves, strict=True)])
-
-
-def test_groups_in_both_spaces_and_with_their_own_restore():
-    case = make_case([(6,), (6,), (6,), (6,)], F64 * 4, 0)
-    a, b, c, e = case.parameters
+def test_groups_with_their_own_restore():
+    case = make_case([(6,), (6,), (6,)], F64 * 3, 0)
+    a, b, c = case.parameters
     start = [p.detach().clone() for p in case.parameters]
-    groups = [
-        {"params": [a], "restore": 0.2},
-        {"params": [b, c], "scope": "global", "restore": 0.4},
-        {"params": [e], "space": "gradient", "scope": "global", "align": 0.5},
-    ]
-    optimizer = MDGDOptimizer(torch.optim.SGD(groups, lr=1.0), update="project", space="step")
-    g, v = case.roles[:2]
-    optimizer.set_gradients(task=g, visual=v)
-    optimizer.combine()
-    last = e.grad.clone()
+    groups = [{"params": [a], "mdgd_restore": 0.2}, {"params": [b, c]}]
+    optimizer = MDGDOptimizer(torch.optim.SGD(groups, lr=1.0), StepProject(restore=0.4))
+    g, v = case.gradients["task"], case.gradients["visual"][:2]
+    # What has no visual gradient moves as it would.
+    optimizer.set_gradients(task=g, visual=[*v, None])
     optimizer.step()
-    moves = [
-        *expected_moves([-g[0]], v[:1], "tensor", 0.2),
-        *expected_moves([-g[1], -g[2]], v[1:3], "global", 0.4),
-        -last,
-    ]
+    moves = [*expected_moves([-g[0]], v[:1], 0.2), *expected_moves([-g[1]], v[1:], 0.4), -g[2]]
     assert_close(case.parameters, [x + d for x, d in zip(start, moves, strict=True)])
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("role", ["task", "visual"])
+@pytest.mark.parametrize("kind", ["task", "visual"])
 @pytest.mark.parametrize("masked_too", [False, True])
-def test_fact_2_nan_and_inf_reach_the_gradient_in_step_space(role, value, masked_too):
+def test_fact_2_nan_and_inf_reach_the_gradient(kind, value, masked_too):
     case = make_case([(3, 4), (5,)], (torch.float32,) * 2, 2)
     optimizer = wrap(case.parameters, mask=TopK(0.3) if masked_too else None)
     if masked_too:
@@ -184,7 +154,7 @@ def test_fact_2_nan_and_inf_reach_the_gradient_in_step_space(role, value, masked
         optimizer.zero_grad()
     for t, i in ((0, 0), (1, -1)):
         bad = {r: [x.clone() for x in case.gradients[r]] for r in ("task", "visual")}
-        bad[role][t].view(-1)[i] = value
+        bad[kind][t].view(-1)[i] = value
         optimizer.set_gradients(**bad)
         optimizer.combine()
         assert not case.parameters[t].grad.isfinite().all()
@@ -194,7 +164,7 @@ def test_fact_2_nan_and_inf_reach_the_gradient_in_step_space(role, value, masked
 def test_low_precision_moves_are_decoupled_as_far_as_their_rounding_allows():
     case = make_case([(64, 64)], (torch.bfloat16,), 0)
     (p,) = case.parameters
-    optimizer = MDGDOptimizer(torch.optim.SGD([p], lr=1.0), update="project", space="step")
+    optimizer = MDGDOptimizer(torch.optim.SGD([p], lr=1.0), StepProject())
     v = case.gradients["visual"][0]
     g = -v + case.gradients["task"][0]
     start = p.detach().double()

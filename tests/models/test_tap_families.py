@@ -9,9 +9,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, T5Config, T5ForConditionalGeneration
 
-from tests.families import FAMILIES, IMAGE, LLAMA, VIDEO, make_batch, make_model, make_text_model, text_only
+from tests.models.families import FAMILIES, IMAGE, LLAMA, VIDEO, make_batch, make_model, make_text_model, text_only
 from tests.properties import assert_same_bits
-from torch_mdgd import MDGDOptimizer, VisualTap, mdgd_backward, visual_alignment_loss
+from torch_mdgd import MDGD, MDGDOptimizer, VisualTap, mdgd_backward, visual_alignment_loss
 
 
 @pytest.fixture(params=FAMILIES)
@@ -94,7 +94,7 @@ def test_two_steps_move_weights_away_from_the_reference_and_stay_finite(family):
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "qwen3_vl", "minicpmv4_7"])
 def test_a_text_only_batch_among_others_is_a_plain_step(name):
     model, ids = make_model(name), torch.tensor([[1, 5, 6, 7, 8, 9], [1, 10, 11, 12, 13, 14]])
-    optimizer = MDGDOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-3), regularize=0.0)
+    optimizer = MDGDOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-3), MDGD(regularize=0))
     mdgd_backward(model, optimizer, make_batch(name))
     optimizer.step()
     optimizer.zero_grad()

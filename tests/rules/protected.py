@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from torch_mdgd import MDGDOptimizer, VisualInputs
+from torch_mdgd import MDGDOptimizer, ProtectInputs
 
 
 def normal(*shape, seed=0):
@@ -42,9 +42,6 @@ class Model(nn.Module):
 MASK = torch.tensor([[True, True, False, False, False]]).expand(2, 5)
 
 
-MASK = torch.tensor([[True, True, False, False, False]]).expand(2, 5)
-
-
 def batch(seed=0):
     # Pictures of little energy beyond one direction, so that there is something left to learn with.
     pictures = normal(2, 2, 1, seed=seed) * torch.tensor([1.0, -2.0, 0.5, 0.0], dtype=torch.float64)
@@ -52,13 +49,13 @@ def batch(seed=0):
 
 
 def wrap(model, energy=0.8, base=torch.optim.AdamW, **options):
-    inputs = VisualInputs(model, energy, text_module=model.decoder, **options)
-    return MDGDOptimizer(base(model.parameters(), lr=0.05), update="project", space="step", protect=inputs)
+    rule = ProtectInputs(model, energy, text_module=model.decoder, **options)
+    return MDGDOptimizer(base(model.parameters(), lr=0.05), rule)
 
 
 def train(model, optimizer, seeds, mask=MASK):
     for seed in seeds:
-        with optimizer.inputs.observe(mask):
+        with optimizer.rule.observe(mask):
             loss = (model(*batch(seed)) - 1).square().mean()
         loss.backward()
         optimizer.step()
@@ -79,4 +76,4 @@ def seen(model, batches):
 
 
 def covariances(optimizer):
-    return list(optimizer.inputs.covariances.values())
+    return list(optimizer.rule.covariances.values())

@@ -9,8 +9,19 @@ from torch import nn
 
 from tests.properties import assert_same_bits
 from tests.tiny_models import llava, llava_batch, text_batch
-from torch_mdgd import MDGDOptimizer, Random, VisualTap, mdgd_backward, visual_alignment_loss
-from torch_mdgd.budget import LIMITS, PULL, SPAN, DriftBudget, drift_sums
+from torch_mdgd import (
+    MDGD,
+    MDGDOptimizer,
+    Project,
+    Random,
+    StepProject,
+    VisualTap,
+    mdgd_backward,
+    visual_alignment_loss,
+)
+from torch_mdgd.rules.budget import LIMITS, SPAN, DriftBudget, drift_sums
+
+PULL = "mdgd_drift_pull"
 
 
 def network():
@@ -18,9 +29,9 @@ def network():
     return nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3)).double()
 
 
-def wrap(model, budget=0.05, **settings):
+def wrap(model, budget=0.05, rule=None, **settings):
     base = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0, eps=1e-30)
-    return MDGDOptimizer(base, drift_budget=budget, **{"regularize": 0.0, **settings})
+    return MDGDOptimizer(base, DriftBudget(rule or MDGD(regularize=0.0), budget), **settings)
 
 
 def train(model, optimizer, steps, task_scale=1.0, feature_scale=1.0, kind="l1"):
@@ -37,7 +48,7 @@ def train(model, optimizer, steps, task_scale=1.0, feature_scale=1.0, kind="l1")
             visual_alignment_loss(z, z_ref, kind).backward()
         with optimizer.capture("task"):
             (task_scale * (model(x) - y).square().mean()).backward()
-        optimizer.observe_drift(drift_sums(z, z_ref))
+        optimizer.rule.saw_features(z, z_ref)
         optimizer.step()
         optimizer.zero_grad()
         seen.append((optimizer.diagnostics["visual_drift"], optimizer.diagnostics["align"]))
@@ -49,8 +60,8 @@ def train(model, optimizer, steps, task_scale=1.0, feature_scale=1.0, kind="l1")
     [
         (0.02, {}, "l1"),
         (0.1, {}, "l1"),
-        (0.1, {"align": 5.0}, "l1"),
-        (0.05, {"update": "project"}, "l1"),
+        (0.1, {"rule": MDGD(align=5.0, regularize=0.0)}, "l1"),
+        (0.05, {"rule": Project()}, "l1"),
         (0.05, {}, "mse"),
         (0.05, {"mask": Random(0.5)}, "l1"),
     ],
@@ -65,13 +76,11 @@ def test_the_drift_settles_near_the_budget(budget, settings, kind):
 def test_without_a_budget_the_features_drift_beyond_it():
     # What the test above would pass without, if the task left the features alone.
     model = network()
-    optimizer = wrap(model, None, align=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0, eps=1e-30)
     x = torch.randn(64, 8, generator=torch.Generator().manual_seed(1)).double()
     before = model[:2](x).detach()
     for _ in range(60):
-        optimizer.set_gradients(
-            task=torch.autograd.grad((model(x) - 1).square().mean(), list(model.parameters())), visual=[None] * 4
-        )
+        (model(x) - 1).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
     distance, size = drift_sums(model[:2](x), before)
@@ -87,51 +96,51 @@ def test_units_of_task_loss_and_features_do_not_matter(scales):
     assert scaled[30][1] == pytest.approx(plain[30][1] * factor, rel=1e-6)
 
 
-def groups(align=1.0, space="gradient"):
-    return [{"align": align, "space": space}]
-
-
 def table(g, v):
     """Inner products of two parallel vectors of these lengths."""
     return torch.tensor([[[g * g, g * v], [g * v, v * v]]], dtype=torch.float64)
 
 
+def align(rule, drift, products):
+    """α of a step whose features have moved by this part of their size."""
+    one = torch.ones(1, 1, dtype=torch.float64)
+    rule.saw_features((1 + drift) * one, one)
+    coefficients = rule.coefficients(products, {"align": one[0], "regularize": 0 * one[0]}, False)
+    rule.forget()
+    return float(coefficients[0, 1])
+
+
 def test_the_strength_by_hand():
-    budget, held = DriftBudget(0.1, held_groups := groups()), 1.0
-    for drift, q in ((0.0, 1.0), (0.2, 2.0), (0.01, 1 / SPAN), (5.0, SPAN), (math.nan, 1.0), (math.inf, 1.0)):
+    rule, held = DriftBudget(MDGD(), 0.1), 1.0
+    # Drifts that float32 holds, in which features are compared.
+    for drift, q in ((0.0, 1.0), (0.25, 2.5), (2.0**-7, 1 / SPAN), (5.0, SPAN), (math.nan, 1.0), (math.inf, 1.0)):
         held *= q**0.05
-        strength = budget.strength(torch.tensor(drift, dtype=torch.float64), table(6.0, 2.0), held_groups)
-        assert float(strength) == pytest.approx(held * q * 3.0, rel=1e-12)
-        assert float(held_groups[0][PULL]) == pytest.approx(held, rel=1e-12)
+        assert align(rule, drift, table(6.0, 2.0)) == pytest.approx(held * q * 3.0, rel=1e-12)
+        assert float(rule.pull) == pytest.approx(held, rel=1e-12)
 
 
-def test_nothing_to_measure_leaves_the_pull_alone_and_a_zero_gradient_pulls_nowhere():
-    budget, own = DriftBudget(0.1, held := groups()), torch.tensor(0.7, dtype=torch.float64)
-    held[0][PULL] = own
-    assert float(budget.strength(None, table(1.0, 0.0), held)) == 0.0
-    assert held[0][PULL] is own
+def test_a_zero_gradient_pulls_nowhere():
+    assert align(DriftBudget(MDGD(), 0.1), 0.25, table(1.0, 0.0)) == 0.0
 
 
 def test_the_pull_stays_within_its_limits():
-    for drift, limit in ((1e-6, LIMITS[0]), (1e6, LIMITS[1])):
-        budget, held = DriftBudget(0.1, own := groups()), own
+    for drift, limit in ((2.0**-20, LIMITS[0]), (2.0**20, LIMITS[1])):
+        rule = DriftBudget(MDGD(), 0.1)
         for _ in range(200):
-            budget.strength(torch.tensor(drift, dtype=torch.float64), table(1.0, 1.0), held)
-        assert float(held[0][PULL]) == limit
+            align(rule, drift, table(1.0, 1.0))
+        assert float(rule.pull) == limit
 
 
 def test_groups_keep_their_weights_relative_to_each_other():
     model = network()
-    base = torch.optim.SGD(
-        [{"params": model[0].parameters(), "align": 3.0}, {"params": model[2].parameters(), "align": 0.0}], lr=0.1
-    )
-    optimizer = MDGDOptimizer(base, drift_budget=0.1, regularize=0.0)
+    groups = [{"params": model[0].parameters(), "mdgd_align": 3.0}, {"params": model[2].parameters(), "mdgd_align": 0}]
+    optimizer = MDGDOptimizer(torch.optim.SGD(groups, lr=0.1), DriftBudget(MDGD(regularize=0), 0.1))
     g, v = [torch.zeros_like(p) for p in model.parameters()], [torch.ones_like(p) for p in model.parameters()]
     g[0][0, 0] = 2.0
     optimizer.set_gradients(task=g, visual=v)
-    optimizer.observe_drift(torch.tensor([0.1, 1.0], dtype=torch.float64))
+    optimizer.rule.saw_features(torch.full((1, 1), 1.25), torch.ones(1, 1))
     optimizer.combine()
-    strength = 2.0 / math.sqrt(sum(p.numel() for p in model.parameters()))
+    strength = 2.5**1.05 * 2.0 / math.sqrt(sum(p.numel() for p in model.parameters()))
     assert torch.allclose(model[0].bias.grad, torch.full_like(model[0].bias, 3 * strength), rtol=1e-12)
     assert not model[2].weight.grad.any()
     assert optimizer.diagnostics["align"] == pytest.approx(3 * strength, rel=1e-12)
@@ -155,23 +164,25 @@ def test_a_state_dict_does_not_change_when_training_goes_on():
     model = network()
     optimizer = wrap(model)
     train(model, optimizer, 3)
-    saved = optimizer.state_dict()
-    before = float(saved["param_groups"][0][PULL])
+    saved = optimizer.state_dict()["state"]
+    before = float(optimizer.rule.pull)
+    assert [float(entry[PULL]) for entry in saved.values()] == [before] * len(list(model.parameters()))
     train(model, optimizer, 3)
-    assert float(saved["param_groups"][0][PULL]) == before != float(optimizer.param_groups[0][PULL])
+    assert float(saved[0][PULL]) == before != float(optimizer.rule.pull)
 
 
 @pytest.mark.parametrize("budget", [0, -0.1, math.nan, math.inf, "auto"])
 def test_a_budget_out_of_range_is_refused(budget):
-    with pytest.raises(ValueError, match="drift_budget must be a finite number > 0"):
+    with pytest.raises(ValueError, match="DriftBudget: budget must be a finite number > 0"):
         wrap(network(), budget)
 
 
 def test_a_budget_that_could_set_nothing_is_refused():
-    with pytest.raises(ValueError, match="align above 0"):
-        wrap(network(), align=0.0)
-    with pytest.raises(ValueError, match="with space='step', pass restore"):
-        wrap(network(), update="project", space="step")
+    for rule in (MDGD(align=0.0), StepProject(restore=0.1)):
+        with pytest.raises(ValueError, match=r"pass a rule with an align above 0, not (MDGD|StepProject)\("):
+            DriftBudget(rule, 0.1)
+    with pytest.raises(TypeError, match="rule must be a Rule such as Project"):
+        DriftBudget(0.1, 0.1)
 
 
 def test_a_step_whose_drift_nobody_told_is_an_error_that_names_the_call():
@@ -179,15 +190,16 @@ def test_a_step_whose_drift_nobody_told_is_an_error_that_names_the_call():
     optimizer = wrap(model)
     ones = [torch.ones_like(p) for p in model.parameters()]
     optimizer.set_gradients(task=ones, visual=ones)
-    with pytest.raises(RuntimeError, match="observe_drift"):
+    with pytest.raises(RuntimeError, match=r"rule\.saw_features"):
         optimizer.step()
 
 
 def test_the_passes_of_a_step_tell_of_all_its_tokens():
     model = llava().double()
-    parameters = [p for name, p in model.named_parameters() if "vision" not in name]
+    model.model.vision_tower.requires_grad_(False)
+    parameters = [p for p in model.parameters() if p.requires_grad]
     phi = copy.deepcopy(model)
-    optimizer = MDGDOptimizer(torch.optim.SGD(parameters, lr=0.1), drift_budget=0.05, regularize=0.0)
+    optimizer = MDGDOptimizer(torch.optim.SGD(parameters, lr=0.1), DriftBudget(MDGD(regularize=0.0), 0.05))
     with torch.no_grad():
         for p in parameters:
             p.mul_(1.01)
@@ -203,7 +215,7 @@ def test_the_passes_of_a_step_tell_of_all_its_tokens():
     assert optimizer.diagnostics["visual_drift"] == pytest.approx(wanted, rel=1e-5)
     optimizer.step()
     optimizer.zero_grad()
-    held = optimizer.param_groups[0][PULL].clone()
+    held = float(optimizer.rule.pull)
     mdgd_backward(model, optimizer, text_batch())
     optimizer.step()
-    assert torch.equal(optimizer.param_groups[0][PULL], held)
+    assert float(optimizer.rule.pull) == held != 1

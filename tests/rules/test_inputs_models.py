@@ -5,7 +5,7 @@ import torch
 
 from tests.properties import assert_same_bits
 from tests.tiny_models import IMAGE, llava, llava_batch, text_batch
-from torch_mdgd import MDGDOptimizer, VisualInputs, VisualTap, mdgd_backward
+from torch_mdgd import MDGDOptimizer, ProtectInputs, VisualTap, mdgd_backward
 
 
 def vlm(**options):
@@ -14,7 +14,7 @@ def vlm(**options):
         p.requires_grad_("projector" in name or "layers.1" in name or "lm_head" in name)
     parameters = [p for p in model.parameters() if p.requires_grad]
     base = torch.optim.AdamW(parameters, lr=1e-2)
-    optimizer = MDGDOptimizer(base, update="project", space="step", protect=VisualInputs(model, 0.7, refresh=2))
+    optimizer = MDGDOptimizer(base, ProtectInputs(model, 0.7, refresh=2))
     return model, optimizer
 
 
@@ -38,12 +38,12 @@ def test_a_vision_language_model_step_runs_forward_and_backward_once():
     assert_same_bits([p.grad for p in optimizer.parameters], list(wanted))
     optimizer.step()
     optimizer.zero_grad()
-    names = {name: i for i, name in optimizer.inputs.names.items()}
+    names = {name: i for i, name in optimizer.rule.names.items()}
     x = seen_inputs[0][data["input_ids"] == IMAGE]
-    c = optimizer.inputs.covariances[names["model.language_model.layers.1.mlp.down_proj"]]
+    c = optimizer.rule.covariances[names["model.language_model.layers.1.mlp.down_proj"]]
     assert torch.allclose(c, 0.05 * x.T @ x / len(x), rtol=1e-12)
     # Norm weights alone are not protected.
-    rest = [p for i, p in enumerate(optimizer.parameters) if i not in optimizer.inputs.names and p.dim() > 1]
+    rest = [p for i, p in enumerate(optimizer.parameters) if i not in optimizer.rule.names and p.dim() > 1]
     assert not rest
     mdgd_backward(model, optimizer, double(text_batch()))
     optimizer.step()
@@ -59,7 +59,7 @@ def test_layers_that_see_the_same_tensor_count_it_each():
         mdgd_backward(model, optimizer, data, combine=i == 1)
     optimizer.step()
     x = torch.cat([h[data["input_ids"] == IMAGE] for h, data in zip(entered, batches, strict=True)])
-    found = {name.rpartition(".")[2]: optimizer.inputs.covariances[i] for i, name in optimizer.inputs.names.items()}
+    found = {name.rpartition(".")[2]: optimizer.rule.covariances[i] for i, name in optimizer.rule.names.items()}
     for name in ("q_proj", "k_proj", "v_proj"):
         assert torch.allclose(found[name], 0.05 * x.T @ x / len(x), rtol=1e-12)
     assert not torch.allclose(found["o_proj"], found["q_proj"])
@@ -75,7 +75,7 @@ def test_gradient_checkpointing_of_a_model_counts_once():
             mdgd_backward(model, optimizer, double(llava_batch(seed)))
             optimizer.step()
             optimizer.zero_grad()
-        found.append([*optimizer.inputs.covariances.values(), *optimizer.parameters])
+        found.append([*optimizer.rule.covariances.values(), *optimizer.parameters])
     for x, y in zip(*found, strict=True):
         assert torch.allclose(x, y, rtol=1e-9, atol=1e-12)
 
@@ -85,15 +85,15 @@ def test_lora_layers_are_layers():
     config = peft.LoraConfig(r=3, target_modules=["q_proj", "v_proj"])
     model = peft.get_peft_model(llava().double(), config).double()
     base = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    optimizer = MDGDOptimizer(base, update="project", space="step", protect=VisualInputs(model, 0.5, refresh=1))
-    assert len(optimizer.inputs.names) == len(optimizer.parameters)
+    optimizer = MDGDOptimizer(base, ProtectInputs(model, 0.5, refresh=1))
+    assert len(optimizer.rule.names) == len(optimizer.parameters)
     tap = VisualTap.for_model(model)
     for seed in range(2):
         before = [p.detach().clone() for p in optimizer.parameters]
         mdgd_backward(model, optimizer, double(llava_batch(seed)), tap=tap)
         optimizer.step()
         optimizer.zero_grad()
-    for i, q in optimizer.inputs.bases.items():
+    for i, q in optimizer.rule.bases.items():
         move = optimizer.parameters[i] - before[i]
         assert 0 < q.shape[1] < len(q)
         assert move.abs().max() > 1e-6 > 1e-12 > (move @ q).abs().max()

@@ -2,7 +2,9 @@
 
 import torch
 
-from torch_mdgd import MDGDOptimizer, history
+from reproductions.mini.rules import History
+from reproductions.mini.rules.memory import Factors, Rows, remember
+from torch_mdgd import MDGDOptimizer
 
 
 def test_low_precision_and_other_layouts_lose_only_their_rounding():
@@ -15,8 +17,7 @@ def test_low_precision_and_other_layouts_lose_only_their_rounding():
         "low": values.bfloat16(),
     }.items():
         parameter = torch.nn.Parameter(p)
-        base = torch.optim.SGD([parameter], lr=1.0)
-        optimizer = MDGDOptimizer(base, update="project", space="step", history=4)
+        optimizer = MDGDOptimizer(torch.optim.SGD([parameter], lr=1.0), History(4))
         for g, v in zip(drawn[:3], drawn[3:], strict=True):
             optimizer.set_gradients(task=[g.to(p.dtype)], visual=[v.to(p.dtype)])
             optimizer.step()
@@ -28,15 +29,15 @@ def test_low_precision_and_other_layouts_lose_only_their_rounding():
 
 
 def test_what_factors_would_not_shorten_is_kept_in_full():
-    kinds = {shape: type(history.remember(torch.zeros(shape), 3, False)) for shape in ((2, 2), (1, 9), (3, 2), (4, 4))}
+    kinds = {shape: type(remember(torch.zeros(shape), 3, False)) for shape in ((2, 2), (1, 9), (3, 2), (4, 4))}
     assert kinds == {
-        (2, 2): history.Rows, (1, 9): history.Rows, (3, 2): history.Factors, (4, 4): history.Factors,
+        (2, 2): Rows, (1, 9): Rows, (3, 2): Factors, (4, 4): Factors,
     }  # fmt: skip
 
 
 def test_a_gradient_that_the_iteration_does_not_see_is_stored_as_nothing():
-    memory = history.remember(torch.zeros(4, 5), 2, False)
+    memory = remember(torch.zeros(4, 5), 2, False)
     memory.left[0], memory.right[0] = 1, 1
-    memory.store(0, torch.zeros(4), torch.zeros(6), torch.tensor(1.0), torch.tensor(True))
-    assert not memory.left.any()
-    assert not memory.right.any()
+    memory.store_(0, torch.zeros(4, 5), torch.tensor(1.0), torch.tensor(True))
+    assert not memory.left[0].any()
+    assert not memory.right[0].any()

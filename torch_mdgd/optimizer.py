@@ -18,6 +18,7 @@ from torch_mdgd.captures import JOINT, REFERENCE, Captures, Step, assign, refuse
 from torch_mdgd.checks import require_number
 from torch_mdgd.diagnostics import gradient_diagnostics
 from torch_mdgd.kernels import Tensors
+from torch_mdgd.kernels.exact import exact
 from torch_mdgd.masks.base import Mask, ScoreInputs
 from torch_mdgd.parallel import ranks
 from torch_mdgd.rules.base import KINDS, PREFIX, Rule
@@ -33,6 +34,10 @@ NO_REFERENCE = "the state dict holds no reference: it stays at the wrapped weigh
 NOT_CHOSEN = (
     "a gradient holds NaN or Inf at the step that chooses the mask; nothing was changed. zero_grad() and go on with "
     "another batch, or train under a gradient scaler, which skips such steps"
+)
+NOTHING_TO_CHOOSE_FROM = (
+    "the task gradient is zero at the step that chooses the mask, as of a batch whose labels are all -100: every score "
+    "would tie; nothing was changed. zero_grad() and go on with another batch"
 )
 
 
@@ -198,12 +203,46 @@ class MDGDOptimizer(Optimizer):
         if self._storage.swapped or self._captures.recording:
             raise RuntimeError("reference: already inside reference() or capture()")
         parameters = self.parameters
+        self._warn_of_moved(parameters)
         with ranks.resharded(parameters, model):
             self._storage.exchange_(parameters)
             try:
                 yield
             finally:
                 self._storage.exchange_(parameters)
+
+    @torch.no_grad()
+    def set_reference(self, values: Sequence[Tensor] | None = None) -> None:
+        """Let φ be the parameters' values now, or these: for weights that were loaded after wrapping, or a next task.
+
+        What a rule has made of the old φ, such as the anchor's covariances, is made anew only if it is asked to.
+
+        Args:
+            values: T tensors of the parameters' shapes, in parameter order. With a compact storage they may differ
+                from the parameters inside the mask alone.
+
+        Raises:
+            RuntimeError: gradients are captured for this step.
+            ValueError: another number of values, or one of another shape, naming it; nothing was changed.
+        """
+        parameters = self._idle("set_reference")
+        if self._captures:
+            raise RuntimeError("set_reference: gradients are captured for this step; call it before, or zero_grad()")
+        for i, (p, x) in enumerate(zip(parameters, values or parameters, strict=False)):
+            if len(values or parameters) != len(parameters) or x.shape != p.shape:
+                raise ValueError(
+                    f"set_reference: value {i} of {len(values or ())} has shape {tuple(x.shape)}, parameter {i} of "
+                    f"{len(parameters)} {tuple(p.shape)}"
+                )
+        self._storage.renew(parameters, values)
+        self._made.began = True
+
+    def __getattr__(self, name: str) -> Any:
+        # The modes of schedule-free optimizers, which change the parameters; there only where base has them.
+        base: Any = vars(self).get("base")
+        if name in ("train", "eval") and callable(getattr(base, name, None)):
+            return partial(self._storage.switch, base, self.parameters, getattr(base, name))
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @torch.no_grad()
     def set_gradients(
@@ -268,6 +307,10 @@ class MDGDOptimizer(Optimizer):
                 capture took; inside :meth:`capture` or :meth:`reference`.
         """
         parameters = self._idle("combine")
+        with exact({p.device for p in parameters}):
+            self._combine(parameters)
+
+    def _combine(self, parameters: list[Tensor]) -> None:
         self._storage.follow(parameters)
         self._captures.require(self.needs(pictures=not self._captures.empty("visual")))
         refuse_stray(parameters)
@@ -288,7 +331,7 @@ class MDGDOptimizer(Optimizer):
         w = {name: x.to(products.device) for name, x in w.items()}
         coefficients = self.rule.coefficients(products, w, self._storage.masked)
         self._storage.combine_(step.d, step.gradients, coefficients)
-        self._made.d = [None if x is None else x.to(p.dtype) for p, x in zip(parameters, step.d, strict=True)]
+        self._made.d = [None if x is None else x.to(_grad_dtype(p)) for p, x in zip(parameters, step.d, strict=True)]
         assign(parameters, self._made.d)
 
     @_disable_dynamo
@@ -312,9 +355,10 @@ class MDGDOptimizer(Optimizer):
                 loss = closure()
         if self._captures:
             self.combine()
-        if self._made.refused:
-            raise RuntimeError(NOT_CHOSEN)
+        if self._made.refused is not None:
+            raise RuntimeError(self._made.refused)
         self._storage.step(self.base, parameters, self._correction(parameters))
+        self._made.began = True
         self.discard()
         return loss
 
@@ -358,7 +402,10 @@ class MDGDOptimizer(Optimizer):
         assert self.mask is not None
         if not bool(products.isfinite().all()):
             # d will hold it too, and a gradient scaler that skips the step leaves the choice to the next one.
-            self._made.refused = True
+            self._made.refused = NOT_CHOSEN
+            return
+        if not bool(products[:, 0, 0].any()):
+            self._made.refused = NOTHING_TO_CHOOSE_FROM
             return
         t = [t for t, one in enumerate(self._storage.trained) if one]
         g, v, g0_tilde = ([xs[i] for i in t] for xs in (step.task, step.visual, step.reference))
@@ -374,7 +421,27 @@ class MDGDOptimizer(Optimizer):
         w = self._weights()
         if visual is None and "visual" in self.rule.needs(w, self.mask is not None):
             return None
-        return partial(self.rule.correct_, visual=visual, w=w)
+
+        def correct_(after: Tensors, before: Tensors) -> None:
+            with exact({p.device for p in parameters}):
+                self.rule.correct_(after, before, visual, w)
+
+        return correct_
+
+    def _warn_of_moved(self, parameters: list[Tensor]) -> None:
+        """Before the first step θ is φ, or φ is not what was meant."""
+        if not self._made.began:
+            self._made.began = True
+            trained = [t for t, one in enumerate(self._storage.trained) if one]
+            with torch.no_grad():
+                moved = next((t for t in trained if bool(self._storage.difference(parameters, t).any())), None)
+            if moved is not None:
+                warnings.warn(
+                    f"parameter {moved} has changed since the optimizer was wrapped, and no step was made: the "
+                    "reference is not what training begins with. If weights were loaded after wrapping, call "
+                    "set_reference()",
+                    stacklevel=5,
+                )
 
     def _warn_of_idle_groups(self, step: Step) -> None:
         """Not an error: some groups are of modules that not every batch runs."""
@@ -446,6 +513,7 @@ class MDGDOptimizer(Optimizer):
             warnings.warn(NO_REFERENCE, stacklevel=2)
         self.rule.load_state(found, parameters)
         self._storage.age = next((int(x) for x in found.get(AGE, ()) if x is not None), 0)
+        self._made.began = True
         self.discard()
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
@@ -477,6 +545,8 @@ class _Made:
     """What combine has made for the step: d, v for the rule's correction, and whether a mask was refused."""
 
     products: Tensor | None = None
+    # Whether a step was made, or φ said to be right.
+    began = False
 
     def __init__(self) -> None:
         self.clear()
@@ -488,7 +558,7 @@ class _Made:
     def clear(self) -> None:
         self.d: list[Tensor | None] | None = None
         self.visual: list[Tensor | None] | None = None
-        self.refused = False
+        self.refused: str | None = None
 
     def begin(self, products: Tensor | None) -> None:
         self.clear()
@@ -519,8 +589,15 @@ def _refuse(base: Any) -> None:
         raise TypeError(f"base must be a torch.optim.Optimizer, got {type(base).__name__}")
     if isinstance(base, MDGDOptimizer):
         raise TypeError(f"base is wrapped already, in {type(base).__name__}: wrap the plain optimizer, once")
-    if isinstance(base, LBFGS):
-        raise TypeError("LBFGS evaluates its closure several times a step, each on another gradient: not supported")
+    if isinstance(base, LBFGS) or hasattr(base, "first_step"):
+        raise TypeError(
+            f"{type(base).__name__} evaluates its closure several times a step, each on another gradient: not supported"
+        )
+    if base.state_dict().keys() != {"state", "param_groups"}:
+        raise TypeError(
+            f"{type(base).__name__} is an optimizer around another, and its state dict has {sorted(base.state_dict())} "
+            "in place of 'state' and 'param_groups': wrap the inner optimizer, and put this one around MDGDOptimizer"
+        )
     parameters = [p for group in base.param_groups for p in group["params"]]
     if len(set(parameters)) < len(parameters):
         raise ValueError("base holds a parameter more than once, so its values could not be exchanged in place")
@@ -576,6 +653,12 @@ def _loaded(saved: Sequence[Group], groups: Sequence[Group], rule: Rule) -> list
         rest = {key: value for key, value in old.items() if not _is_own(key)}
         out.append({**rest, **_settings(rest, rule, now)})
     return out
+
+
+def _grad_dtype(p: Any) -> torch.dtype:
+    """What ``.grad`` takes: the parameter's dtype unless it says otherwise."""
+    dtype: torch.dtype = getattr(p, "grad_dtype", None) or p.dtype
+    return dtype
 
 
 def _is_own(key: Any) -> bool:

@@ -82,6 +82,18 @@ class Storage(ABC):
     def step(self, base: Optimizer, parameters: Sequence[Tensor], correct_: Correct | None) -> None:
         """One step of the wrapped optimizer, and the correction of its moves."""
 
+    def switch(self, base: Optimizer, parameters: Sequence[Tensor], mode: Callable[[], Any]) -> None:
+        """Run ``base.train`` or ``base.eval``, which may change parameters."""
+        mode()
+
+    @abstractmethod
+    def renew(self, parameters: Sequence[Tensor], values: Sequence[Tensor] | None) -> None:
+        """Let φ be these values from now on, or the parameters' own.
+
+        Raises:
+            ValueError: a value of another shape, or one that cannot be kept, naming it.
+        """
+
     @abstractmethod
     def save(self, base: Optimizer) -> tuple[dict[str, Any], dict[str, Tensors]]:
         """The wrapped optimizer's state dict, and what is held here, by name. All processes call it."""

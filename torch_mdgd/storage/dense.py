@@ -76,6 +76,13 @@ class DenseStorage(Storage):
         out: Tensor = p.detach() - x
         return out
 
+    def renew(self, parameters: Sequence[Tensor], values: Sequence[Tensor] | None) -> None:
+        """Copies."""
+        self.follow(parameters)
+        for t, p in enumerate(parameters):
+            if self.trained[t]:
+                self.reference[t] = snapshot(p) if values is None else dtensor.shard_like(values[t], p, p.dtype)
+
     def choose(self, masks: Tensors, base: Optimizer, parameters: Sequence[Tensor]) -> None:
         """Hold the masks; state of an element that an earlier mask held still begins anew."""
         for p, old, new in zip(parameters, self.masks or (), masks, strict=False):

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.tiny_models import llava, llava_batch
-from torch_mdgd import MDGDOptimizer, Magnitude, TopK, mdgd_backward
+from torch_mdgd import Magnitude, MDGDOptimizer, TopK, mdgd_backward
 from torch_mdgd.rules import MDGD, Project, StepProject
 
 FORMS: dict[str, dict[str, Any]] = {

@@ -28,12 +28,12 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
+from torch_mdgd.equations import product
+from torch_mdgd.roles import ROLES
 
 from tests.distributed import integrations, setups
 from torch_mdgd import Given, Magnitude, MDGDOptimizer, Random, checkpoint, mdgd_backward, sharded
 from torch_mdgd.delta import apply_delta, save_delta
-from torch_mdgd.equations import product
-from torch_mdgd.roles import ROLES
 
 WORLD = 2
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -213,3 +213,23 @@ def test_a_frozen_parameter_may_hold_whole_numbers() -> None:
     optimizer.load_state_dict(optimizer.state_dict())
     assert frozen.tolist() == list(range(8))
     assert int((p != 0).sum()) == 3
+
+
+@pytest.mark.parametrize("base", ["adamw", "nadam", "sgd-momentum"])
+def test_a_parameter_of_no_dimensions_takes_over_what_the_wrapped_optimizer_holds_of_it(base: str) -> None:
+    outcomes = []
+    for compact in (False, True):
+        parameters = [nn.Parameter(torch.tensor(2.0)), nn.Parameter(torch.ones(3))]
+        plain = BASES[base](parameters)
+        for p in parameters:
+            p.grad = torch.ones_like(p)
+        plain.step()
+        plain.zero_grad()
+        optimizer = MDGDOptimizer(plain, mask=Magnitude(0.5), compact=compact)
+        for _ in range(2):
+            optimizer.set_gradients(task=[torch.ones(()), torch.ones(3)], visual=[None, None])
+            optimizer.step()
+            optimizer.zero_grad()
+        outcomes.append(parameters)
+    for dense, compact_ in zip(*outcomes, strict=True):
+        torch.testing.assert_close(compact_, dense, rtol=1e-5, atol=1e-6)

@@ -18,9 +18,10 @@ from torch.optim import ASGD, Adafactor, Muon, Optimizer, Rprop, SparseAdam
 
 from torch_mdgd import kernels
 from torch_mdgd.kernels import Tensors
+from torch_mdgd.masks.base import Mask
 from torch_mdgd.parallel import dtensor
 from torch_mdgd.rules.base import require_shapes
-from torch_mdgd.storage.base import Correct, Entries, Storage, counts, snapshot
+from torch_mdgd.storage.base import Correct, Entries, Storage, counts, is_per_element, snapshot
 from torch_mdgd.storage.exchange import all_or_none, forget_casts
 
 # They look at a parameter's shape, expect sparse gradients, or keep state that cannot begin at zero.
@@ -32,6 +33,7 @@ class CompactStorage(Storage):
 
     Args:
         parameters: in parameter order.
+        mask: what chooses the mask.
         base: the wrapped optimizer. It has to treat every element of a parameter alike and apart, with a state that
             begins at zero: true of SGD, Adam, AdamW, NAdam, RAdam, Adamax, RMSprop, Adagrad and Adadelta. That of
             another library is taken at its word.
@@ -40,13 +42,13 @@ class CompactStorage(Storage):
         TypeError: ``base`` is known to be of another kind.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], base: Optimizer) -> None:
+    def __init__(self, parameters: Sequence[Tensor], mask: Mask, base: Optimizer) -> None:
         if isinstance(base, UNSUPPORTED):
             raise TypeError(
                 f"compact=True needs an optimizer that treats every element of a parameter alike and apart, which "
                 f"{type(base).__name__} does not: use compact=False, the dense mode"
             )
-        super().__init__(parameters)
+        super().__init__(parameters, mask)
         self.trained = [p.requires_grad for p in parameters]
         self._begin()
 
@@ -109,10 +111,9 @@ class CompactStorage(Storage):
             if p in base.state:
                 state = base.state.pop(p)
                 held = dict(zip(state, dtensor.local(list(state.values())), strict=True))
-                whole = torch.Size(dtensor.local([p])[0].shape)
+                whole = dtensor.local([p])[0].shape
                 base.state[leaf] = {
-                    name: _take(x, at) if isinstance(x, Tensor) and x.dim() and x.shape == whole else x
-                    for name, x in held.items()
+                    name: _take(x, at) if is_per_element(name, x, whole) else x for name, x in held.items()
                 }
 
     def restrict_(self, v: Tensors) -> list[Tensor | None]:
@@ -213,7 +214,8 @@ class CompactStorage(Storage):
             )
         if "reference" not in found:
             base.load_state_dict(inner)
-            if "positions" in found:
+            if "positions" in found and self.scored:
+                # It was saved before a mask was chosen.
                 self._begin()
             self._carry(base, parameters)
             # Before the first step nothing has moved, and no φ is missed.

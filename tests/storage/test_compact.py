@@ -233,3 +233,33 @@ def test_a_parameter_of_no_dimensions_takes_over_what_the_wrapped_optimizer_hold
         outcomes.append(parameters)
     for dense, compact_ in zip(*outcomes, strict=True):
         torch.testing.assert_close(compact_, dense, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_a_parameter_that_is_trained_only_after_the_mask_was_chosen_stays_outside_it(compact: bool) -> None:
+    def make(late: bool) -> tuple[list[nn.Parameter], MDGDOptimizer]:
+        parameters = [nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(6), requires_grad=not late)]
+        optimizer = MDGDOptimizer(torch.optim.AdamW(parameters, lr=0.1), mask=Random(0.5), compact=compact)
+        parameters[1].requires_grad_(True)
+        return parameters, optimizer
+
+    def step(optimizer: MDGDOptimizer) -> None:
+        optimizer.set_gradients(task=[torch.ones(4), torch.ones(6)], visual=[None, None])
+        optimizer.step()
+        optimizer.zero_grad()
+
+    parameters, optimizer = make(late=True)
+    for _ in range(2):
+        step(optimizer)
+    assert [int((p != 1).sum()) for p in parameters] == [2, 0]
+    assert optimizer.diagnostics["kept_fraction"] == 0.2
+    saved = copy.deepcopy(optimizer.state_dict())
+    for late in (False, True):
+        resumed, its_optimizer = make(late)
+        with torch.no_grad():
+            for p, x in zip(resumed, parameters, strict=True):
+                p.copy_(x)
+        its_optimizer.load_state_dict(saved)
+        assert its_optimizer.diagnostics["kept_fraction"] == 0.2
+        step(its_optimizer)
+        assert [int((p != 1).sum()) for p in resumed] == [2, 0]

@@ -76,8 +76,8 @@ class CompactStorage(Storage):
 
     def follow(self, parameters: Sequence[Tensor]) -> None:
         """Move all to the parameters' devices; a ValueError if they were sharded after the mask was chosen."""
-        if self.positions is None:
-            self.trained = [one or p.requires_grad for one, p in zip(self.trained, parameters, strict=True)]
+        # One that is trained only after the mask was chosen has no element inside it.
+        self.trained = [one or p.requires_grad for one, p in zip(self.trained, parameters, strict=True)]
         devices = [p.device for p in self._parts(parameters)]
         if self.positions is not None and any(x.device != d for x, d in zip(self.positions, devices, strict=True)):
             self.positions = [x.to(d) for x, d in zip(self.positions, devices, strict=True)]
@@ -183,11 +183,12 @@ class CompactStorage(Storage):
 
     def save(self, base: Optimizer) -> tuple[dict[str, Any], dict[str, Tensors]]:
         """φ and the positions, with the state of the selected elements, of all processes together."""
+        parameters = [p for group in base.param_groups for p in group["params"]]
+        self.follow(parameters)
         if self.positions is None:
             # So that torch.distributed.checkpoint, which loads what a fresh optimizer has, fails and skips nothing.
             nowhere = [torch.zeros(0, dtype=torch.int32) if one else None for one in self.trained]
             return base.state_dict(), {"positions": nowhere}
-        parameters = [p for group in base.param_groups for p in group["params"]]
         with self._in_place_of_parameters(base):
             inner = base.state_dict()
         positions: list[Tensor | None] = [*self.positions]

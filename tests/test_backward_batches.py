@@ -63,6 +63,7 @@ def test_micro_batches_add_up_before_the_update_is_formed(name):
             roles = [by_hand_task(model, batch), nothing, by_hand_task(phi, batch), nothing]
         total = [list(map(add, held, more)) for held, more in zip(total, roles, strict=True)]
         assert all(g is None for g in grads(optimizer))
-        mdgd_backward(model, optimizer, batch, weight=0.25, combine=i == 2)
+        # Apart: norms sum in float32, so one backward pass of both losses rounds otherwise.
+        mdgd_backward(model, optimizer, batch, weight=0.25, combine=i == 2, separate=True)
     total = [[None if x is None else x / 4 for x in role] for role in total]
     assert_close(grads(optimizer), expected(total, optimizer.parameters, **FORMS[name]), total)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torch_mdgd.captures import REFERENCE, assign
 from torch_mdgd.models.families import PICTURES
 from torch_mdgd.models.tap import Batch, VisualTap, visual_alignment_loss
 from torch_mdgd.models.vision_cache import reuse_frozen_parts
@@ -115,10 +114,6 @@ def mdgd_backward(
         raise
     if visual_loss is not None:
         wrapped.record(visual_loss=ranks.mean(visual_loss * share))
-    if combine and len(needs) < len(KINDS):
-        # Of earlier micro-batches, which could not know.
-        for kind in (*KINDS[2:], REFERENCE):
-            wrapped.captured.pop(kind, None)
     if combine:
         wrapped.combine()
     return task_loss
@@ -300,7 +295,8 @@ class _Passes:
         # Autocast is for forward passes; around this one it would round what the forward pass did not.
         with torch.autocast(loss.device.type, enabled=False), self.optimizer.capture(kind, scale=scale):
             (weighted if self.scaler is None else self.scaler.scale(weighted)).backward(retain_graph=retain_graph)
-        assign(self.strangers, held)
+        for p, x in zip(self.strangers, held, strict=True):
+            p.grad = x
 
 
 def _loss_of(output: Any) -> Tensor:

@@ -28,7 +28,7 @@ from torch_mdgd.storage.entries import pack, unpack
 
 Group = dict[str, Any]
 
-RULE = f"{PREFIX}rule"
+RULE, COMPACT = f"{PREFIX}rule", f"{PREFIX}compact"
 AGE = "mask_age"
 NO_REFERENCE = "the state dict holds no reference: it stays at the wrapped weights: right if training began there"
 NOT_CHOSEN = (
@@ -78,7 +78,7 @@ class MDGDOptimizer(Optimizer):
         rule = MDGD() if rule is None else rule
         if not isinstance(rule, Rule):
             raise TypeError(f"rule must be a Rule such as MDGD(), or None, got {rule!r}")
-        groups = [_settings(group, rule) for group in base.param_groups]
+        groups = [_settings(group, rule, compact=bool(compact)) for group in base.param_groups]
         parameters = [p for group in base.param_groups for p in group["params"]]
         storage = storage_for(parameters, base, mask, compact)
         rule.attach(parameters, mask is not None)
@@ -91,6 +91,9 @@ class MDGDOptimizer(Optimizer):
         self._made = _Made()
         self._recorded: dict[str, Tensor] = {}
         for group, settings in zip(base.param_groups, groups, strict=True):
+            for p in group["params"] if group.get(COMPACT) else ():
+                # Of the elements inside an earlier wrapping's mask.
+                base.state.pop(p, None)
             _replace(group, settings)
 
     # --------------------------------------------------------------------------------------------------------------
@@ -312,8 +315,13 @@ class MDGDOptimizer(Optimizer):
 
     def _combine(self, parameters: list[Tensor]) -> None:
         self._storage.follow(parameters)
-        self._captures.require(self.needs(pictures=not self._captures.empty("visual")))
+        needs = self.needs(pictures=not self._captures.empty("visual"))
+        self._captures.require(needs)
         refuse_stray(parameters)
+        if needs == KINDS[:1]:
+            # Of earlier micro-batches, which could not know that no picture would follow.
+            for kind in (*KINDS[2:], REFERENCE):
+                self._captures.gradients.pop(kind, None)
         if all(kind in self._captures.gradients for kind in KINDS[2:]):
             self.reduce_reference()
         joint = JOINT in self._captures.gradients
@@ -432,7 +440,8 @@ class MDGDOptimizer(Optimizer):
         """Before the first step θ is φ, or φ is not what was meant."""
         if not self._made.began:
             self._made.began = True
-            trained = [t for t, one in enumerate(self._storage.trained) if one]
+            self._storage.follow(parameters)
+            trained = [t for t, one in enumerate(self._storage.trained) if one and parameters[t].device.type != "meta"]
             with torch.no_grad():
                 moved = next((t for t in trained if bool(self._storage.difference(parameters, t).any())), None)
             if moved is not None:
@@ -472,7 +481,7 @@ class MDGDOptimizer(Optimizer):
         if self._captures or self._made.d is not None or self._storage.masked:
             why = "the mask has been chosen" if self._storage.masked else "gradients are captured for this step"
             raise RuntimeError(f"add_param_group: {why}; add groups before")
-        _replace(param_group, _settings(param_group, self.rule))
+        _replace(param_group, _settings(param_group, self.rule, compact=COMPACT in self.param_groups[0]))
         self.base.add_param_group(param_group)
         new = self.base.param_groups[-1]["params"]
         self._storage.extend(new)
@@ -604,8 +613,8 @@ def _refuse(base: Any) -> None:
     ranks.refuse_optimizer(base)
 
 
-def _settings(group: Group, rule: Rule, saved: Group | None = None) -> Group:
-    """What a group holds of the rule: its name, and its weights by prefixed keys.
+def _settings(group: Group, rule: Rule, saved: Group | None = None, compact: bool = False) -> Group:
+    """What a group holds of ours: the rule's name and weights, and whether state is compact, by prefixed keys.
 
     Weights come from ``saved``, else from the group, else from the rule. What another wrapping has left in a group is
     told by the rule's name beside it, and is not taken for an argument.
@@ -619,10 +628,10 @@ def _settings(group: Group, rule: Rule, saved: Group | None = None) -> Group:
     given |= saved or {}
     defaults = {PREFIX + name: value for name, value in rule.weights.items()}
     for key in given:
-        if key not in (RULE, *defaults):
+        if key not in (RULE, COMPACT, *defaults):
             raise ValueError(f"a parameter group has {key!r}, and the rule {rule} has no such weight")
     weights = {key: require_number(key, given.get(key, value), least=0) for key, value in defaults.items()}
-    return {RULE: type(rule).__name__, **weights}
+    return {RULE: type(rule).__name__, **weights, **({COMPACT: True} if compact else {})}
 
 
 def _replace(group: Group, settings: Group) -> None:
@@ -651,7 +660,7 @@ def _loaded(saved: Sequence[Group], groups: Sequence[Group], rule: Rule) -> list
         if old.get(RULE) == type(rule).__name__:
             now |= {key: value for key, value in old.items() if key in now}
         rest = {key: value for key, value in old.items() if not _is_own(key)}
-        out.append({**rest, **_settings(rest, rule, now)})
+        out.append({**rest, **_settings(rest, rule, now, COMPACT in group)})
     return out
 
 

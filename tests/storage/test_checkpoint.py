@@ -2,7 +2,6 @@
 
 import copy
 import io
-import warnings
 
 import pytest
 import torch
@@ -176,31 +175,14 @@ def test_weights_of_another_rule_are_not_loaded():
 
 
 @pytest.mark.parametrize("compact", [False, True])
-@pytest.mark.parametrize("wrapped", [False, True])
-@pytest.mark.parametrize("chosen", [False, True])
-def test_a_state_dict_without_a_mask_leaves_the_present_one(chosen, wrapped, compact):
+def test_a_state_dict_saved_before_a_mask_was_chosen_leaves_the_present_one(compact):
     p, twin = (nn.Parameter(torch.ones(100)) for _ in range(2))
-    plain = torch.optim.AdamW([twin])
-    twin.grad = torch.ones(100)
-    plain.step()
-    saved = (MDGDOptimizer(plain) if wrapped else plain).state_dict()
-    if wrapped and compact:
-        for entry in saved["state"].values():
-            del entry["mdgd_reference"]
-    mask = TopK(0.1) if chosen else Random(0.1)
-    optimizer = MDGDOptimizer(torch.optim.AdamW([p], lr=0.01), mask=mask, compact=compact)
-    g = [torch.randn(100, generator=torch.Generator().manual_seed(0))]
-    if chosen:
-        optimizer.set_gradients(**dict.fromkeys(KINDS, g))
-        optimizer.step()
-        optimizer.zero_grad()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        optimizer.load_state_dict(saved)
-    before = p.detach().clone()
+    saved = MDGDOptimizer(torch.optim.AdamW([twin]), mask=TopK(0.1), compact=compact).state_dict()
+    optimizer = MDGDOptimizer(torch.optim.AdamW([p], lr=0.01), mask=Random(0.1), compact=compact)
+    optimizer.load_state_dict(saved)
     optimizer.set_gradients(task=[torch.ones(100)], visual=[None])
     optimizer.step()
-    assert int((p != before).sum()) == 10
+    assert int((p != 1).sum()) == 10
 
 
 def test_loading_discards_captures():

@@ -118,7 +118,7 @@ def live_bytes(optimizer: MDGDOptimizer) -> int:
     """Bytes of everything but parameters that a training run keeps between steps."""
     storage = optimizer._storage
     kept = [x for state in optimizer.base.state.values() for x in state.values() if isinstance(x, Tensor) and x.dim()]
-    kept += [*storage.positions, *storage.reference, *storage.leaves]  # type: ignore[union-attr,misc]
+    kept += [*storage.positions, *storage.reference]  # type: ignore[union-attr,misc]
     return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept if x.numel()}.values())
 
 
@@ -213,3 +213,53 @@ def test_a_frozen_parameter_may_hold_whole_numbers() -> None:
     optimizer.load_state_dict(optimizer.state_dict())
     assert frozen.tolist() == list(range(8))
     assert int((p != 0).sum()) == 3
+
+
+@pytest.mark.parametrize("base", ["adamw", "nadam", "sgd-momentum"])
+def test_a_parameter_of_no_dimensions_takes_over_what_the_wrapped_optimizer_holds_of_it(base: str) -> None:
+    outcomes = []
+    for compact in (False, True):
+        parameters = [nn.Parameter(torch.tensor(2.0)), nn.Parameter(torch.ones(3))]
+        plain = BASES[base](parameters)
+        for p in parameters:
+            p.grad = torch.ones_like(p)
+        plain.step()
+        plain.zero_grad()
+        optimizer = MDGDOptimizer(plain, mask=Magnitude(0.5), compact=compact)
+        for _ in range(2):
+            optimizer.set_gradients(task=[torch.ones(()), torch.ones(3)], visual=[None, None])
+            optimizer.step()
+            optimizer.zero_grad()
+        outcomes.append(parameters)
+    for dense, compact_ in zip(*outcomes, strict=True):
+        torch.testing.assert_close(compact_, dense, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_a_parameter_that_is_trained_only_after_the_mask_was_chosen_stays_outside_it(compact: bool) -> None:
+    def make(late: bool) -> tuple[list[nn.Parameter], MDGDOptimizer]:
+        parameters = [nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(6), requires_grad=not late)]
+        optimizer = MDGDOptimizer(torch.optim.AdamW(parameters, lr=0.1), mask=Random(0.5), compact=compact)
+        parameters[1].requires_grad_(True)
+        return parameters, optimizer
+
+    def step(optimizer: MDGDOptimizer) -> None:
+        optimizer.set_gradients(task=[torch.ones(4), torch.ones(6)], visual=[None, None])
+        optimizer.step()
+        optimizer.zero_grad()
+
+    parameters, optimizer = make(late=True)
+    for _ in range(2):
+        step(optimizer)
+    assert [int((p != 1).sum()) for p in parameters] == [2, 0]
+    assert optimizer.diagnostics["kept_fraction"] == 0.2
+    saved = copy.deepcopy(optimizer.state_dict())
+    for late in (False, True):
+        resumed, its_optimizer = make(late)
+        with torch.no_grad():
+            for p, x in zip(resumed, parameters, strict=True):
+                p.copy_(x)
+        its_optimizer.load_state_dict(saved)
+        assert its_optimizer.diagnostics["kept_fraction"] == 0.2
+        step(its_optimizer)
+        assert [int((p != 1).sum()) for p in resumed] == [2, 0]

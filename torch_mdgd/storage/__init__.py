@@ -31,13 +31,13 @@ def storage_for(parameters: Sequence[Tensor], base: Optimizer, mask: Mask | None
             "leave out the mask's refresh"
         )
     if not compact:
-        storage: Storage = DenseStorage(parameters, chooses=mask is not None)
+        storage: Storage = DenseStorage(parameters, mask)
     elif mask is None:
         raise ValueError("compact=True keeps the elements inside a mask: pass one, such as mask=TopK(0.1)")
     elif mask.refresh is not None:
         raise ValueError("compact=True keeps one mask: leave out its refresh, or use compact=False")
     else:
-        storage = CompactStorage(parameters, base)
+        storage = CompactStorage(parameters, mask, base)
     if mask is not None and not mask.scored:
         masks = mask.choose([p for p in parameters if p.requires_grad], None)
         storage.choose(among_trained(masks, storage.trained), base, parameters)

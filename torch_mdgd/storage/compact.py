@@ -18,9 +18,10 @@ from torch.optim import Optimizer
 
 from torch_mdgd import kernels
 from torch_mdgd.kernels import Tensors
+from torch_mdgd.masks.base import Mask
 from torch_mdgd.parallel import dtensor
 from torch_mdgd.rules.base import require_shapes
-from torch_mdgd.storage.base import Correct, Entries, Storage, counts, snapshot
+from torch_mdgd.storage.base import Correct, Entries, Storage, counts, is_per_element, snapshot
 from torch_mdgd.storage.exchange import all_or_none, forget_casts
 from torch_mdgd.storage.probe import require_elementwise
 
@@ -30,6 +31,7 @@ class CompactStorage(Storage):
 
     Args:
         parameters: in parameter order.
+        mask: what chooses the mask.
         base: the wrapped optimizer. It has to treat every element of a parameter alike and apart, as SGD, Adam, AdamW,
             NAdam, RAdam, Adamax, RMSprop, Adagrad and Adadelta do; a few steps of a copy show whether it does.
 
@@ -37,9 +39,9 @@ class CompactStorage(Storage):
         TypeError: ``base`` is of another kind.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], base: Optimizer) -> None:
+    def __init__(self, parameters: Sequence[Tensor], mask: Mask, base: Optimizer) -> None:
         require_elementwise(base)
-        super().__init__(parameters)
+        super().__init__(parameters, mask)
         self.trained = [p.requires_grad for p in parameters]
         self._begin()
 
@@ -66,8 +68,8 @@ class CompactStorage(Storage):
 
     def follow(self, parameters: Sequence[Tensor]) -> None:
         """Move all to the parameters' devices; a ValueError if they were sharded after the mask was chosen."""
-        if self.positions is None:
-            self.trained = [one or p.requires_grad for one, p in zip(self.trained, parameters, strict=True)]
+        # One that is trained only after the mask was chosen has no element inside it.
+        self.trained = [one or p.requires_grad for one, p in zip(self.trained, parameters, strict=True)]
         devices = [p.device for p in self._parts(parameters)]
         if self.positions is not None and any(x.device != d for x, d in zip(self.positions, devices, strict=True)):
             self.positions = [x.to(d) for x, d in zip(self.positions, devices, strict=True)]
@@ -119,9 +121,9 @@ class CompactStorage(Storage):
         """Keep the selected elements of the state that the wrapped optimizer holds of whole parameters."""
         for p, at in zip(parameters, self.positions or (), strict=False):
             state = base.state.get(p, {})
-            whole = torch.Size(dtensor.local([p])[0].shape)
+            whole = dtensor.local([p])[0].shape
             for name, x in zip(list(state), dtensor.local(list(state.values())), strict=True):
-                if isinstance(x, Tensor) and x.dim() and x.shape == whole:
+                if is_per_element(name, x, whole):
                     state[name] = _take(x, at)
 
     def restrict_(self, v: Tensors) -> list[Tensor | None]:
@@ -214,11 +216,12 @@ class CompactStorage(Storage):
 
     def save(self, base: Optimizer) -> tuple[dict[str, Any], dict[str, Tensors]]:
         """φ and the positions, with the state of the selected elements, of all processes together."""
+        parameters = [p for group in base.param_groups for p in group["params"]]
+        self.follow(parameters)
         if self.positions is None:
             # So that torch.distributed.checkpoint, which loads what a fresh optimizer has, fails and skips nothing.
             nowhere = [torch.zeros(0, dtype=torch.int32) if one else None for one in self.trained]
             return base.state_dict(), {"positions": nowhere}
-        parameters = [p for group in base.param_groups for p in group["params"]]
         inner = base.state_dict()
         positions: list[Tensor | None] = [*self.positions]
         reference: list[Tensor | None] = [*self.reference]
@@ -244,7 +247,8 @@ class CompactStorage(Storage):
             )
         if "reference" not in found:
             base.load_state_dict(inner)
-            if "positions" in found:
+            if "positions" in found and self.scored:
+                # It was saved before a mask was chosen.
                 self._begin()
             self._carry(base, parameters)
             # Before the first step nothing has moved, and no φ is missed.

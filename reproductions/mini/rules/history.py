@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-
-from torch_mdgd import checkpoint, history, settings, sharded
 from torch_mdgd.decoupling import Decouple, decouple_moves_, removal
 from torch_mdgd.equations import pool, ratio
 from torch_mdgd.history import Memory
-from torch_mdgd.kernels import Role, inner_products
 from torch_mdgd.settings import Group
+
+from torch_mdgd import checkpoint, history, settings, sharded
+from torch_mdgd.kernels import Role, inner_products
 
 AGE = "history_age"
 LEFT, RIGHT = "history_left", "history_right"

@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from reproductions.paper.methods.base import train_last
+from reproductions.methods.base import train_last
 from reproductions.paper.models.base import VisionLanguageModel
 from reproductions.paper.run import masking, train
 from reproductions.paper.run.weights import NAME

@@ -1,37 +1,17 @@
-"""Penalties that are added to the task loss: a pull towards the weights from which fine-tuning began.
-
-Each is an object over the trained parameters; its call returns the scalar at their present values.
-"""
+"""EWC: a pull towards the weights from which fine-tuning began, by what each number matters (arXiv 1612.00796)."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from reproductions.methods import base
+from reproductions.methods.l2_sp import require_weight, total
+from reproductions.shared.fields import limited
 
 Batch = TypeVar("Batch")
-
-
-class PullTowards:
-    """(weight / 2) Σ (θ − φ)², with φ the values now: L2-SP (Li et al. 2018, arXiv 1802.01483).
-
-    Args:
-        parameters: θ; φ is a copy, of as many bytes.
-        weight: ≥ 0.
-
-    Raises:
-        ValueError: ``weight`` is negative.
-    """
-
-    def __init__(self, parameters: Iterable[Tensor], weight: float) -> None:
-        self.parameters = list(parameters)
-        self.reference = [p.detach().clone() for p in self.parameters]
-        self.weight = _require_weight("PullTowards", weight)
-
-    def __call__(self) -> Tensor:
-        """The penalty, with its graph: float32 scalar."""
-        pairs = zip(self.parameters, self.reference, strict=True)
-        return self.weight / 2 * _total((p - x).float().square().sum() for p, x in pairs)
 
 
 class ElasticWeights:
@@ -51,14 +31,14 @@ class ElasticWeights:
         self.parameters = list(parameters)
         self.reference = [p.detach().clone() for p in self.parameters]
         self.fisher = list(fisher)
-        self.weight = _require_weight("ElasticWeights", weight)
+        self.weight = require_weight("ElasticWeights", weight)
         if [p.shape for p in self.parameters] != [f.shape for f in self.fisher]:
             raise ValueError("ElasticWeights: fisher must have one tensor a parameter, of its shape")
 
     def __call__(self) -> Tensor:
         """The penalty, with its graph: float32 scalar."""
         triples = zip(self.parameters, self.reference, self.fisher, strict=True)
-        return self.weight / 2 * _total((f * (p - x).float().square()).sum() for p, x, f in triples)
+        return self.weight / 2 * total((f * (p - x).float().square()).sum() for p, x, f in triples)
 
 
 def diagonal_fisher(
@@ -93,11 +73,38 @@ def diagonal_fisher(
     return [held / count for held in sums]
 
 
-def _total(terms: Iterable[Tensor]) -> Tensor:
-    return torch.stack(list(terms)).sum()
+@dataclass(frozen=True)
+class ElasticSettings(base.Settings):
+    """Settings of EWC.
+
+    Attributes:
+        weight: of the penalty; F is divided by its mean, since it falls with the number of parameters, so that the
+            weight is L2-SP's.
+        samples: of what was learned before, for the Fisher information.
+    """
+
+    weight: float = limited(1e-2, least=0)
+    samples: int = limited(128, least=1)
 
 
-def _require_weight(name: str, weight: float) -> float:
-    if not weight >= 0:
-        raise ValueError(f"{name}: weight must be at least 0, got {weight}")
-    return weight
+class EWC(base.Method):
+    """(weight / 2) Σ F (θ − φ)², with F from training examples of pre-trained tasks, 1 on average."""
+
+    name = "ewc"
+    title = "EWC"
+    in_paper = False
+    Settings = ElasticSettings
+
+    def penalty(self, work: base.Work, module: nn.Module) -> base.Penalty:
+        """The pull, with φ the values now."""
+
+        def loss(batch: Any) -> Tensor:
+            found: Tensor = module(**batch).loss
+            return found
+
+        parameters = base.trained_parameters(module)
+        fisher = diagonal_fisher(parameters, work.memory_batches(self.settings.samples), loss)
+        mean = sum(f.sum() for f in fisher) / sum(f.numel() for f in fisher)
+        for f in fisher:
+            f /= mean
+        return ElasticWeights(parameters, fisher, self.settings.weight)

@@ -1,10 +1,12 @@
 """Fine-tune + L_v: the alignment loss (5) as a plain second loss, without any projection."""
 
 from dataclasses import dataclass
-from typing import Any
 
-from reproductions.paper.fields import limited
-from reproductions.paper.methods import base
+from torch import nn
+
+from reproductions.methods import base
+from reproductions.shared.fields import limited
+from torch_mdgd import rules
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,6 @@ class FineTuneLv(base.Method):
     in_paper = False
     Settings = AlignSettings
 
-    def wrapper(self) -> dict[str, Any]:
+    def rule(self, model: nn.Module) -> rules.Rule:
         """The published update without r: nothing of it is left but the two gradients' sum."""
-        return {"align": self.settings.align, "regularize": 0.0}
+        return rules.MDGD(self.settings.align, regularize=0.0)

@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import nn
 
-from reproductions.paper.fields import limited
-from reproductions.paper.methods import base
-from reproductions.paper.methods.lora import merge
+from reproductions.methods import base
+from reproductions.methods.lora import merge
+from reproductions.shared.fields import limited
 from torch_mdgd import connector, last_decoder_layers
 
 

@@ -1,6 +1,6 @@
-"""Zero-shot: the published weights."""
+"""Zero-shot: the weights as they are."""
 
-from reproductions.paper.methods.base import Method
+from reproductions.methods.base import Method
 
 
 class ZeroShot(Method):

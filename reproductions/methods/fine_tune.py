@@ -1,6 +1,6 @@
 """Fine-tune: AdamW on the last layers and the connector."""
 
-from reproductions.paper.methods.base import Method
+from reproductions.methods.base import Method
 
 
 class FineTune(Method):

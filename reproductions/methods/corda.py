@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from reproductions.methods.lora import lora_config
-from reproductions.paper.fields import limited
-from reproductions.paper.methods import base
-from reproductions.paper.methods.lora import LoRA, LoraSettings
+from reproductions.methods import base
+from reproductions.methods.lora import LoRA, LoraSettings, lora_config
+from reproductions.shared.fields import limited
 
 
 @dataclass(frozen=True)

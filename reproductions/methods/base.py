@@ -1,14 +1,21 @@
-"""What a way of fine-tuning consists of; each method is one small file with a subclass."""
+"""What a way of fine-tuning consists of; each method is one file with a subclass.
+
+A method knows neither the models nor the data of an experiment: what it needs of them is :class:`Work`.
+"""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor, nn
 
-from reproductions.paper.fields import limited
-from reproductions.paper.models.base import Batch
-from torch_mdgd import connector, freeze_all_but, last_decoder_layers
+from reproductions.shared.fields import limited
+from torch_mdgd import Rule, connector, freeze_all_but, last_decoder_layers
+from torch_mdgd.masks import Mask
+
+Batch = Mapping[str, Any]
+"""What a model is called with: ``model(**batch)``."""
 
 Penalty = Callable[[], Tensor]
 
@@ -26,7 +33,7 @@ class Work(Protocol):
 
     @property
     def pretrained(self) -> Mapping[str, Tensor]:
-        """The published weights, by parameter name, on the CPU; read when asked for."""
+        """The weights before training, by parameter name, on the CPU; read when asked for."""
 
     def target_batches(self, count: int) -> Iterator[Batch]:
         """Batches of one example of the target task, labels included, on the model's device."""
@@ -55,8 +62,8 @@ class Method:
     Attributes:
         name: on the command line and in folders.
         title: in tables.
-        in_paper: whether the tables have it.
-        trains: False evaluates the published weights.
+        in_paper: whether the paper's tables have it.
+        trains: False measures the weights as they are.
         begins_with: the method whose result is taken up in place of training; None for training.
     """
 
@@ -70,10 +77,11 @@ class Method:
     def __init__(self, settings: Any = None) -> None:
         self.settings = settings or self.Settings()
 
+    # What is trained.
+
     def prepare(self, work: Work) -> nn.Module:
         """Mark what is trained, and return the module to call: the network, perhaps with adapters."""
-        self.mark(work.network, work.layers)
-        return work.network
+        return self.mark(work.network, work.layers)
 
     def mark(self, network: nn.Module, layers: int) -> nn.Module:
         """The part of :meth:`prepare` that needs shapes alone, so that numbers can be counted without weights."""
@@ -88,13 +96,39 @@ class Method:
         """How many numbers of a module may change, once it is marked."""
         return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
-    def wrapper(self) -> dict[str, Any] | None:
-        """Keywords of ``MDGDOptimizer``; None for the plain optimizer."""
+    # How a step is made.
+
+    def rule(self, model: nn.Module) -> Rule | None:
+        """What becomes of the gradients, new at each call; None for the plain optimizer."""
         return None
 
-    def penalty(self, work: Work, module: nn.Module) -> Penalty | None:
-        """What is added to the task loss at each pass; built before a checkpoint is loaded."""
+    def mask(self) -> Mask | None:
+        """Which numbers may move; asked for where there is a rule."""
         return None
+
+    @property
+    def compact(self) -> bool:
+        """Whether reference and optimizer state are kept for the mask's numbers alone."""
+        return False
+
+    def wrapper(self, model: nn.Module) -> dict[str, Any] | None:
+        """Keywords of ``MDGDOptimizer`` and of ``MDGDTrainer``; None for the plain optimizer."""
+        rule = self.rule(model)
+        return None if rule is None else {"rule": rule, "mask": self.mask(), "compact": self.compact}
+
+    def needs(self, model: nn.Module) -> tuple[str, ...]:
+        """The gradients that a step needs; one that chooses a mask needs all four."""
+        rule = self.rule(model)
+        if rule is None:
+            return ("task",)
+        weights = {name: torch.tensor([value]) for name, value in rule.weights.items()}
+        return rule.needs(weights, self.mask() is not None)
+
+    def penalty(self, work: Work, module: nn.Module) -> Penalty | None:
+        """What is added to the task loss of the plain optimizer; built before a checkpoint is loaded."""
+        return None
+
+    # What it is made from, and what is left.
 
     def examples(self, work: Work, examples: Sequence[Any], batch: int) -> Sequence[Any]:
         """What is trained on, from the target's training split and the size of a step's batch."""
@@ -113,7 +147,12 @@ def train_last(network: nn.Module, layers: int) -> list[nn.Parameter]:
     fixed = fixed_names(network)
     freeze_all_but(network, [*last_decoder_layers(network, layers), connector(network)])
     keep_fixed(network, fixed)
-    return [p for p in network.parameters() if p.requires_grad]
+    return trained_parameters(network)
+
+
+def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """What is trained of a module."""
+    return [p for p in module.parameters() if p.requires_grad]
 
 
 def fixed_names(network: nn.Module) -> set[str]:

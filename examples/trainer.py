@@ -1,4 +1,4 @@
-"""The Trainer of transformers: plain TrainingArguments, and the rule beside them."""
+"""The Trainer of transformers: plain TrainingArguments, and a rule beside them."""
 
 from tiny import make_model, make_samples
 from transformers import TrainingArguments
@@ -24,7 +24,7 @@ trainer = MDGDTrainer(
         use_cpu=True,
     ),
     train_dataset=make_samples(16),
-    rule=MDGD(align=1.0, regularize=1.0),  # mask= and compact= go with it, as for MDGDOptimizer
+    rule=MDGD(align=1.0, regularize=1.0),  # or a function of the model; mask and compact go here too
     effective_rank_steps=2,
 )
 trainer.train()  # resume_from_checkpoint=True goes on where the last checkpoint was, bit for bit

@@ -1,4 +1,4 @@
-"""TRL: the mixin before its SFTTrainer, and the optimizer's settings beside the Trainer's own."""
+"""TRL: the mixin before its SFTTrainer, and a rule beside the Trainer's own arguments."""
 
 from datasets import Dataset
 from tiny import make_model, make_samples, make_tokenizer
@@ -37,7 +37,7 @@ trainer = MDGDSFTTrainer(
     train_dataset=Dataset.from_list(samples),
     data_collator=default_data_collator,
     processing_class=make_tokenizer(),
-    rule=MDGD(align=1.0, regularize=1.0),  # mask= and compact= go with it, as for MDGDOptimizer
+    rule=MDGD(align=1.0, regularize=1.0),
 )
 trainer.train()
 

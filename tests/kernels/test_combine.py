@@ -42,7 +42,7 @@ def sizes(case, c):
 
 
 def check(case, c, target, masks, device):
-    """Compare a combination written over ``target`` (a vector's number, or None for fresh tensors) with the oracle's."""
+    """Compare a combination written over ``target`` (a vector's number; None: fresh tensors) with the oracle's."""
     fresh = [torch.full((n,), math.nan) for n in case.lengths]
     out = fresh if target is None else case.vectors[target]
     wanted = [None if x is None else torch.empty(x.shape, dtype=x.dtype) for x in out]

@@ -160,7 +160,8 @@ def test_a_layer_under_gradient_checkpointing_has_the_same_gradient(reentrant):
         _, z = VisualTap.for_model(model, layers=[1, -1])(model, batch)
         z.square().sum().backward()
         gradients.append(model.model.multi_modal_projector.linear_1.weight.grad)
-    torch.testing.assert_close(*gradients)
+    # What is run again may be rounded otherwise.
+    assert (gradients[0] - gradients[1]).abs().max() <= 1e-5 * gradients[0].abs().max()
     assert gradients[0].abs().sum() > 0
 
 

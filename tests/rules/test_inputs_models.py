@@ -77,7 +77,8 @@ def test_gradient_checkpointing_of_a_model_counts_once():
             optimizer.zero_grad()
         found.append([*optimizer.rule.covariances.values(), *optimizer.parameters])
     for x, y in zip(*found, strict=True):
-        assert torch.allclose(x, y, rtol=1e-9, atol=1e-12)
+        # What is run again may be rounded otherwise, which Adam enlarges where a gradient is small.
+        assert torch.allclose(x, y, rtol=1e-6, atol=1e-8)
 
 
 def test_lora_layers_are_layers():

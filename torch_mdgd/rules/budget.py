@@ -115,11 +115,13 @@ class DriftBudget(Rule):
         """``align``, which is α of the first parameter, and ``visual_drift``."""
         return {**self.rule.diagnostics(), **self._recorded}
 
-    # The rest is the rule's.
-
     def attach(self, parameters: Sequence[Tensor], masked: bool) -> None:
-        """See :class:`Rule`, here and below."""
+        """Begin anew: another optimizer, such as that of the next task, has not drifted yet."""
         self.rule.attach(parameters, masked)
+        self.pull = torch.ones((), dtype=torch.float64)
+        self._sums, self._recorded = None, {}
+
+    # The rest is the rule's: see :class:`Rule`.
 
     def extend(self, parameters: Sequence[Tensor]) -> None:
         """The rule's."""

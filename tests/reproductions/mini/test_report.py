@@ -276,7 +276,7 @@ def test_the_committed_tables_and_verdicts_are_those_of_the_committed_results():
     summary = summary_table(cells).markdown
     written = "\n".join([summary, *(table.markdown for cell in cells for table in tables(cell))])
     assert (folder / "tables.md").read_text(encoding="utf-8") == written
-    readme = (Path(study.__file__).parents[3] / "README.md").read_text(encoding="utf-8")
+    readme = (Path(study.__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     for line in summary.splitlines():
         assert not line.startswith("|") or line in readme
     judged = {cell.cell.name: verdicts(cell) for cell in cells if cell.systems}

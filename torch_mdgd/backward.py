@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torch_mdgd.models.families import PICTURES
+from torch_mdgd.models.parts import has_to_finish
 from torch_mdgd.models.tap import Batch, VisualTap, visual_alignment_loss
 from torch_mdgd.models.vision_cache import reuse_frozen_parts
 from torch_mdgd.optimizer import MDGDOptimizer
@@ -78,13 +79,14 @@ def mdgd_backward(
 
     Raises:
         TypeError: ``optimizer`` is not an :class:`MDGDOptimizer`; a kind of parallelism that is not supported.
-        ValueError: Lightning runs several processes, and the optimizer was not told by ``average_over``.
+        ValueError: a framework runs several processes, the model is not as it has wrapped it, and the optimizer was not
+            told by ``average_over``.
         RuntimeError: the model returns no loss, or no trainable parameter influences z; sharded parameters, and only
             some ranks have image tokens.
     """
     wrapped = find_optimizer(optimizer)
     ranks = Ranks(model, wrapped.averaged_over)
-    ranks.require_averaging(optimizer)
+    ranks.require_averaging(None if optimizer is wrapped else type(optimizer).__name__)
     if ranks.group is not None:
         wrapped.average_over(ranks.group)
     strangers = [] if ranks.sharded else _strangers(model, wrapped)
@@ -126,7 +128,7 @@ def find_optimizer(optimizer: Optimizer) -> MDGDOptimizer:
         TypeError: there is none.
     """
     inner: Any = optimizer
-    # Lightning's stand-in is an instance too, by a class made for the purpose.
+    # A stand-in may be an instance too, by a class made for the purpose.
     while isinstance(getattr(inner, "optimizer", None), Optimizer):
         inner = inner.optimizer
     if not isinstance(inner, MDGDOptimizer):
@@ -243,8 +245,7 @@ class _Passes:
 
     def features(self) -> Tensor:
         """Z, without a graph: no further than the text module, where the outer modules allow it."""
-        modules = list(self.model.modules())
-        whole = self.ranks.sharded or any(hasattr(m, "_hf_hook") or hasattr(m, "_orig_mod") for m in modules)
+        whole = has_to_finish(self.model)
         with torch.no_grad():
             return self.run()[1] if whole else self.tap.features(self.prepared(), self.batch)
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from torch_mdgd.models.parts import has_to_finish
 from torch_mdgd.models.tap import Batch, VisualTap, visual_alignment_loss
 from torch_mdgd.optimizer import MDGDOptimizer
 
@@ -56,6 +57,8 @@ def visual_loss(
 
     ``output, visual = visual_loss(model, batch, reference=reference)``, then ``(output.loss + α * visual).backward()``,
     gives d = g + αv of :class:`torch_mdgd.rules.MDGD` with ``regularize=0``. A pass at φ without a graph comes first.
+    In several processes L_v is of each one's own image tokens: the mean of their means, where ``mdgd_backward`` takes
+    that over all tokens. With ``fully_shard`` every process has to have pictures, or none.
 
     Args:
         model: called as ``model(**batch)``.
@@ -71,17 +74,24 @@ def visual_loss(
     state = torch.get_rng_state()
     if isinstance(reference, nn.Module):
         there = VisualTap.for_model(reference, tap.layers)
-        z_reference = there.features(reference, batch)
+        z_reference = _features(there, reference, batch)
     else:
         at_reference: AbstractContextManager[Any] = (
             reference() if isinstance(reference, Reference) else reference.reference(model)
         )
         with at_reference:
-            z_reference = tap.features(model, batch)
+            z_reference = _features(tap, model, batch)
     # Dropout must not make a difference.
     torch.set_rng_state(state)
     output, z = tap(model, batch)
     return output, visual_alignment_loss(z, z_reference, alignment)
+
+
+def _features(tap: VisualTap, model: nn.Module, batch: Batch) -> Tensor:
+    if not has_to_finish(model):
+        return tap.features(model, batch)
+    with torch.no_grad():
+        return tap(model, batch)[1]
 
 
 def _begins_as_nothing(model: nn.Module) -> bool:

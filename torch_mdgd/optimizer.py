@@ -86,7 +86,7 @@ class MDGDOptimizer(Optimizer):
         Optimizer.__setstate__(self, {"base": base})
         self.rule, self.mask = rule, mask
         self._storage = storage
-        # Changed in place and never assigned anew: Lightning calls methods on a stand-in that reads our attributes.
+        # Changed in place and never assigned anew: a framework's stand-in may share them and have our methods.
         self._captures = Captures()
         self._made = _Made()
         self._recorded: dict[str, Tensor] = {}
@@ -602,6 +602,7 @@ def _refuse(base: Any) -> None:
         raise TypeError(
             f"{type(base).__name__} evaluates its closure several times a step, each on another gradient: not supported"
         )
+    ranks.refuse_optimizer(base)
     if base.state_dict().keys() != {"state", "param_groups"}:
         raise TypeError(
             f"{type(base).__name__} is an optimizer around another, and its state dict has {sorted(base.state_dict())} "
@@ -610,7 +611,6 @@ def _refuse(base: Any) -> None:
     parameters = [p for group in base.param_groups for p in group["params"]]
     if len(set(parameters)) < len(parameters):
         raise ValueError("base holds a parameter more than once, so its values could not be exchanged in place")
-    ranks.refuse_optimizer(base)
 
 
 def _settings(group: Group, rule: Rule, saved: Group | None = None, compact: bool = False) -> Group:

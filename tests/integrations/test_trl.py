@@ -7,7 +7,7 @@ pytest.importorskip("trl")
 
 import datasets
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from tests.integrations.test_transformers import arguments
 from tests.passes import trainable
@@ -137,3 +137,45 @@ def test_grpo_whose_training_step_counts_and_generates(tmp_path):
     ]
     assert logs[0] == logs[1]
     assert "step_time" in wrapped.state.log_history[0]
+
+
+class MDGDDPOTrainer(MDGDTrainerMixin, DPOTrainer):
+    pass
+
+
+def pairs(rows):
+    """Chosen answers, then rejected ones, to the same pictures."""
+    batch = collate(rows)
+    del batch["labels"]
+    both = {name: torch.cat([x, x]) for name, x in batch.items()}
+    both["input_ids"][len(rows) :, -2:] = (both["input_ids"][len(rows) :, -2:] + 5) % 29
+    both["completion_mask"] = torch.zeros_like(both["input_ids"])
+    both["completion_mask"][:, -2:] = 1
+    return both
+
+
+def preferred(kind, folder, **options):
+    """With a second model as DPO's own reference."""
+    model = llava()
+    trainable(model)
+    args = DPOConfig(
+        output_dir=folder, max_steps=3, per_device_train_batch_size=2, learning_rate=0.05, report_to=[], use_cpu=True,
+        bf16=False, disable_tqdm=True, save_strategy="no", logging_steps=1, gradient_checkpointing=False, seed=3,
+        remove_unused_columns=False,
+    )  # fmt: skip
+    texts = {"prompt": ["w3 w4"] * ROWS, "chosen": ["w5"] * ROWS, "rejected": ["w6"] * ROWS}
+    rows = datasets.Dataset.from_dict({"i": list(range(ROWS)), **texts})
+    trainer = kind(
+        model=model, ref_model=llava(), args=args, train_dataset=rows, data_collator=pairs,
+        processing_class=tokenizer(), **options,
+    )  # fmt: skip
+    trainer.train()
+    return trainer
+
+
+def test_dpo_with_a_second_model_as_its_reference(tmp_path):
+    plain = preferred(DPOTrainer, tmp_path)
+    wrapped = preferred(MDGDDPOTrainer, tmp_path, rule=MDGD(align=0.0, regularize=0.0))
+    assert_same_bits(list(wrapped.model.parameters()), list(plain.model.parameters()))
+    seen = [entry["visual_loss"] for entry in wrapped.state.log_history if "visual_loss" in entry]
+    assert seen[0] == 0 < min(seen[1:])

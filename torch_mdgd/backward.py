@@ -114,6 +114,10 @@ def mdgd_backward(
         raise
     if visual_loss is not None:
         wrapped.record(visual_loss=ranks.mean(visual_loss * share))
+    if combine and needs == KINDS[:1]:
+        # Of earlier micro-batches, which could not know that no picture would follow.
+        for kind in [kind for kind in wrapped.captured if kind.startswith("reference")]:
+            del wrapped.captured[kind]
     if combine:
         wrapped.combine()
     return task_loss

@@ -315,13 +315,8 @@ class MDGDOptimizer(Optimizer):
 
     def _combine(self, parameters: list[Tensor]) -> None:
         self._storage.follow(parameters)
-        needs = self.needs(pictures=not self._captures.empty("visual"))
-        self._captures.require(needs)
+        self._captures.require(self.needs(pictures=not self._captures.empty("visual")))
         refuse_stray(parameters)
-        if needs == KINDS[:1]:
-            # Of earlier micro-batches, which could not know that no picture would follow.
-            for kind in (*KINDS[2:], REFERENCE):
-                self._captures.gradients.pop(kind, None)
         if all(kind in self._captures.gradients for kind in KINDS[2:]):
             self.reduce_reference()
         joint = JOINT in self._captures.gradients

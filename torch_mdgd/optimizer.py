@@ -327,7 +327,7 @@ class MDGDOptimizer(Optimizer):
         joint = JOINT in self._captures.gradients
         step = self._captures.close(parameters)
         self._warn_of_idle_groups(step)
-        products = kernels.inner_products(step.gradients)
+        products = self._products(step)
         self._made.begin(None if joint else products)
         if self._mask_is_due():
             self._choose_mask(parameters, step, products)
@@ -341,6 +341,14 @@ class MDGDOptimizer(Optimizer):
         self._storage.combine_(step.d, step.gradients, coefficients)
         self._made.d = [None if x is None else x.to(_grad_dtype(p)) for p, x in zip(parameters, step.d, strict=True)]
         assign(parameters, self._made.d)
+
+    def _products(self, step: Step) -> Tensor:
+        """The table of inner products. Of a lone gradient it is NaN, unread, where neither rule nor mask looks at it."""
+        if len(step.gradients) > 1 or self.rule.measures_one or self._mask_is_due():
+            return kernels.inner_products(step.gradients)
+        first = next((x for x in step.task if x is not None), None)
+        device = torch.device("cpu") if first is None else first.device
+        return torch.full((len(step.task), 1, 1), float("nan"), dtype=torch.float64, device=device)
 
     @_disable_dynamo
     @torch.no_grad()

@@ -185,6 +185,10 @@ class _Passes:
         self.random = _Randomness({p.device for p in ranks.parameters})
         # Outer modules of accelerate's offloading, of torch.compile and of fully_shard have to finish their pass.
         self.whole = ranks.sharded or any("_hf_hook" in vars(m) or "_orig_mod" in m._modules for m in ranks.modules)
+        # What replaces a module's forward, as a CUDA graph does, may hold addresses; accelerate's autocast does not.
+        own = any("forward" in vars(m) and "_original_forward" not in vars(m) for m in ranks.modules)
+        compiled = any(vars(m).get("_compiled_call_impl") is not None for m in ranks.modules)
+        self.places = not (self.whole or own or compiled)
 
     def one_at_a_time(self, reference: bool, pictures: bool, reduce: bool) -> tuple[Tensor, Tensor]:
         """Task loss and L_v; every graph is used up before values are exchanged."""
@@ -199,7 +203,7 @@ class _Passes:
             if reduce:
                 self.optimizer.reduce_reference()
         elif pictures:
-            with self.optimizer.reference(self.model):
+            with self.optimizer.reference(self.model, places=self.places):
                 z_reference = self.features()
         with self.optimizer.rule.observe(self.images, self.batch):
             task_loss, z = self.forward()
@@ -212,7 +216,7 @@ class _Passes:
         """Task loss and L_v, from one backward pass of L + αL_v."""
         z_reference = None
         if pictures:
-            with self.optimizer.reference(self.model):
+            with self.optimizer.reference(self.model, places=self.places):
                 z_reference = self.features()
         with self.optimizer.rule.observe(self.images, self.batch):
             task_loss, z = self.forward()

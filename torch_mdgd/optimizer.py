@@ -197,22 +197,28 @@ class MDGDOptimizer(Optimizer):
         return self._captures.record(f"reference_{kind}" if self._storage.swapped else kind, self.parameters, scale)
 
     @contextmanager
-    def reference(self, model: nn.Module | None = None) -> Iterator[None]:
+    def reference(self, model: nn.Module | None = None, *, places: bool = False) -> Iterator[None]:
         """The reference φ is in the parameters here; θ comes back bit for bit, also after an exception.
 
         Run forward and backward inside: autograd refuses a backward pass across the exchange. If ``fully_shard`` has
         sharded the parameters, pass the model: it drops what it gathered of them.
+
+        Args:
+            model: that holds the parameters.
+            places: let θ and φ swap places in memory where they can, and not their contents, which takes no time. For
+                passes through modules that look up their parameters anew: a CUDA graph, or a view of a parameter that
+                somebody keeps, goes on seeing θ.
         """
         if self._storage.swapped or self._captures.recording:
             raise RuntimeError("reference: already inside reference() or capture()")
         parameters = self.parameters
         self._warn_of_moved(parameters)
         with ranks.resharded(parameters, model):
-            self._storage.exchange_(parameters)
+            self._storage.exchange_(parameters, places)
             try:
                 yield
             finally:
-                self._storage.exchange_(parameters)
+                self._storage.exchange_(parameters, places)
 
     @torch.no_grad()
     def set_reference(self, values: Sequence[Tensor] | None = None) -> None:

@@ -67,8 +67,8 @@ class Storage(ABC):
         """Hold all where the parameters are: moved, sharded or unfrozen since the last call, as by accelerate."""
 
     @abstractmethod
-    def exchange_(self, parameters: Sequence[Tensor]) -> None:
-        """Swap θ and φ."""
+    def exchange_(self, parameters: Sequence[Tensor], places: bool = False) -> None:
+        """Swap θ and φ; with ``places`` their places in memory, where they have such."""
 
     @abstractmethod
     def difference(self, parameters: Sequence[Tensor], t: int) -> Tensor:

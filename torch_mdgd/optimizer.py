@@ -349,7 +349,7 @@ class MDGDOptimizer(Optimizer):
         assign(parameters, self._made.d)
 
     def _products(self, step: Step) -> Tensor:
-        """The table of inner products. Of a lone gradient it is NaN, unread, where neither rule nor mask looks at it."""
+        """The table of inner products; NaN for a lone gradient, where neither the rule nor a mask reads it."""
         if len(step.gradients) > 1 or self.rule.measures_one or self._mask_is_due():
             return kernels.inner_products(step.gradients)
         first = next((x for x in step.task if x is not None), None)

@@ -340,11 +340,8 @@ class Anchor(Around):
             assert db is not None
             dw = db.new_zeros(len(db), width)
         parts = [dw] if layer.bias is None else [dw, dw.new_zeros(len(dw), 1) if db is None else db]
-        out = c.after(parts)
-        if weight is not None:
-            g[weight].add_(out[0], alpha=pull)
-        if bias is not None:
-            g[bias].add_(out[1][:, 0], alpha=pull)
+        out = [None if weight is None else g[weight], None if bias is None else g[bias][:, None]]
+        c.add_(out[: len(parts)], parts, pull)
 
     def _pull_lora_(
         self,
@@ -451,13 +448,17 @@ class Anchor(Around):
         """The opposite of :meth:`state`; without it, C is made anew."""
         super().load_state(found, parameters)
         self._new, self._new_answers, self._covariances = {}, {}, {}
+        last: Moments | None = None
         for key, held in self.moments.items():
             sums, size = (found[name][key] if name in found else None for name in (SUMS, SIZE))
             self.moments[key] = self._empty(held.sums.shape[1], held.sums)
             self.answers[key] = torch.zeros_like(self.answers[key])
             if sums is not None and size is not None:
                 own, answers = size.to(held.size, copy=True).split(2)
-                self.moments[key] = Moments(sums.to(held.sums, copy=True), own.clone(), self.rank)
+                if last is None or not _equal(last, sums, own):
+                    last = Moments(sums.to(held.sums, copy=True), own.clone(), self.rank)
+                # Neighbours go on sharing what they shared.
+                self.moments[key] = last
                 self.answers[key] = answers.clone()
         seen, steps = lone(found, SEEN), lone(found, STEPS)
         self.seen, self.steps = 0 if seen is None else int(seen), 0 if steps is None else int(steps)
@@ -467,6 +468,11 @@ def _flat(x: Tensor, chosen: Tensor | None) -> Tensor:
     """The chosen rows of inputs or answers, shape (n, width)."""
     flat = x.detach().reshape(-1, x.shape[-1])
     return flat if chosen is None else flat[chosen.reshape(-1).to(x.device)]
+
+
+def _equal(moments: Moments, sums: Tensor, size: Tensor) -> bool:
+    same = moments.sums.shape == sums.shape and moments.sums.dtype == sums.dtype
+    return same and torch.equal(moments.size, size) and torch.equal(moments.sums, sums.to(moments.sums.device))
 
 
 def _add_(g: Any, whole: Tensor, factor: float) -> None:

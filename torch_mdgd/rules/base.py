@@ -117,7 +117,7 @@ class Rule:
         Args:
             g: T gradients; None for a parameter that has none.
             parameters: T parameters.
-            difference: θ − φ of parameter t; of a sharded parameter, this process's shard.
+            difference: θ − φ of parameter t, a new tensor; of a sharded parameter, this process's shard.
             w: the weights, on the CPU.
             scale: the loss scale that g carries.
         """

@@ -72,7 +72,7 @@ class Storage(ABC):
 
     @abstractmethod
     def difference(self, parameters: Sequence[Tensor], t: int) -> Tensor:
-        """θ − φ of a trained parameter; of a sharded one, this process's shard."""
+        """θ − φ of a trained parameter, a new tensor; of a sharded one, this process's shard."""
 
     @abstractmethod
     def choose(self, masks: Tensors, base: Optimizer, parameters: Sequence[Tensor]) -> None:

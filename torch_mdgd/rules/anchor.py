@@ -358,12 +358,13 @@ class Anchor(Around):
         c = self._covariance(layer)
         a, b = layer.lora or (None, None)
         (A, A0), (B, B0) = self._matrices(layer, at_both)
-        AC, A0C = c.after([A])[0], c.after([A0])[0]
+        # BA − B₀A₀ as one product, so that few small ones are made.
+        left, right = torch.cat([B, -B0], dim=1), c.after([torch.cat([A, A0])])[0]
         factor = pull * layer.scaling**2
         if a is not None and g[a] is not None:
-            _add_(g[a], B.T @ B @ AC - B.T @ B0 @ A0C, factor)
+            _add_(g[a], (B.T @ left) @ right, factor)
         if b is not None and g[b] is not None:
-            _add_(g[b], B @ (AC @ A.T) - B0 @ (A0C @ A.T), factor)
+            _add_(g[b], left @ (right @ A.T), factor)
 
     def _matrices(self, layer: Linear, at_both: Callable[[int], tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
         """A and B, each at θ and at φ: from its place if it is trained, else from the module."""
@@ -478,5 +479,5 @@ def _equal(moments: Moments, sums: Tensor, size: Tensor) -> bool:
 def _add_(g: Any, whole: Tensor, factor: float) -> None:
     """Add a whole tensor to a gradient that may be sharded."""
     if dtensor.is_sharded(g):
-        whole = dtensor.local([dtensor.shard_like(whole, g)])[0]
-    dtensor.local([g])[0].add_(whole, alpha=factor)
+        whole, g = dtensor.local([dtensor.shard_like(whole, g), g])
+    g.add_(whole, alpha=factor)

@@ -87,7 +87,7 @@ def mdgd_backward(
     ranks.require_averaging(optimizer)
     if ranks.group is not None:
         wrapped.average_over(ranks.group)
-    strangers = [] if ranks.sharded else _strangers(model, wrapped)
+    strangers = [] if ranks.sharded else _strangers(model, wrapped, ranks)
     tap = tap or VisualTap.for_model(model)
     passes = _Passes(model, wrapped, batch, tap, loss, alignment, scaler, ranks)
     passes.strangers = strangers
@@ -150,9 +150,11 @@ def _warn_of_unmarked_pictures(batch: Batch) -> None:
         )
 
 
-def _strangers(model: nn.Module, optimizer: MDGDOptimizer) -> list[nn.Parameter]:
+def _strangers(model: nn.Module, optimizer: MDGDOptimizer, ranks: Ranks) -> list[nn.Parameter]:
     """Trained parameters of the model that are not the optimizer's, with a warning if there are any."""
     own = set(optimizer.parameters)
+    if not any(p.requires_grad and p not in own for p in ranks.parameters):
+        return []
     found = {name: p for name, p in model.named_parameters() if p.requires_grad and p not in own}
     if found:
         warnings.warn(
@@ -184,7 +186,13 @@ class _Passes:
         self.model, self.optimizer, self.batch, self.ranks = model, optimizer, batch, ranks
         self.tap, self.loss, self.alignment, self.scaler = tap, loss, alignment, scaler
         self.images = tap.mask(batch)
-        self.random = _Randomness({p.device for p in model.parameters()})
+        self.random = _Randomness({p.device for p in ranks.parameters})
+        # Outer modules of accelerate's offloading, of torch.compile and of fully_shard have to finish their pass.
+        self.whole = ranks.sharded or any("_hf_hook" in vars(m) or "_orig_mod" in m._modules for m in ranks.modules)
+        # What replaces a module's forward, as a CUDA graph does, may hold addresses; accelerate's autocast does not.
+        own = any("forward" in vars(m) and "_original_forward" not in vars(m) for m in ranks.modules)
+        compiled = any(vars(m).get("_compiled_call_impl") is not None for m in ranks.modules)
+        self.places = not (self.whole or own or compiled)
 
     def one_at_a_time(self, reference: bool, pictures: bool, reduce: bool) -> tuple[Tensor, Tensor]:
         """Task loss and L_v; every graph is used up before values are exchanged."""
@@ -199,7 +207,7 @@ class _Passes:
             if reduce:
                 self.optimizer.reduce_reference()
         elif pictures:
-            with self.optimizer.reference(self.model):
+            with self.optimizer.reference(self.model, places=self.places):
                 z_reference = self.features()
         with self.optimizer.rule.observe(self.images, self.batch):
             task_loss, z = self.forward()
@@ -212,7 +220,7 @@ class _Passes:
         """Task loss and L_v, from one backward pass of L + αL_v."""
         z_reference = None
         if pictures:
-            with self.optimizer.reference(self.model):
+            with self.optimizer.reference(self.model, places=self.places):
                 z_reference = self.features()
         with self.optimizer.rule.observe(self.images, self.batch):
             task_loss, z = self.forward()
@@ -234,7 +242,7 @@ class _Passes:
     @contextmanager
     def sparing(self, reuse: bool) -> Iterator[None]:
         """Nothing is computed inside that no pass needs: no cache of keys and values, no frozen part twice."""
-        found = {id(c): c for m in self.model.modules() if (c := getattr(m, "config", None)) is not None}
+        found = {id(c): c for m in self.ranks.modules if (c := vars(m).get("config")) is not None}
         configs = [c for c in found.values() if getattr(c, "use_cache", None) is True]
         for config in configs:
             config.use_cache = False
@@ -247,10 +255,8 @@ class _Passes:
 
     def features(self) -> Tensor:
         """Z, without a graph: no further than the text module, where the outer modules allow it."""
-        modules = list(self.model.modules())
-        whole = self.ranks.sharded or any(hasattr(m, "_hf_hook") or hasattr(m, "_orig_mod") for m in modules)
         with torch.no_grad():
-            return self.run()[1] if whole else self.tap.features(self.prepared(), self.batch)
+            return self.run()[1] if self.whole else self.tap.features(self.prepared(), self.batch)
 
     def both_gradients(
         self, task_loss: Tensor, z: Tensor, z_fixed: Tensor | None, kind: Literal["visual", "reference_visual"]

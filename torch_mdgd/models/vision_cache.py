@@ -36,12 +36,17 @@ def reuse_frozen_parts(model: nn.Module, exchanged: Collection[Tensor] = ()) -> 
 
 def frozen_vision_parts(model: nn.Module, exchanged: Collection[Tensor] = ()) -> list[nn.Module]:
     """The largest modules of the vision tower that hold parameters, none of them trained or exchanged."""
-    towers: dict[str, nn.Module] = {}
-    for name, module in unwrap(model).named_modules():
-        inside = any(name.startswith(f"{tower}.") for tower in towers)
-        if name.rpartition(".")[2] in TOWERS and not inside:
-            towers[name] = module
-    return [part for tower in towers.values() for part in _frozen(tower, {id(p) for p in exchanged})]
+    moved = {id(p) for p in exchanged}
+    return [part for tower in dict.fromkeys(_towers(unwrap(model))) for part in _frozen(tower, moved)]
+
+
+def _towers(module: nn.Module) -> Iterator[nn.Module]:
+    """The outermost ones."""
+    for name, child in module.named_children():
+        if name in TOWERS:
+            yield child
+        else:
+            yield from _towers(child)
 
 
 def _frozen(module: nn.Module, exchanged: set[int]) -> Iterator[nn.Module]:
@@ -62,8 +67,13 @@ def _first_frozen_layers(model: nn.Module, exchanged: Collection[Tensor]) -> lis
 
 
 def _is_frozen(module: nn.Module, exchanged: set[int]) -> bool:
-    parameters = list(module.parameters())
-    return bool(parameters) and not any(p.requires_grad or id(p) in exchanged for p in parameters)
+    # The first that is trained ends the walk.
+    count = 0
+    for p in module.parameters():
+        if p.requires_grad or id(p) in exchanged:
+            return False
+        count += 1
+    return bool(count)
 
 
 @contextmanager

@@ -340,11 +340,8 @@ class Anchor(Around):
             assert db is not None
             dw = db.new_zeros(len(db), width)
         parts = [dw] if layer.bias is None else [dw, dw.new_zeros(len(dw), 1) if db is None else db]
-        out = c.after(parts)
-        if weight is not None:
-            g[weight].add_(out[0], alpha=pull)
-        if bias is not None:
-            g[bias].add_(out[1][:, 0], alpha=pull)
+        out = [None if weight is None else g[weight], None if bias is None else g[bias][:, None]]
+        c.add_(out[: len(parts)], parts, pull)
 
     def _pull_lora_(
         self,
@@ -361,12 +358,13 @@ class Anchor(Around):
         c = self._covariance(layer)
         a, b = layer.lora or (None, None)
         (A, A0), (B, B0) = self._matrices(layer, at_both)
-        AC, A0C = c.after([A])[0], c.after([A0])[0]
+        # BA − B₀A₀ as one product, so that few small ones are made.
+        left, right = torch.cat([B, -B0], dim=1), c.after([torch.cat([A, A0])])[0]
         factor = pull * layer.scaling**2
         if a is not None and g[a] is not None:
-            _add_(g[a], B.T @ B @ AC - B.T @ B0 @ A0C, factor)
+            _add_(g[a], (B.T @ left) @ right, factor)
         if b is not None and g[b] is not None:
-            _add_(g[b], B @ (AC @ A.T) - B0 @ (A0C @ A.T), factor)
+            _add_(g[b], left @ (right @ A.T), factor)
 
     def _matrices(self, layer: Linear, at_both: Callable[[int], tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
         """A and B, each at θ and at φ: from its place if it is trained, else from the module."""
@@ -451,13 +449,17 @@ class Anchor(Around):
         """The opposite of :meth:`state`; without it, C is made anew."""
         super().load_state(found, parameters)
         self._new, self._new_answers, self._covariances = {}, {}, {}
+        last: Moments | None = None
         for key, held in self.moments.items():
             sums, size = (found[name][key] if name in found else None for name in (SUMS, SIZE))
             self.moments[key] = self._empty(held.sums.shape[1], held.sums)
             self.answers[key] = torch.zeros_like(self.answers[key])
             if sums is not None and size is not None:
                 own, answers = size.to(held.size, copy=True).split(2)
-                self.moments[key] = Moments(sums.to(held.sums, copy=True), own.clone(), self.rank)
+                if last is None or not _equal(last, sums, own):
+                    last = Moments(sums.to(held.sums, copy=True), own.clone(), self.rank)
+                # Neighbours go on sharing what they shared.
+                self.moments[key] = last
                 self.answers[key] = answers.clone()
         seen, steps = lone(found, SEEN), lone(found, STEPS)
         self.seen, self.steps = 0 if seen is None else int(seen), 0 if steps is None else int(steps)
@@ -469,8 +471,13 @@ def _flat(x: Tensor, chosen: Tensor | None) -> Tensor:
     return flat if chosen is None else flat[chosen.reshape(-1).to(x.device)]
 
 
+def _equal(moments: Moments, sums: Tensor, size: Tensor) -> bool:
+    same = moments.sums.shape == sums.shape and moments.sums.dtype == sums.dtype
+    return same and torch.equal(moments.size, size) and torch.equal(moments.sums, sums.to(moments.sums.device))
+
+
 def _add_(g: Any, whole: Tensor, factor: float) -> None:
     """Add a whole tensor to a gradient that may be sharded."""
     if dtensor.is_sharded(g):
-        whole = dtensor.local([dtensor.shard_like(whole, g)])[0]
-    dtensor.local([g])[0].add_(whole, alpha=factor)
+        whole, g = dtensor.local([dtensor.shard_like(whole, g), g])
+    g.add_(whole, alpha=factor)

@@ -33,10 +33,13 @@ class Rule:
         weights: names and values of what can be set. The optimizer copies them into every parameter group as
             ``mdgd_<name>``; a group may hold its own value, and a schedule may change it.
         corrects: whether :meth:`correct_` is called after each step of the wrapped optimizer.
+        measures_one: whether :meth:`coefficients` reads ⟨g, g⟩ where g is the only gradient. Where it does not, the
+            table holds NaN, and a step saves a pass over g.
     """
 
     weights: Mapping[str, float] = {}
     corrects: bool = False
+    measures_one: bool = True
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={value:g}' for name, value in self.weights.items())})"
@@ -114,7 +117,7 @@ class Rule:
         Args:
             g: T gradients; None for a parameter that has none.
             parameters: T parameters.
-            difference: θ − φ of parameter t; of a sharded parameter, this process's shard.
+            difference: θ − φ of parameter t, a new tensor; of a sharded parameter, this process's shard.
             w: the weights, on the CPU.
             scale: the loss scale that g carries.
         """

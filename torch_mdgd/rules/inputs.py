@@ -80,6 +80,7 @@ class ProtectInputs(Rule):
     """
 
     corrects = True
+    measures_one = False
 
     def __init__(
         self,

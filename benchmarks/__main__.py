@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import bandwidth, combine, history, masking, memory, parts, scaling, schedules, shapes, step, training
+from benchmarks import bandwidth, combine, masking, memory, parts, scaling, schedules, shapes, step, training
 from benchmarks.report import machine
 from benchmarks.settings import QUICK, Settings
 
@@ -18,7 +18,6 @@ SECTIONS = {
     "masking": masking.section,
     "shapes": shapes.section,
     "step": step.section,
-    "history": history.section,
     "training": training.section,
     "schedules": schedules.section,
     "memory": memory.section,

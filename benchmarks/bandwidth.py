@@ -16,7 +16,7 @@ from benchmarks.report import Goal, Section, Table
 from benchmarks.settings import Settings
 from benchmarks.setups import Captured, gradients, llava
 from benchmarks.timing import Ratio, digits
-from torch_mdgd import TopK, kernels
+from torch_mdgd import Project, TopK, kernels
 
 # Bytes a second that NVIDIA's data sheets name.
 GPUS = {"A100 80 GB SXM": 2.039e12, "H100 SXM": 3.35e12}
@@ -26,7 +26,7 @@ TRAINED = 1_235_279_872
 PASSES_OF_TOP_K = 6 + 2
 UPDATES: dict[str, dict[str, Any]] = {
     "MDGD, (6)-(9)": {},
-    "MDGD, project": {"update": "project"},
+    "MDGD, project": {"rule": Project()},
     "MDGD-GM, the step that chooses the mask": {"mask": TopK(0.1)},
     "MDGD-GM, later steps": {"mask": TopK(0.1)},
 }
@@ -54,10 +54,10 @@ def counted() -> Iterator[Traffic]:
         traffic.add(*rows, *(columns or ()))
         return products(rows, columns)
 
-    def counted_combine_(out: Any, roles: Any, coefficients: Tensor, masks: Any = None) -> None:
-        traffic.add(*roles, masks or ())
+    def counted_combine_(out: Any, gradients: Any, coefficients: Tensor, masks: Any = None) -> None:
+        traffic.add(*gradients, masks or ())
         traffic.add(out)
-        combine_(out, roles, coefficients, masks)
+        combine_(out, gradients, coefficients, masks)
 
     def counted_top_k(g: Any, v: Any, g0: Any, *rest: Any) -> list[Tensor | None]:
         masks = top_k(g, v, g0, *rest)

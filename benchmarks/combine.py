@@ -11,6 +11,7 @@ from benchmarks.report import Goal, Section, Table, mega, on
 from benchmarks.settings import Settings
 from benchmarks.setups import Captured, gradients
 from benchmarks.timing import NOTE, PATIENCE, Contender, Ratio, copy_of, median_ratio, ratio, threads
+from torch_mdgd import Project
 
 OURS, PROJECTION = "torch_mdgd, (6)-(9)", "torch_mdgd, one projection"
 NAIVE, NAIVE_PROJECTION = "written naively, (6)-(9)", "written naively, one projection"
@@ -23,7 +24,7 @@ def contenders(n: int, dtype: torch.dtype = torch.float32, names: Sequence[str] 
     """The named rows for vectors of n numbers, those of missing peers left out, and the copy that is their unit."""
     originals = gradients([(n,)], dtype)
     g, v, g0, v0 = (tensors[0] for tensors in originals.values())
-    mdgd, projection = Captured(originals), Captured(originals, update="project")
+    mdgd, projection = Captured(originals), Captured(originals, rule=Project())
     found = {
         OURS: Contender(OURS, mdgd.combine, mdgd.prepare),
         NAIVE: Contender(NAIVE, lambda: naive.mdgd(g, v, g0, v0), limit=PATIENCE),

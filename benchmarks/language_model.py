@@ -72,9 +72,10 @@ def build(method: Method, settings: Settings) -> Training:
     batch = {"input_ids": tokens, "labels": tokens.masked_fill(tokens == IMAGE_TOKEN, -100)}
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer: Optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
-    if method.mdgd is None:
+    wrapper = method.wrapper(model)
+    if wrapper is None:
         return Training(model, optimizer, batch, lambda: model(**batch).loss.backward())
-    wrapped = MDGDOptimizer(optimizer, **method.mdgd)
+    wrapped = MDGDOptimizer(optimizer, **wrapper)
     return Training(model, wrapped, batch, lambda: mdgd_backward(model, wrapped, batch))
 
 

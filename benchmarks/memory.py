@@ -31,7 +31,7 @@ class Bytes:
 
     Args:
         parameters: all of the model's, an adapter's among them.
-        gradients: of every role that is alive when the update begins.
+        gradients: of every kind that is alive when the update begins.
         reference: φ, and whatever else holds floating-point numbers.
         state: the optimizer's.
         masks: masks and positions: what holds bool and integer numbers.
@@ -155,7 +155,7 @@ def section(settings: Settings) -> Section:
             MEASURED,
             rows,
             [
-                "Gradients: all roles alive when the last backward pass is over. Update: the most that gradients and "
+                "Gradients: all kinds alive when the last backward pass is over. Update: the most that gradients and "
                 "temporaries of combining and stepping came to. First and later: the most memory in use in the first "
                 "and in a later training step, parameters and activations included.",
             ],
@@ -178,7 +178,7 @@ def section(settings: Settings) -> Section:
     plain = measured[PLAIN].held
     goals = []
     for method in METHODS:
-        if method.mdgd is not None:
+        if method.wraps:
             # Scratch of fixed size comes on top: large beside this model's gradients, not beside a real one's.
             what = f"{method.name}: peak of the update, in whole buffers of the gradient's size"
             goals.append(Goal(what, 3, round(measured[method].update / plain.gradients), unit=""))

@@ -12,6 +12,7 @@ from benchmarks.report import Goal, Section, Table, mega, on
 from benchmarks.settings import Settings
 from benchmarks.setups import Captured, gradients
 from benchmarks.timing import COPY, NOTE, Contender, Times, digits, ratio, threads
+from torch_mdgd import Project
 
 UPDATES = (combine.OURS, combine.PROJECTION, combine.NAIVE)
 MASKS = (masking.OURS, masking.PARTITION)
@@ -40,7 +41,7 @@ def residuals(n: int) -> tuple[float, float]:
     """The residual of the library's float32 projection, and of the naive one."""
     originals = gradients([(n,)])
     g, v = originals["task"][0], originals["visual"][0]
-    projection = Captured(originals, update="project", align=0.0)
+    projection = Captured(originals, rule=Project(align=0.0))
     projection.prepare()
     projection.combine()
     return residual(projection.work["task"][0], g, v), residual(naive.project(g, v), g, v)

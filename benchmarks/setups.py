@@ -10,7 +10,7 @@ from torch import Tensor
 from torch_mdgd import MDGDOptimizer
 
 Shape = tuple[int, ...]
-ROLES = ("task", "visual", "reference_task", "reference_visual")
+KINDS = ("task", "visual", "reference_task", "reference_visual")
 
 
 def decoder_layer(hidden: int, inner: int) -> list[Shape]:
@@ -42,16 +42,16 @@ def gradients(shapes: Sequence[Shape], dtype: torch.dtype = torch.float32, seed:
     """The four gradients of every parameter: normal numbers, correlated as those of one network are.
 
     Returns:
-        per role a list of tensors of these shapes.
+        per kind a list of tensors of these shapes.
     """
     generator = torch.Generator().manual_seed(seed)
 
     def normal() -> list[Tensor]:
         return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
 
-    found = {role: normal() for role in ROLES}
-    for role in ROLES[1:]:
-        torch._foreach_add_(found[role], found["task"], alpha=0.3)
+    found = {kind: normal() for kind in KINDS}
+    for kind in KINDS[1:]:
+        torch._foreach_add_(found[kind], found["task"], alpha=0.3)
     return found
 
 
@@ -64,7 +64,7 @@ class Captured:
         originals: the four gradients; their shapes and dtype are the parameters'.
         work: the tensors that are captured and overwritten; made if None, shared between optimizers if given.
         base: makes the wrapped optimizer from the parameters.
-        settings: of the :class:`MDGDOptimizer`.
+        settings: keywords of the :class:`MDGDOptimizer`.
     """
 
     def __init__(
@@ -82,13 +82,13 @@ class Captured:
     def prepare(self) -> None:
         """Captures set, nothing combined."""
         self.optimizer.zero_grad()
-        for role, tensors in self.work.items():
-            if tensors is not self.originals[role]:
-                torch._foreach_copy_(tensors, self.originals[role])
-        self._capture()
-        if len(self.optimizer.required_roles) == len(ROLES):
+        for kind, tensors in self.work.items():
+            if tensors is not self.originals[kind]:
+                torch._foreach_copy_(tensors, self.originals[kind])
+        self._capture(KINDS[:2])
+        if self.optimizer.needs() == KINDS:
             with self.optimizer.reference():
-                self._capture()
+                self._capture(KINDS[2:])
 
     def combine(self) -> Tensor | None:
         """(6)-(9), or whatever the settings ask for; the first parameter's d."""
@@ -99,16 +99,15 @@ class Captured:
         """Combine, then the wrapped optimizer's step."""
         self.optimizer.step()
 
-    def _capture(self) -> None:
-        for role in ROLES[:2]:
-            with self.optimizer.capture(role):  # type: ignore[arg-type]
-                found = self.work[self.optimizer.role(role)]
-                for p, x in zip(self.optimizer.parameters, found, strict=True):
+    def _capture(self, kinds: Sequence[str]) -> None:
+        for kind, given in zip(KINDS, kinds, strict=False):
+            with self.optimizer.capture(kind):  # type: ignore[arg-type]
+                for p, x in zip(self.optimizer.parameters, self.work[given], strict=True):
                     p.grad = x
 
 
 def overwritable(originals: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
     """The four gradients with copies of the two that are overwritten."""
     return {
-        role: [x.clone() for x in tensors] if role.endswith("task") else tensors for role, tensors in originals.items()
+        kind: [x.clone() for x in tensors] if kind.endswith("task") else tensors for kind, tensors in originals.items()
     }

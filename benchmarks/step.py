@@ -23,7 +23,9 @@ def contenders(shapes: Sequence[Shape], names: Sequence[str] = NAMES) -> list[Co
     found = [copy_of(count(shapes))]
     for name in names:
         if name in WRAPPED:
-            wrapped = Captured(originals, work, partial(torch.optim.AdamW, fused=True), **WRAPPED[name])
+            wrapped = Captured(
+                originals, work, partial(torch.optim.AdamW, fused=True), **(WRAPPED[name].wrapper() or {})
+            )
             found.append(Contender(name, wrapped.step, wrapped.prepare))
         else:
             found.append(Contender(name, _plain(originals["task"], fused=name == FUSED)))

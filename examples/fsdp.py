@@ -12,7 +12,7 @@ from torch.optim import AdamW
 from torch.utils.data import DataLoader, DistributedSampler
 
 from torch_mdgd import MDGDOptimizer, TopK, mdgd_backward
-from torch_mdgd.checkpoint import load_distributed
+from torch_mdgd.storage.entries import load_distributed
 
 begun_here = not dist.is_initialized()
 if "RANK" in os.environ and begun_here:  # torchrun has set it

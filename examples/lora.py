@@ -10,12 +10,12 @@ from tiny import make_model, make_samples
 from torch.optim import AdamW
 from torch.utils.data import DataLoader
 
-from torch_mdgd import MDGDOptimizer, mdgd_backward
+from torch_mdgd import MDGDOptimizer, Project, mdgd_backward
 
 config = LoraConfig(r=4, lora_dropout=0.1, target_modules=r".*language_model.*(q_proj|v_proj)")
 model = get_peft_model(make_model(), config).train()
 parameters = [p for p in model.parameters() if p.requires_grad]
-optimizer = MDGDOptimizer(AdamW(parameters, lr=1e-2), update="project", align=0.5)
+optimizer = MDGDOptimizer(AdamW(parameters, lr=1e-2), Project(align=0.5))
 
 for batch in DataLoader(make_samples(8), batch_size=2):
     loss = mdgd_backward(model, optimizer, batch)

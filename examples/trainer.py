@@ -1,9 +1,9 @@
-"""The Trainer of transformers: plain TrainingArguments, and the optimizer's settings beside them."""
+"""The Trainer of transformers: plain TrainingArguments, and a rule beside them."""
 
 from tiny import make_model, make_samples
 from transformers import TrainingArguments
 
-from torch_mdgd import connector, freeze_all_but, last_decoder_layers
+from torch_mdgd import MDGD, connector, freeze_all_but, last_decoder_layers
 from torch_mdgd.integrations.transformers import MDGDTrainer
 
 model = make_model()
@@ -24,7 +24,7 @@ trainer = MDGDTrainer(
         use_cpu=True,
     ),
     train_dataset=make_samples(16),
-    mdgd={"align": 1.0, "regularize": 1.0},  # whatever MDGDOptimizer takes
+    rule=MDGD(align=1.0, regularize=1.0),  # or a function of the model; mask and compact go here too
     effective_rank_steps=2,
 )
 trainer.train()  # resume_from_checkpoint=True goes on where the last checkpoint was, bit for bit

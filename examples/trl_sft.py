@@ -1,11 +1,11 @@
-"""TRL: the mixin before its SFTTrainer, and the optimizer's settings beside the Trainer's own."""
+"""TRL: the mixin before its SFTTrainer, and a rule beside the Trainer's own arguments."""
 
 from datasets import Dataset
 from tiny import make_model, make_samples, make_tokenizer
 from transformers import default_data_collator
 from trl import SFTConfig, SFTTrainer
 
-from torch_mdgd import connector, freeze_all_but, last_decoder_layers
+from torch_mdgd import MDGD, connector, freeze_all_but, last_decoder_layers
 from torch_mdgd.integrations.transformers import MDGDTrainerMixin
 
 
@@ -37,7 +37,7 @@ trainer = MDGDSFTTrainer(
     train_dataset=Dataset.from_list(samples),
     data_collator=default_data_collator,
     processing_class=make_tokenizer(),
-    mdgd={"align": 1.0, "regularize": 1.0},  # whatever MDGDOptimizer takes
+    rule=MDGD(align=1.0, regularize=1.0),
 )
 trainer.train()
 

@@ -5,15 +5,21 @@ import copy
 import torch
 
 from tests.tiny_models import IMAGE, llava, llava_batch
-from torch_mdgd import MDGDOptimizer, visual_alignment_loss
+from torch_mdgd import MDGDOptimizer, rules, visual_alignment_loss
 
+# A rule by its name and weights: what :func:`rule` makes, and what ``properties.expected`` takes.
 FORMS = {
-    "regularize": {},
-    "reference": {"update": "reference"},
-    "project": {"update": "project"},
-    "global": {"scope": "global", "align": 0.3},
+    "published": {},
+    "weighted": {"align": 0.3, "regularize": 2.5},
     "unregularized": {"regularize": 0.0},
+    "project": {"rule": "Project"},
+    "project, weighted": {"rule": "Project", "align": 0.3},
 }
+
+
+def rule(form):
+    weights = dict(FORMS[form])
+    return getattr(rules, weights.pop("rule", "MDGD"))(**weights)
 
 
 def trainable(model):
@@ -29,12 +35,12 @@ def double_batch(make=llava_batch, **options):
     return {k: x.double() if x.is_floating_point() else x for k, x in make(**options).items()}
 
 
-def drifted(dropout=0.2, **settings):
+def drifted(dropout=0.2, rule=None, **settings):
     """A float64 model in training mode that has left its reference, the reference as a second model, the wrapper."""
     model = llava(dropout).double().train()
     parameters = trainable(model)
     phi = copy.deepcopy(model)
-    optimizer = MDGDOptimizer(torch.optim.SGD(parameters, lr=0.1), **settings)
+    optimizer = MDGDOptimizer(torch.optim.SGD(parameters, lr=0.1), rule, **settings)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in parameters:
@@ -60,6 +66,12 @@ def by_hand(model, phi, batch, kind="l1"):
             roles.append(torch.autograd.grad(scalar, parameters, retain_graph=True, allow_unused=True))
     torch.set_rng_state(state)
     return roles
+
+
+def wrap(base, model, rule=None, **settings):
+    """With a rule of its own if it is a function of the model."""
+    made = rule if rule is None or isinstance(rule, rules.Rule) else rule(model)
+    return MDGDOptimizer(base, made, **settings)
 
 
 def grads(optimizer):

@@ -36,7 +36,7 @@ def expected(
     regularize: float = 1.0,
     masks: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
-    """d of "MDGD", (9) or under masks (11), or of "Project", written for flat float64 vectors, one for each parameter."""
+    """d of "MDGD", (9) or under masks (11), or of "Project", parameter by parameter in the flat float64 forms."""
     out = []
     for t, p in enumerate(like):
         g, v, g0, v0 = (flat([gradients[t]], [p]) for gradients in kinds)
@@ -54,8 +54,8 @@ def expected(
 def assert_close(actual: Gradients, wanted: Sequence[Tensor], inputs: Sequence[Gradients] = ()) -> None:
     """Equal to the rounding of each tensor's dtype, beside the largest of the inputs."""
     inputs = inputs or [wanted]
-    scale = max(float(x.double().norm()) for role in inputs for x in role if x is not None)
-    dtypes = {x.dtype for role in (*inputs, actual) for x in role if x is not None}
+    scale = max(float(x.double().norm()) for kind in inputs for x in kind if x is not None)
+    dtypes = {x.dtype for kind in (*inputs, actual) for x in kind if x is not None}
     tolerance = max(TOLERANCE[dtype] for dtype in dtypes)
     for i, (x, y) in enumerate(zip(actual, wanted, strict=True)):
         difference = (torch.zeros_like(y) if x is None else x.detach().double()) - y

@@ -9,17 +9,18 @@ import torch
 from torch import nn
 
 from tests import networks
-from tests.networks import capture_both, capture_required, losses
+from tests.networks import capture_both, capture_needed, losses
 from tests.properties import assert_close, assert_same_bits
-from tests.strategies import ROLES, make_case
-from torch_mdgd import MDGDOptimizer, TopK
+from tests.strategies import make_case
+from torch_mdgd import MDGDOptimizer, Project, StepProject, TopK
+from torch_mdgd.rules.base import KINDS
 
 FORMS = {
-    "regularize": {},
-    "project": {"update": "project", "align": 0.5},
-    "step": {"update": "project", "space": "step", "restore": 0.1},
-    "history": {"update": "project", "space": "step", "history": 2},
+    "published": {},
+    "project": {"rule": Project(0.5)},
+    "step": {"rule": StepProject(0.1)},
     "masked": {"mask": TopK(0.3)},
+    "compact": {"mask": TopK(0.3), "compact": True},
 }
 network = partial(networks.network, torch.float32, bias=False)
 
@@ -28,7 +29,7 @@ def scaled_run(base, form, steps=3, scaler=None, clip=None):
     model = network()
     optimizer = MDGDOptimizer(base(model.parameters()), **form)
     for _ in range(steps):
-        capture_required(model, optimizer, scaler)
+        capture_needed(model, optimizer, scaler)
         if scaler is None:
             if clip:
                 optimizer.combine()
@@ -71,7 +72,7 @@ def test_a_scaler_that_steps_without_unscale_first(base):
     model, twin = network(), network()
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     for m, s in ((model, scaler), (twin, None)):
-        optimizer = MDGDOptimizer(BASES[base](m.parameters()), update="project")
+        optimizer = MDGDOptimizer(BASES[base](m.parameters()), Project())
         capture_both(m, optimizer, s)
         optimizer.combine()
         if s is None:
@@ -82,13 +83,13 @@ def test_a_scaler_that_steps_without_unscale_first(base):
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan])
-@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", FORMS)
-def test_an_inf_in_any_gradient_skips_the_step_and_loses_nothing(name, role, value):
+def test_an_inf_in_any_gradient_skips_the_step_and_loses_nothing(name, kind, value):
     case = make_case([(3, 4), (5, 2)], (torch.float32,) * 2, 0)
     twins = [nn.Parameter(p.detach().clone()) for p in case.parameters]
     bad = {r: [x.clone() for x in row] for r, row in case.gradients.items()}
-    bad[role][1][0, 0] = value
+    bad[kind][1][0, 0] = value
     base = lambda p: torch.optim.AdamW(p, lr=0.1)  # noqa: E731
 
     optimizer, plain = MDGDOptimizer(base(case.parameters), **FORMS[name]), MDGDOptimizer(base(twins), **FORMS[name])
@@ -132,7 +133,7 @@ def test_an_inf_at_the_step_that_chooses_the_mask_is_skipped_and_the_next_step_c
 def test_a_step_that_was_skipped_says_nothing_about_the_next_one():
     # Not the wrapper's zero_grad: a trainer calls the model's.
     model = network()
-    optimizer = MDGDOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), update="project", space="step", restore=0.5)
+    optimizer = MDGDOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), StepProject(0.5))
     capture_both(model, optimizer)
     optimizer.combine()
     model.zero_grad()
@@ -147,7 +148,7 @@ def test_a_step_that_was_skipped_says_nothing_about_the_next_one():
 
 def test_a_step_without_gradients_after_a_skipped_one_moves_nothing():
     model = network()
-    optimizer = MDGDOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), update="project", space="step", restore=0.5)
+    optimizer = MDGDOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), StepProject(0.5))
     capture_both(model, optimizer)
     optimizer.combine()
     model.zero_grad()
@@ -161,9 +162,7 @@ def test_gradients_changed_in_place_or_partly_taken_away_are_those_of_the_step()
     outcomes = []
     for taken in (False, True):
         model = network()
-        optimizer = MDGDOptimizer(
-            torch.optim.SGD(model.parameters(), lr=0.1), update="project", space="step", restore=0.5
-        )
+        optimizer = MDGDOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), StepProject(0.5))
         capture_both(model, optimizer)
         optimizer.combine()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
@@ -183,7 +182,7 @@ def test_gradients_changed_in_place_or_partly_taken_away_are_those_of_the_step()
 
 def test_clipping_acts_on_the_combined_gradient():
     model = network()
-    optimizer = MDGDOptimizer(torch.optim.SGD(model.parameters(), lr=1.0), update="project")
+    optimizer = MDGDOptimizer(torch.optim.SGD(model.parameters(), lr=1.0), Project())
     start = [p.detach().clone() for p in model.parameters()]
     capture_both(model, optimizer)
     optimizer.combine()

@@ -7,20 +7,19 @@ import pytest
 import torch
 from torch import nn
 
-from tests.passes import FORMS, by_hand, double_batch, drifted, grads
+from tests.passes import FORMS, by_hand, double_batch, drifted, grads, rule
 from tests.properties import assert_close, assert_same_bits, expected
 from tests.tiny_models import llava, llava_batch, qwen, qwen_batch
 from torch_mdgd import MDGDOptimizer, TopK, VisualTap, mdgd_backward, visual_alignment_loss
 
 
-@pytest.mark.parametrize("schedule", ["sequential", "together"])
 @pytest.mark.parametrize("kind", ["l1", "mse"])
 @pytest.mark.parametrize("name", FORMS)
-def test_equals_the_version_by_hand_with_dropout(name, kind, schedule):
-    model, phi, optimizer = drifted(**FORMS[name])
+def test_equals_the_version_by_hand_with_dropout(name, kind):
+    model, phi, optimizer = drifted(rule=rule(name))
     batch = double_batch()
     roles = by_hand(model, phi, batch, kind)
-    loss = mdgd_backward(model, optimizer, batch, alignment=kind, schedule=schedule)
+    loss = mdgd_backward(model, optimizer, batch, alignment=kind)
     assert_close(grads(optimizer), expected(roles, optimizer.parameters, **FORMS[name]), roles)
     assert max(float(x.abs().max()) for x in roles[1] if x is not None) > 1e-4
     assert not loss.requires_grad
@@ -49,11 +48,11 @@ def test_returns_the_task_loss_and_records_the_visual_loss():
 
 @pytest.mark.parametrize("make", [(lambda: llava(0.2), llava_batch), (qwen, qwen_batch)], ids=["llava", "qwen2-vl"])
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("update", ["regularize", "reference", "project"])
-def test_fact_1_the_first_step_has_no_drift_at_all_with_dropout_on(update, padded, make):
+@pytest.mark.parametrize("form", ["published", "project"])
+def test_fact_1_the_first_step_has_no_drift_at_all_with_dropout_on(form, padded, make):
     model, batch = make[0]().train(), make[1]()
     batch["attention_mask"][0, 0] = 0 if padded else 1
-    optimizer = MDGDOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), update=update)
+    optimizer = MDGDOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), rule(form))
     twin = copy.deepcopy(model)
     torch.manual_seed(3)
     twin(**batch).loss.backward()
@@ -61,7 +60,7 @@ def test_fact_1_the_first_step_has_no_drift_at_all_with_dropout_on(update, padde
     torch.manual_seed(3)
     mdgd_backward(model, optimizer, batch)
     assert optimizer.diagnostics["visual_to_task"] == 0
-    factor = 2 if update == "regularize" else 1
+    factor = 2 if form == "published" else 1
     wanted = [None if p.grad is None else factor * p.grad for p in twin.parameters()]
     assert_same_bits(grads(optimizer), wanted)
     # The next step draws other numbers, those that it would have drawn without the extra passes.
@@ -69,21 +68,15 @@ def test_fact_1_the_first_step_has_no_drift_at_all_with_dropout_on(update, padde
 
 
 @pytest.mark.parametrize(
-    ("settings", "schedule", "forwards", "backwards"),
-    [
-        ({}, "sequential", 3, 4),
-        ({}, "together", 2, 4),
-        ({"update": "project"}, "sequential", 2, 2),
-        ({"update": "project"}, "together", 2, 2),
-    ],
+    ("form", "forwards", "backwards"), [("published", 3, 4), ("unregularized", 2, 2), ("project", 2, 2)]
 )
-def test_number_of_passes(settings, schedule, forwards, backwards):
-    model, _, optimizer = drifted(**settings)
+def test_number_of_passes(form, forwards, backwards):
+    model, _, optimizer = drifted(rule=rule(form))
     seen = []
     model.lm_head.register_forward_hook(lambda *args: seen.append("forward"))
     optimizer.parameters[-1].register_post_accumulate_grad_hook(lambda p: seen.append("head"))
     optimizer.parameters[0].register_post_accumulate_grad_hook(lambda p: seen.append("backward"))
-    mdgd_backward(model, optimizer, double_batch(), schedule=schedule)
+    mdgd_backward(model, optimizer, double_batch())
     assert seen.count("forward") == forwards
     assert seen.count("backward") == backwards
     # The head is not on the way to z.
@@ -103,8 +96,7 @@ def test_every_module_stays_in_its_mode(training):
     assert [module.training for module in model.modules()] == modes
 
 
-@pytest.mark.parametrize("schedule", ["sequential", "together"])
-def test_a_loss_of_ones_own_and_weights_for_each(schedule):
+def test_a_loss_of_ones_own_and_weights_for_each():
     model, phi, optimizer = drifted(dropout=0.0)
     batch = double_batch()
     g, v, g0, v0 = by_hand(model, phi, batch)
@@ -114,7 +106,7 @@ def test_a_loss_of_ones_own_and_weights_for_each(schedule):
     def loss(inputs):
         return 8 * model(**inputs).loss  # a power of two, since losses are float32
 
-    mdgd_backward(model, optimizer, batch, loss=loss, weight=0.5, schedule=schedule)
+    mdgd_backward(model, optimizer, batch, loss=loss, weight=0.5)
     assert_close(grads(optimizer), expected(roles, optimizer.parameters), roles)
 
 

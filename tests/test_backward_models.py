@@ -9,15 +9,14 @@ import torch
 from tests.passes import by_hand, double_batch, drifted, grads, trainable
 from tests.properties import assert_close, assert_same_bits, expected
 from tests.tiny_models import llava, llava_batch
-from torch_mdgd import MDGDOptimizer, TopK, mdgd_backward
-from torch_mdgd.backward import _Randomness
+from torch_mdgd import MDGDOptimizer, Project, TopK, mdgd_backward
+from torch_mdgd.models.traces import Randomness
 
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable:FutureWarning")
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
-@pytest.mark.parametrize("schedule", ["sequential", "together"])
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_changes_nothing(reentrant, schedule):
+def test_gradient_checkpointing_changes_nothing(reentrant):
     outcomes = []
     for checkpointed in (False, True):
         model, _, optimizer = drifted()
@@ -26,7 +25,7 @@ def test_gradient_checkpointing_changes_nothing(reentrant, schedule):
             # Reentrant checkpoints need an input with a gradient.
             model.enable_input_require_grads()
         torch.manual_seed(0)
-        mdgd_backward(model, optimizer, double_batch(), schedule=schedule)
+        mdgd_backward(model, optimizer, double_batch())
         outcomes.append(grads(optimizer))
     assert_close(outcomes[1], outcomes[0])
 
@@ -57,9 +56,8 @@ def test_a_scaler_scales_all_four():
     assert_close(grads(optimizer), wanted)
 
 
-@pytest.mark.parametrize("schedule", ["sequential", "together"])
-@pytest.mark.parametrize("settings", [{}, {"update": "project"}, {"mask": TopK(0.3), "compact": True}])
-def test_autocast_around_all_passes_sees_every_exchange(settings, schedule):
+@pytest.mark.parametrize("settings", [{}, {"rule": Project()}, {"mask": TopK(0.3), "compact": True}])
+def test_autocast_around_all_passes_sees_every_exchange(settings):
     outcomes = []
     for around in ("step", "forward"):
         model, batch = llava(0.2).train(), llava_batch()
@@ -71,7 +69,7 @@ def test_autocast_around_all_passes_sees_every_exchange(settings, schedule):
             torch.manual_seed(0)
             # Not enabled=False: that would keep the casts of the forward passes inside, too.
             with torch.autocast("cpu", torch.bfloat16) if around == "step" else nullcontext():
-                mdgd_backward(model, optimizer, batch, schedule=schedule)
+                mdgd_backward(model, optimizer, batch)
             seen.append(optimizer.diagnostics["visual_to_task"])
             optimizer.step()
             optimizer.zero_grad()
@@ -105,7 +103,7 @@ def test_the_random_state_of_every_device_of_a_model_is_rewound(monkeypatch):
         set_rng_state = staticmethod(lambda state, device: states.update({str(device): state}))
 
     monkeypatch.setattr(torch, "get_device_module", lambda device: Generators)
-    random = _Randomness(map(torch.device, ("cpu", "meta", "cuda:0", "cuda:1")))
+    random = Randomness(map(torch.device, ("cpu", "meta", "cuda:0", "cuda:1")))
     states.update({"cuda:0": 7, "cuda:1": 7})
     random.rewind()
     assert states == {"cuda:0": 3, "cuda:1": 5}

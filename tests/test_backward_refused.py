@@ -1,10 +1,7 @@
 """What the passes of one step refuse, and what an error leaves behind."""
 
-import types
-
 import pytest
 import torch
-from torch import nn
 
 from tests.passes import double_batch, drifted, grads
 from tests.properties import assert_same_bits
@@ -32,32 +29,6 @@ def test_training_only_what_comes_after_z_is_refused():
         mdgd_backward(model, optimizer, llava_batch())
 
 
-def test_together_refuses_a_model_that_writes_over_what_its_backward_pass_needs():
-    class Writing(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.body, self.head = nn.Linear(3, 3), nn.Linear(3, 1)
-
-        def forward(self, x, marks):
-            hidden = self.body(x).exp()
-            loss = self.head(hidden).square().mean()
-            with torch.no_grad():
-                hidden.add_(1)
-            return types.SimpleNamespace(loss=loss)
-
-    model = Writing()
-    optimizer = MDGDOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
-    batch = {"x": torch.randn(2, 5, 3), "marks": torch.ones(2, 5, dtype=torch.bool)}
-    with pytest.raises(RuntimeError, match="wrote over a tensor that its backward pass needs"):
-        mdgd_backward(model, optimizer, batch, tap=VisualTap(model.body, lambda b: b["marks"]), schedule="together")
-
-
-def test_an_unknown_schedule_is_refused():
-    model, _, optimizer = drifted()
-    with pytest.raises(ValueError, match="schedule must be 'sequential' or 'together', got 'both'"):
-        mdgd_backward(model, optimizer, double_batch(), schedule="both")
-
-
 def test_another_optimizer_is_refused():
     model = llava()
     with pytest.raises(TypeError, match="optimizer must be an MDGDOptimizer, got SGD"):
@@ -74,8 +45,8 @@ def test_micro_batches_of_two_loss_scales_are_refused_and_leave_nothing():
     assert not optimizer.captured
 
 
-@pytest.mark.parametrize(("at", "schedule"), [(1, "sequential"), (2, "sequential"), (3, "sequential"), (2, "together")])
-def test_a_step_that_failed_half_way_can_be_tried_again(at, schedule):
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_a_step_that_failed_half_way_can_be_tried_again(at):
     outcomes = []
     for fails in (False, True):
         model, _, optimizer = drifted(dropout=0.0)
@@ -93,9 +64,9 @@ def test_a_step_that_failed_half_way_can_be_tried_again(at, schedule):
         if fails:
             now = [p.detach().clone() for p in optimizer.parameters]
             with pytest.raises(MemoryError):
-                mdgd_backward(model, optimizer, batch, tap=Failing(tap.text_module, tap.mask), schedule=schedule)
+                mdgd_backward(model, optimizer, batch, tap=Failing(tap.text_module, tap.mask))
             assert_same_bits(optimizer.parameters, now)
             assert not optimizer.captured
-        mdgd_backward(model, optimizer, batch, schedule=schedule)
+        mdgd_backward(model, optimizer, batch)
         outcomes.append(grads(optimizer))
     assert_same_bits(*outcomes)

@@ -9,11 +9,10 @@ from torch import nn
 from tests.networks import capture_both, losses, network
 from tests.properties import assert_close, assert_same_bits, expected
 from tests.strategies import make_case
-from torch_mdgd import MDGDOptimizer
+from torch_mdgd import MDGDOptimizer, Project
 
 F64 = (torch.float64,)
-FOUR = {"update": "regularize"}
-TWO = {"update": "project"}
+TWO = {"rule": Project()}
 
 
 def sgd(model: nn.Module, **settings) -> MDGDOptimizer:
@@ -30,17 +29,17 @@ def grads(model: nn.Module):
 
 def test_captured_passes_equal_gradients_given():
     model = network()
-    optimizer = sgd(model, **FOUR)
+    optimizer = sgd(model)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.1)
     at_reference = network()
-    roles = [gradients(m, which) for m in (model, at_reference) for which in (1, 0)]
+    kinds = [gradients(m, which) for m in (model, at_reference) for which in (1, 0)]
     with optimizer.reference():
         capture_both(model, optimizer)
     capture_both(model, optimizer)
     optimizer.combine()
-    assert_close(grads(model), expected(roles, list(model.parameters())))
+    assert_close(grads(model), expected(kinds, list(model.parameters())))
 
 
 def test_capture_leaves_no_gradient_behind():
@@ -76,7 +75,7 @@ def test_set_gradients_adds_up_and_copies():
     optimizer.set_gradients(task=[None], visual=[v])
     optimizer.set_gradients(task=[g])
     optimizer.combine()
-    assert_close([p.grad], expected([[2 * g], [2 * v], [None], [None]], [p], update="project"))
+    assert_close([p.grad], expected([[2 * g], [2 * v], [None], [None]], [p], rule="Project"))
     assert_same_bits([g], [kept])
 
 
@@ -87,9 +86,9 @@ def test_set_gradients_adds_to_captures():
     capture_both(model, optimizer)
     optimizer.set_gradients(task=task, visual=visual)
     optimizer.combine()
-    double = [[None if x is None else 2 * x for x in role] for role in (task, visual)]
+    double = [[None if x is None else 2 * x for x in kind] for kind in (task, visual)]
     nothing = [None] * len(task)
-    assert_close(grads(model), expected([*double, nothing, nothing], list(model.parameters()), update="project"))
+    assert_close(grads(model), expected([*double, nothing, nothing], list(model.parameters()), rule="Project"))
 
 
 def test_nested_capture_is_refused_and_discards():
@@ -104,7 +103,7 @@ def test_nested_capture_is_refused_and_discards():
     optimizer.step()
 
 
-def test_unknown_role_is_refused():
+def test_unknown_kind_is_refused():
     with pytest.raises(ValueError, match="'reference_task'"):
         sgd(network()).capture("reference_task")
 
@@ -145,13 +144,13 @@ def test_a_group_without_any_gradient_is_warned_of(verb):
     nothing, ones = [None, None], [torch.ones_like(p) for p in model[2].parameters()]
     optimizer.set_gradients(task=[*nothing, *ones], visual=[*nothing, *ones])
     with pytest.warns(
-        UserWarning, match=r"no parameter of group 0 received a gradient in any role.*use_reentrant=False"
+        UserWarning, match=r"no parameter of group 0 received a gradient of any kind.*use_reentrant=False"
     ):
         getattr(optimizer, verb)()
     optimizer.zero_grad()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        # One that is frozen, one that some role reaches, and a step without pictures.
+        # One that is frozen, one that some kind reaches, and a step without pictures.
         optimizer.set_gradients(task=[*nothing, *ones], visual=[None] * 4)
         getattr(optimizer, verb)()
         optimizer.zero_grad()
@@ -292,8 +291,8 @@ def test_tied_weights_count_once():
             task().backward()
     with torch.no_grad():
         model.embed.weight.sub_(0.5)
-    for role, f in (("visual", visual), ("task", task)):
-        with optimizer.capture(role):
+    for kind, f in (("visual", visual), ("task", task)):
+        with optimizer.capture(kind):
             f().backward()
     optimizer.combine()
-    assert_close([model.embed.weight.grad], expected([[g], [v], [g], [v]], [model.embed.weight], update="project"))
+    assert_close([model.embed.weight.grad], expected([[g], [v], [g], [v]], [model.embed.weight], rule="Project"))

@@ -9,7 +9,7 @@ from torch import nn
 
 from torch_mdgd import MDGDOptimizer
 from torch_mdgd.delta import apply_delta, fingerprint, save_delta
-from torch_mdgd.masking import Random
+from torch_mdgd.masks import Random
 
 
 def make_model(dtype: torch.dtype, width: int = 60) -> nn.Module:
@@ -22,8 +22,8 @@ def make_model(dtype: torch.dtype, width: int = 60) -> nn.Module:
 def fine_tune(model: nn.Module, fraction: float = 0.1, compact: bool = True) -> MDGDOptimizer:
     optimizer = MDGDOptimizer(torch.optim.AdamW(model.parameters(), lr=0.1), mask=Random(fraction), compact=compact)
     for _ in range(2):
-        roles = [[torch.randn_like(p) for p in model.parameters()] for _ in range(2)]
-        optimizer.set_gradients(task=roles[0], visual=roles[1])
+        kinds = [[torch.randn_like(p) for p in model.parameters()] for _ in range(2)]
+        optimizer.set_gradients(task=kinds[0], visual=kinds[1])
         optimizer.step()
         optimizer.zero_grad()
     return optimizer

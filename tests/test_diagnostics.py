@@ -10,8 +10,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.properties import flat
-from tests.strategies import SCOPES, cases, make_case
-from torch_mdgd import MDGDOptimizer, TopK, effective_rank, equations
+from tests.reference import equations
+from tests.strategies import cases, make_case
+from torch_mdgd import MDGDOptimizer, Project, Random, StepProject, TopK, effective_rank
 
 F64 = (torch.float64,)
 
@@ -64,22 +65,20 @@ def cosine(x, y):
     return float(x @ y / (x.norm() * y.norm()))
 
 
-@given(cases(F64, missing=False), SCOPES)
-def test_angles_and_lengths(case, scope):
+@given(cases(F64, missing=False))
+def test_angles_and_lengths(case):
     like = case.parameters
-    optimizer = MDGDOptimizer(torch.optim.SGD(like, lr=0.1), scope=scope)
+    optimizer = MDGDOptimizer(torch.optim.SGD(like, lr=0.1))
     optimizer.set_gradients(**case.gradients)
     optimizer.combine()
 
-    parts = [[flat(role, like) for role in case.roles]]
-    if scope == "tensor":
-        parts = [[x.reshape(-1) for x in row] for row in zip(*case.roles, strict=True)]
+    parts = [[x.reshape(-1) for x in row] for row in zip(*case.kinds, strict=True)]
     g_tilde = torch.cat([equations.decouple(g, v) for g, v, _, _ in parts])
     g0_tilde = torch.cat([equations.decouple(g0, v0) for _, _, g0, v0 in parts])
     r = torch.cat(
         [equations.regularizer(equations.decouple(g, v), equations.decouple(g0, v0)) for g, v, g0, v0 in parts]
     )
-    g, v = (flat(role, like) for role in case.roles[:2])
+    g, v = (flat(kind, like) for kind in case.kinds[:2])
 
     found = optimizer.diagnostics
     assert found["cos_task_visual"] == pytest.approx(cosine(g, v), abs=1e-9)
@@ -92,11 +91,26 @@ def test_angles_and_lengths(case, scope):
 
 def test_nothing_before_the_first_combine_and_no_reference_without_one():
     case = make_case([(3,)], F64, 0)
-    optimizer = MDGDOptimizer(torch.optim.SGD(case.parameters, lr=0.1), update="project")
+    optimizer = MDGDOptimizer(torch.optim.SGD(case.parameters, lr=0.1), Project())
     assert optimizer.diagnostics == {}
     optimizer.set_gradients(task=case.gradients["task"], visual=case.gradients["visual"])
     optimizer.combine()
     assert set(optimizer.diagnostics) == {"cos_task_visual", "visual_to_task"}
+
+
+def test_without_a_visual_gradient_there_is_no_angle_to_it():
+    case = make_case([(3,)], F64, 0)
+    optimizer = MDGDOptimizer(torch.optim.SGD(case.parameters, lr=0.1))
+    optimizer.set_gradients(task=case.gradients["task"], visual=[None])
+    optimizer.combine()
+    assert optimizer.diagnostics == {}
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_the_kept_fraction_is_of_trained_elements(compact):
+    frozen, p = torch.nn.Parameter(torch.ones(30), requires_grad=False), torch.nn.Parameter(torch.ones(10))
+    base = torch.optim.SGD([frozen, p], lr=0.1)
+    assert MDGDOptimizer(base, mask=Random(0.3), compact=compact).diagnostics == {"kept_fraction": 0.3}
 
 
 def test_zero_vectors_have_no_angle_and_no_nan():
@@ -138,19 +152,23 @@ class NoReads(TorchDispatchMode):
     "settings",
     [
         {},
-        {"update": "reference", "scope": "global"},
+        {"rule": Project()},
         {"mask": TopK(0.5)},
-        {"update": "project", "space": "step", "restore": 0.1},
-        {"update": "project", "space": "step", "mask": TopK(0.5)},
+        {"rule": StepProject(0.1)},
+        {"rule": StepProject(), "mask": TopK(0.5)},
+        {"rule": Project(), "mask": TopK(0.5, refresh=9)},
     ],
 )
-def test_no_step_waits_for_the_device(settings):
+def test_no_step_waits_for_the_device(settings, monkeypatch):
     case = make_case([(3, 4), (5,)], F64 * 2, 0)
     optimizer = MDGDOptimizer(torch.optim.SGD(case.parameters, lr=0.1, momentum=0.9), **settings)
     # The first step may: it chooses the mask.
     optimizer.set_gradients(**case.gradients)
     optimizer.step()
     optimizer.zero_grad()
+    # It reads the rule's weights, which are on the CPU in any case.
+    needs = optimizer.needs()
+    monkeypatch.setattr(optimizer, "needs", lambda pictures: needs)
     with NoReads():
         optimizer.set_gradients(**case.gradients)
         optimizer.combine()

@@ -19,7 +19,18 @@ def fresh_state():
 
 
 def test_there_are_examples():
-    names = {"accelerate_loop", "ddp", "float16", "fsdp", "hook_api", "lightning_module", "lora", "trainer", "trl_sft"}
+    names = {
+        "accelerate_loop",
+        "ddp",
+        "float16",
+        "fsdp",
+        "hook_api",
+        "lightning_module",
+        "lora",
+        "own_rule",
+        "trainer",
+        "trl_sft",
+    }
     assert names <= set(SCRIPTS)
 
 
@@ -34,3 +45,5 @@ def test_example(name, tmp_path, monkeypatch, capsys):
     visual = [float(x) for x in re.findall(r"visual loss (\d+\.\d+)", printed)]
     assert visual[-1] > 0
     assert len(re.findall(r"loss \d+\.\d+", printed)) >= 3
+    if name == "own_rule":
+        assert "the resumed run is the uninterrupted one: True" in printed

@@ -11,12 +11,12 @@ from torch.utils.checkpoint import checkpoint
 from tests.networks import capture_both, losses, network
 from tests.properties import assert_same_bits
 from tests.tiny_models import IMAGE, llava, llava_batch, text_batch
-from torch_mdgd import MDGDOptimizer, VisualTap, mdgd_backward
+from torch_mdgd import MDGDOptimizer, Project, VisualTap, mdgd_backward
 from torch_mdgd.backward import find_optimizer
 
 
-def sgd(model, **settings):
-    return MDGDOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), **settings)
+def sgd(model, rule=None):
+    return MDGDOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), rule)
 
 
 def test_a_tap_that_does_not_know_the_models_image_token():
@@ -100,15 +100,15 @@ def test_an_optimizer_over_other_parameters():
         mdgd_backward(model, sgd(other), llava_batch())
 
 
-@pytest.mark.parametrize("role", ["task", "visual"])
+@pytest.mark.parametrize("kind", ["task", "visual"])
 @pytest.mark.parametrize("verb", ["combine", "step"])
-def test_a_role_that_was_not_captured(verb, role):
+def test_a_kind_that_was_not_captured(verb, kind):
     model = network()
-    optimizer = sgd(model, update="project")
-    other = {"task": 0, "visual": 1}[role]
-    with optimizer.capture("visual" if role == "task" else "task"):
+    optimizer = sgd(model, Project())
+    other = {"task": 0, "visual": 1}[kind]
+    with optimizer.capture("visual" if kind == "task" else "task"):
         losses(model)[other].backward()
-    with pytest.raises(RuntimeError, match=rf"needs the {role} gradient, not captured: run .* in capture\('{role}'\)"):
+    with pytest.raises(RuntimeError, match=rf"needs the {kind} gradient, not captured: run .* in capture\('{kind}'\)"):
         getattr(optimizer, verb)()
 
 
@@ -116,7 +116,9 @@ def test_gradients_at_the_reference():
     model = network()
     optimizer = sgd(model)
     capture_both(model, optimizer)
-    with pytest.raises(RuntimeError, match=r"inside reference\(\); update='project' or regularize=0 works without"):
+    with pytest.raises(
+        RuntimeError, match=r"inside reference\(\); rules\.Project\(\) and MDGD\(regularize=0\) need no"
+    ):
         optimizer.step()
 
 

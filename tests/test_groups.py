@@ -1,4 +1,4 @@
-"""Settings in the parameter groups, and groups that come later."""
+"""What is refused, the rule's weights in the parameter groups, and groups that come later."""
 
 import math
 
@@ -9,53 +9,47 @@ from torch import nn
 from tests.networks import capture_both, network
 from tests.properties import assert_close, assert_same_bits, expected
 from tests.strategies import make_case
-from torch_mdgd import Given, MDGDOptimizer, TopK, VisualInputs
+from torch_mdgd import MDGD, DriftBudget, Given, MDGDOptimizer, Project, ProtectInputs, StepProject, TopK
 
 F64 = (torch.float64,)
-TWO = {"update": "project"}
-STEP = {"update": "project", "space": "step"}
 
 
-def sgd(model: nn.Module, **settings) -> MDGDOptimizer:
-    return MDGDOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), **settings)
+def sgd(model: nn.Module, rule=None, **settings) -> MDGDOptimizer:
+    return MDGDOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), rule, **settings)
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("make", "message"),
     [
-        ({"update": "plain"}, "update must be one of 'regularize', 'reference', 'project', got 'plain'"),
-        ({"space": "time"}, "space must be one of"),
-        ({"scope": "row"}, "scope must be one of"),
-        ({"align": -1.0}, "align must be a finite number ≥ 0"),
-        ({"regularize": math.nan}, "regularize must be a finite number ≥ 0"),
-        ({"restore": math.inf, "space": "step", "update": "project"}, "restore must be a finite number ≥ 0"),
-        ({"align": "1"}, "align must be a finite number ≥ 0"),
-        ({"align": True}, "align must be a finite number ≥ 0"),
-        ({"history": 0, **STEP}, "history must be a whole number from 1, got 0"),
-        ({"history": 1.5, **STEP}, "history must be a whole number from 1, got 1.5"),
-        ({"history": True, **STEP}, "history must be a whole number from 1"),
-        ({"history": 2}, "history is of directions in step space: pass space='step'"),
-        ({"reference_every": 2.0}, r"reference_every must be a whole number from 1, got 2\.0"),
-        ({"drift_budget": -1}, "drift_budget must be a finite number > 0 or None, got -1"),
-        ({"drift_budget": "0.1"}, "drift_budget must be a finite number > 0 or None, got '0.1'"),
-        ({"drift_budget": 0.1, **STEP}, "drift_budget sets align, .* with space='step'"),
-        ({"space": "step"}, "space='step' works with update='project' alone"),
-        ({"restore": 0.1}, "restore is a move in step space"),
+        (lambda: MDGD(align=-1.0), "MDGD: align must be a finite number ≥ 0, got -1"),
+        (lambda: MDGD(regularize=math.nan), "MDGD: regularize must be a finite number ≥ 0"),
+        (lambda: MDGD(align="1"), "MDGD: align must be a finite number ≥ 0, got '1'"),
+        (lambda: MDGD(align=True), "MDGD: align must be a finite number ≥ 0"),
+        (lambda: Project(-0.5), "Project: align must be a finite number ≥ 0"),
+        (lambda: StepProject(math.inf), "StepProject: restore must be a finite number ≥ 0"),
+        (lambda: DriftBudget(MDGD(), -1), "DriftBudget: budget must be a finite number > 0, got -1"),
+        (lambda: DriftBudget(MDGD(), "0.1"), "DriftBudget: budget must be a finite number > 0, got '0.1'"),
+        (lambda: DriftBudget(MDGD(align=0), 0.1), "DriftBudget multiplies align: pass a rule with an align above 0"),
+        (lambda: DriftBudget(StepProject(), 0.1), r"an align above 0, not StepProject\(restore=0\)"),
+        (lambda: ProtectInputs(network(), 1.5, text_module=network()), "ProtectInputs: energy must lie in"),
+        (lambda: ProtectInputs(network(), decay=1, text_module=network()), "ProtectInputs: decay must lie in"),
+        (lambda: ProtectInputs(network(), refresh=0, text_module=network()), "refresh must be a whole number from 1"),
     ],
 )
-def test_settings_out_of_range_are_refused(settings, message):
+def test_arguments_of_a_rule_out_of_range_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
-        sgd(network(), **settings)
+        make()
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"protect": object(), **STEP}, "protect must be a VisualInputs or None, got object"),
-        ({"protect": VisualInputs, **STEP}, "protect must be a VisualInputs or None, got type"),
-        ({"mask": 0.1}, "mask must be such as TopK\\(0.1\\), or None, got 0.1"),
+        ({"rule": "project"}, r"rule must be a Rule such as MDGD\(\), or None, got 'project'"),
+        ({"rule": MDGD}, "rule must be a Rule such as MDGD"),
+        ({"mask": 0.1}, r"mask must be such as TopK\(0\.1\), or None, got 0\.1"),
         ({"mask": TopK}, "mask must be such as TopK"),
-        ({"compact": 0.1, "mask": TopK(0.1)}, "compact must be True or False, got 0.1"),
+        ({"compact": 0.1, "mask": TopK(0.1)}, r"compact must be True or False, got 0\.1"),
+        ({"align": 1.0}, "unexpected keyword argument 'align'"),
     ],
 )
 def test_arguments_of_another_kind_are_refused(settings, message):
@@ -66,10 +60,10 @@ def test_arguments_of_another_kind_are_refused(settings, message):
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ({"align": -1.0}, "align"),
-        ({"align": 0.0, "drift_budget": 0.1}, "drift_budget multiplies align"),
-        ({"mask": Given([]), "scope": "global"}, "0 masks for 4 parameters"),
-        ({"space": "step", "update": "project", "history": 2, "mask": TopK(0.5), "compact": 1}, "compact"),
+        ({"rule": 1.0}, "rule must be a Rule"),
+        ({"mask": Given([])}, "0 masks for 4 trained parameters"),
+        ({"mask": TopK(0.5), "compact": 1}, "compact"),
+        ({"rule": ProtectInputs(nn.Linear(1, 1), text_module=nn.Linear(1, 1))}, r"the weight of no nn\.Linear"),
     ],
 )
 def test_what_was_refused_leaves_no_settings_behind(bad, message):
@@ -78,46 +72,47 @@ def test_what_was_refused_leaves_no_settings_behind(bad, message):
     with pytest.raises((TypeError, ValueError), match=message):
         MDGDOptimizer(base, **bad)
     assert [set(group) for group in base.param_groups] == before
-    assert MDGDOptimizer(base).param_groups[0]["align"] == 1.0
-
-
-def protecting(model):
-    return VisualInputs(model, text_module=model)
+    assert MDGDOptimizer(base).param_groups[0]["mdgd_align"] == 1.0
 
 
 CONFLICTS = [
-    (lambda m: {**STEP, "history": 2, "scope": "global"}, {"history": 3}, r"history must be the same .* got \[2, 3\]"),
-    (lambda m: {"drift_budget": 0.1}, STEP, "drift_budget sets align, .* with space='step'"),
-    (lambda m: {**STEP, "protect": protecting(m)}, {"space": "gradient"}, "space='step' alone, got space='gradient'"),
-    (lambda m: {**STEP, "protect": protecting(m)}, {"restore": 0.1}, "restore=0 alone, got restore=0.1"),
-    (lambda m: {**STEP, "protect": protecting(m)}, {"history": 2}, "history=1 alone, got history=2"),
-    (lambda m: {**STEP, "protect": protecting(m)}, {"scope": "global"}, "scope='tensor' alone, got scope='global'"),
-    (lambda m: STEP, {"history": 1.5}, "history must be a whole number from 1, got 1.5"),
+    (MDGD(), {"mdgd_align": -1}, "mdgd_align must be a finite number ≥ 0, got -1"),
+    (
+        MDGD(),
+        {"mdgd_restore": 0.1},
+        r"has 'mdgd_restore', and the rule MDGD\(align=1, regularize=1\) has no such weight",
+    ),
+    (StepProject(), {"mdgd_align": 1.0}, "has 'mdgd_align', and the rule StepProject"),
+    (Project(), {"maximize": True}, "maximize=True would raise the visual loss as well"),
 ]
 
 
-@pytest.mark.parametrize(("make", "bad", "message"), CONFLICTS)
-def test_a_group_whose_settings_exclude_an_option_is_refused_when_given(make, bad, message):
+@pytest.mark.parametrize(("rule", "bad", "message"), CONFLICTS)
+def test_a_group_that_does_not_suit_the_rule_is_refused_when_given(rule, bad, message):
     model = network()
     groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), **bad}]
+    base = torch.optim.SGD(groups, lr=0.1)
+    before = [set(group) for group in base.param_groups]
     with pytest.raises(ValueError, match=message):
-        MDGDOptimizer(torch.optim.SGD(groups, lr=0.1), **make(model))
+        MDGDOptimizer(base, rule)
+    assert [set(group) for group in base.param_groups] == before
 
 
-@pytest.mark.parametrize(("make", "bad", "message"), CONFLICTS)
-def test_a_group_whose_settings_exclude_an_option_is_refused_when_added(make, bad, message):
+@pytest.mark.parametrize(("rule", "bad", "message"), CONFLICTS)
+def test_a_group_that_does_not_suit_the_rule_is_refused_when_added(rule, bad, message):
     model = network()
-    optimizer = MDGDOptimizer(torch.optim.SGD(model[0].parameters(), lr=0.1), **make(model))
+    optimizer = MDGDOptimizer(torch.optim.SGD(model[0].parameters(), lr=0.1), rule)
     with pytest.raises(ValueError, match=message):
         optimizer.add_param_group({"params": model[2].parameters(), **bad})
     assert len(optimizer.param_groups) == 1
+    assert len(optimizer.parameters) == 2
 
 
-@pytest.mark.parametrize(("make", "bad", "message"), CONFLICTS)
-def test_a_group_whose_settings_exclude_an_option_is_refused_when_loaded(make, bad, message):
+@pytest.mark.parametrize(("rule", "bad", "message"), [CONFLICTS[0], CONFLICTS[-1]])
+def test_a_group_that_does_not_suit_the_rule_is_refused_when_loaded(rule, bad, message):
     model = network()
     groups = [{"params": model[0].parameters()}, {"params": model[2].parameters()}]
-    optimizer = MDGDOptimizer(torch.optim.SGD(groups, lr=0.1), **make(model))
+    optimizer = MDGDOptimizer(torch.optim.SGD(groups, lr=0.1), rule)
     before, state_dict = optimizer.state_dict(), optimizer.state_dict()
     state_dict["param_groups"][1].update(bad)
     with pytest.raises(ValueError, match=message):
@@ -125,18 +120,26 @@ def test_a_group_whose_settings_exclude_an_option_is_refused_when_loaded(make, b
     assert optimizer.state_dict()["param_groups"] == before["param_groups"]
 
 
-def test_settings_live_in_the_groups_and_a_group_may_have_its_own():
+def test_weights_live_in_the_groups_and_a_group_may_have_its_own():
     a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
-    base = torch.optim.SGD([{"params": [a]}, {"params": [b], "align": 0.25, "scope": "global"}], lr=0.1)
-    optimizer = MDGDOptimizer(base, align=2.0, regularize=0.5)
-    found = [(g["align"], g["regularize"], g["scope"], g["update"]) for g in optimizer.param_groups]
-    assert found == [(2.0, 0.5, "tensor", "regularize"), (0.25, 0.5, "global", "regularize")]
+    base = torch.optim.SGD([{"params": [a]}, {"params": [b], "mdgd_align": 0.25}], lr=0.1)
+    optimizer = MDGDOptimizer(base, MDGD(2.0, 0.5))
+    found = [tuple(g[f"mdgd_{name}"] for name in ("rule", "align", "regularize")) for g in optimizer.param_groups]
+    assert found == [("MDGD", 2.0, 0.5), ("MDGD", 0.25, 0.5)]
 
 
-def test_a_bad_setting_in_a_group_is_refused():
-    base = torch.optim.SGD([{"params": [nn.Parameter(torch.ones(2))], "align": -1.0}], lr=0.1)
-    with pytest.raises(ValueError, match="align"):
-        MDGDOptimizer(base)
+def test_the_next_wrapping_keeps_nothing_of_the_last_one():
+    a, b = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))
+    base = torch.optim.SGD([{"params": [a], "mdgd_restore": 0.5}, {"params": [b]}], lr=0.1)
+    MDGDOptimizer(base, StepProject(0.25))
+    with torch.no_grad():
+        a.add_(1)
+    optimizer = MDGDOptimizer(base, MDGD(10.0))
+    for group in optimizer.param_groups:
+        found = {key: value for key, value in group.items() if key.startswith("mdgd_")}
+        assert found == {"mdgd_rule": "MDGD", "mdgd_align": 10.0, "mdgd_regularize": 1.0}
+    with optimizer.reference():
+        assert a.tolist() == [1.0] * 3
 
 
 def test_the_same_parameter_twice_is_refused():
@@ -147,23 +150,23 @@ def test_the_same_parameter_twice_is_refused():
         MDGDOptimizer(base)
 
 
-def test_changing_a_setting_in_a_group_takes_effect():
+def test_changing_a_weight_in_a_group_takes_effect():
     case = make_case([(5,)], F64, 0)
     optimizer = MDGDOptimizer(torch.optim.SGD(case.parameters, lr=0.1))
-    optimizer.param_groups[0]["align"] = 0.125
+    optimizer.param_groups[0]["mdgd_align"] = 0.125
     optimizer.set_gradients(**case.gradients)
     optimizer.combine()
-    assert_close([case.parameters[0].grad], expected(case.roles, case.parameters, align=0.125))
+    assert_close([case.parameters[0].grad], expected(case.kinds, case.parameters, align=0.125))
 
 
-def test_add_param_group_takes_this_optimizers_settings_and_a_reference():
+def test_add_param_group_takes_the_rules_weights_and_a_reference():
     case = make_case([(3,), (4,)], F64 * 2, 0)
     a, b = case.parameters
-    optimizer = MDGDOptimizer(torch.optim.SGD([a], lr=0.1), align=0.5)
+    optimizer = MDGDOptimizer(torch.optim.SGD([a], lr=0.1), MDGD(0.5))
     with torch.no_grad():
         a.add_(1)
     now = b.detach().clone()
-    optimizer.add_param_group({"params": iter([b]), "regularize": 2.0})
+    optimizer.add_param_group({"params": iter([b]), "mdgd_regularize": 2.0})
     with torch.no_grad():
         b.add_(1)
     with optimizer.reference():
@@ -171,24 +174,16 @@ def test_add_param_group_takes_this_optimizers_settings_and_a_reference():
     optimizer.set_gradients(**case.gradients)
     optimizer.combine()
     wanted = [
-        *expected([role[:1] for role in case.roles], [a], align=0.5),
-        *expected([role[1:] for role in case.roles], [b], align=0.5, regularize=2.0),
+        *expected([kind[:1] for kind in case.kinds], [a], align=0.5),
+        *expected([kind[1:] for kind in case.kinds], [b], align=0.5, regularize=2.0),
     ]
     assert_close([a.grad, b.grad], wanted)
-
-
-def test_add_param_group_with_a_bad_setting_adds_nothing():
-    optimizer = sgd(network())
-    with pytest.raises(ValueError, match="align"):
-        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], "align": -1})
-    assert len(optimizer.param_groups) == 1
-    assert len(optimizer.parameters) == 4
 
 
 USES = {
     "capture": lambda o: o.capture("task"),
     "reference": lambda o: o.reference().__enter__(),
-    "required_roles": lambda o: o.required_roles,
+    "needs": lambda o: o.needs(),
     "set_gradients": lambda o: o.set_gradients(task=[None] * 5),
     "state_dict": lambda o: o.state_dict(),
     "step": lambda o: o.step(),
@@ -197,7 +192,7 @@ USES = {
 
 @pytest.mark.parametrize("use", USES)
 def test_a_group_added_to_the_base_is_noticed(use):
-    optimizer = sgd(network(), **TWO)
+    optimizer = sgd(network())
     optimizer.base.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
     with pytest.raises(RuntimeError, match="call add_param_group on the MDGDOptimizer, not on its base"):
         USES[use](optimizer)
@@ -207,7 +202,7 @@ def test_a_group_added_to_the_base_is_noticed(use):
 def test_add_param_group_comes_before_captures_and_masks(when):
     case = make_case([(5,)], F64, 0)
     mask = TopK(0.5) if when == "masked" else None
-    optimizer = MDGDOptimizer(torch.optim.SGD(case.parameters, lr=0.1), update="project", space="step", mask=mask)
+    optimizer = MDGDOptimizer(torch.optim.SGD(case.parameters, lr=0.1), StepProject(), mask=mask)
     optimizer.set_gradients(**case.gradients)
     if when == "combined":
         optimizer.combine()
@@ -221,17 +216,17 @@ def test_frozen_parameters_in_a_group_stay_as_they_are():
     model = network()
     model[2].weight.requires_grad_(False)
     start = model[2].weight.detach().clone()
-    optimizer = sgd(model, **TWO)
+    optimizer = sgd(model, Project())
     capture_both(model, optimizer)
     optimizer.step()
     assert model[2].weight.grad is None
     assert_same_bits([model[2].weight], [start])
 
 
-def test_maximize_is_refused_in_gradient_space_alone():
-    def base():
-        return torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1, maximize=True)
-
-    with pytest.raises(ValueError, match="maximize=True"):
-        MDGDOptimizer(base())
-    MDGDOptimizer(base(), update="project", space="step")
+def test_maximize_is_for_rules_that_correct_the_move():
+    p = nn.Parameter(torch.zeros(2))
+    optimizer = MDGDOptimizer(torch.optim.SGD([p], lr=1.0, maximize=True), StepProject())
+    optimizer.set_gradients(task=[torch.tensor([1.0, 1.0])], visual=[torch.tensor([1.0, 0.0])])
+    optimizer.step()
+    # Along v the move would raise the visual loss.
+    assert p.tolist() == [0.0, 1.0]

@@ -6,7 +6,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from torch_mdgd import MDGDOptimizer
+from torch_mdgd import MDGD, MDGDOptimizer, Project, StepProject
+from torch_mdgd.rules.base import KINDS
 
 # Well above the fixed scratch of the kernels.
 N = 1 << 22
@@ -35,8 +36,8 @@ class LiveBuffers(TorchDispatchMode):
 
 
 def passes(optimizer, p, data):
-    for role, x in zip(("visual", "task"), data, strict=True):
-        with optimizer.capture(role):
+    for kind, x in zip(("visual", "task"), data, strict=True):
+        with optimizer.capture(kind):
             (p @ x).backward()
 
 
@@ -56,10 +57,10 @@ def test_the_watch_counts_live_buffers():
     [
         # g, v and g~0; d takes the place of g, and nothing else is left.
         ({}, 3, 3, 1),
-        ({"update": "reference", "scope": "global"}, 3, 3, 1),
-        ({"update": "project"}, 2, 2, 1),
+        ({"rule": MDGD(regularize=0)}, 2, 2, 1),
+        ({"rule": Project()}, 2, 2, 1),
         # v is kept for the move.
-        ({"update": "project", "space": "step"}, 2, 2, 2),
+        ({"rule": StepProject()}, 2, 2, 2),
     ],
 )
 def test_gradient_sized_buffers(settings, captured, combined, left):
@@ -68,7 +69,7 @@ def test_gradient_sized_buffers(settings, captured, combined, left):
     data = [torch.randn(N) for _ in range(4)]
     optimizer = MDGDOptimizer(torch.optim.SGD([p], lr=0.1), **settings)
     with LiveBuffers() as live:
-        if len(optimizer.required_roles) == 4:
+        if optimizer.needs() == KINDS:
             with optimizer.reference():
                 passes(optimizer, p, data[2:])
             optimizer.reduce_reference()
@@ -81,8 +82,8 @@ def test_gradient_sized_buffers(settings, captured, combined, left):
         torch.zeros(1)
         assert live.peak == left
         optimizer.step()
-        # In step space also the parameters' values before the step.
-        assert live.peak <= left + ("space" in settings)
+        # With a correction also the parameters' values before the step.
+        assert live.peak <= left + (isinstance(settings.get("rule"), StepProject))
         optimizer.zero_grad()
         torch.zeros(1)
         assert len(live.alive) == 0
@@ -103,7 +104,7 @@ def test_an_exchange_with_the_reference_takes_no_buffer():
 def test_a_skipped_step_leaves_no_buffers_to_the_next():
     p = torch.nn.Parameter(torch.randn(N))
     data = [torch.randn(N) for _ in range(2)]
-    optimizer = MDGDOptimizer(torch.optim.SGD([p], lr=0.1), update="project", space="step")
+    optimizer = MDGDOptimizer(torch.optim.SGD([p], lr=0.1), StepProject())
     with LiveBuffers() as live:
         passes(optimizer, p, data)
         optimizer.combine()

@@ -9,26 +9,26 @@ from torch import nn
 
 from tests.networks import capture_both, losses, network
 from tests.properties import assert_same_bits
-from tests.strategies import ROLES, make_case
-from torch_mdgd import MDGDOptimizer, TopK
+from tests.strategies import make_case
+from torch_mdgd import MDGD, MDGDOptimizer, Project, Random, StepProject, TopK
+from torch_mdgd.rules.base import KINDS
 
 F64 = (torch.float64,)
-FOUR = {"update": "regularize"}
-TWO = {"update": "project"}
+TWO = {"rule": Project()}
 
 
-def sgd(model: nn.Module, **settings) -> MDGDOptimizer:
-    return MDGDOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), **settings)
+def sgd(model: nn.Module, rule=None, **settings) -> MDGDOptimizer:
+    return MDGDOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), rule, **settings)
 
 
 # Combine.
 
 
-@pytest.mark.parametrize("lacking", ROLES)
+@pytest.mark.parametrize("lacking", KINDS)
 def test_a_missing_capture_is_named(lacking):
     case = make_case([(3,)], F64, 0)
-    optimizer = MDGDOptimizer(torch.optim.SGD(case.parameters, lr=0.1), **FOUR)
-    optimizer.set_gradients(**{role: row for role, row in case.gradients.items() if role != lacking})
+    optimizer = MDGDOptimizer(torch.optim.SGD(case.parameters, lr=0.1))
+    optimizer.set_gradients(**{kind: row for kind, row in case.gradients.items() if kind != lacking})
     with pytest.raises(RuntimeError, match=f"needs the {lacking} gradient, not captured"):
         optimizer.combine()
 
@@ -47,33 +47,40 @@ def test_capturing_one_role_alone_is_refused(verb):
     ("settings", "wanted"),
     [
         ({}, 4),
-        ({"regularize": 0.0}, 2),
-        ({"update": "reference"}, 4),
-        ({"update": "reference", "regularize": 0.0}, 4),
-        ({"update": "project"}, 2),
-        ({"update": "project", "space": "step"}, 2),
-        ({"update": "project", "mask": TopK(0.5)}, 4),
+        ({"rule": MDGD(regularize=0)}, 2),
+        ({"rule": Project()}, 2),
+        ({"rule": StepProject()}, 2),
+        ({"rule": Project(), "mask": TopK(0.5)}, 4),
         ({"mask": TopK(0.5)}, 4),
+        ({"mask": Random(0.5)}, 2),
     ],
 )
-def test_required_roles_before_the_first_step(settings, wanted):
-    assert len(sgd(network(), **settings).required_roles) == wanted
+def test_what_is_needed_before_the_first_step(settings, wanted):
+    assert sgd(network(), **settings).needs() == KINDS[:wanted]
 
 
-@pytest.mark.parametrize(("settings", "wanted"), [({}, 2), ({"update": "reference"}, 4), ({"update": "project"}, 2)])
-def test_required_roles_once_the_mask_is_chosen(settings, wanted):
+@pytest.mark.parametrize("rule", [MDGD(), Project(), StepProject()])
+def test_once_the_mask_is_chosen_gradients_at_the_reference_are_not_needed(rule):
     case = make_case([(9,)], F64, 0)
-    optimizer = MDGDOptimizer(torch.optim.SGD(case.parameters, lr=0.1), mask=TopK(0.5), **settings)
+    optimizer = MDGDOptimizer(torch.optim.SGD(case.parameters, lr=0.1), rule, mask=TopK(0.5))
     optimizer.set_gradients(**case.gradients)
     optimizer.step()
-    assert len(optimizer.required_roles) == wanted
+    assert optimizer.needs() == KINDS[:2]
 
 
-def test_any_group_that_needs_the_reference_makes_all_four_required():
+def test_a_step_without_pictures_needs_the_task_alone_unless_it_chooses_a_mask():
+    case = make_case([(9,)], F64, 0)
+    optimizer = MDGDOptimizer(torch.optim.SGD(case.parameters, lr=0.1))
+    assert optimizer.needs(pictures=False) == KINDS[:1]
+    optimizer = MDGDOptimizer(torch.optim.SGD(case.parameters, lr=0.1), mask=TopK(0.5))
+    assert optimizer.needs(pictures=False) == KINDS
+
+
+def test_any_group_that_needs_the_reference_makes_all_four_needed():
     case = make_case([(9,), (4,)], F64 * 2, 0)
     a, b = case.parameters
-    base = torch.optim.SGD([{"params": [a]}, {"params": [b], "update": "regularize"}], lr=0.1)
-    assert len(MDGDOptimizer(base, update="project").required_roles) == 4
+    base = torch.optim.SGD([{"params": [a]}, {"params": [b], "mdgd_regularize": 1.0}], lr=0.1)
+    assert MDGDOptimizer(base, MDGD(regularize=0)).needs() == KINDS
 
 
 def test_combine_then_step_equals_step():
@@ -91,7 +98,7 @@ def test_reducing_the_reference_early_changes_nothing():
     case = make_case([(3, 4), (5,)], F64 * 2, 0)
     outcomes = []
     for early in (True, False):
-        optimizer = MDGDOptimizer(torch.optim.SGD(case.parameters, lr=0.1), **FOUR)
+        optimizer = MDGDOptimizer(torch.optim.SGD(case.parameters, lr=0.1))
         optimizer.set_gradients(reference_task=case.gradients["reference_task"])
         optimizer.set_gradients(reference_visual=case.gradients["reference_visual"])
         if early:
@@ -110,7 +117,7 @@ def test_nothing_is_captured_at_the_reference_after_it_is_reduced():
     with optimizer.reference():
         capture_both(model, optimizer)
     optimizer.reduce_reference()
-    with pytest.raises(RuntimeError, match="closed the reference's roles"), optimizer.reference():
+    with pytest.raises(RuntimeError, match="has formed g̃₀ of this step already"), optimizer.reference():
         capture_both(model, optimizer)
 
 
@@ -147,7 +154,7 @@ def test_gradient_has_the_dtype_of_its_parameter(dtype):
 # Step.
 
 
-@pytest.mark.parametrize("settings", [FOUR, TWO, {"update": "project", "space": "step", "restore": 0.1}])
+@pytest.mark.parametrize("settings", [{}, TWO, {"rule": StepProject(0.1)}])
 def test_step_with_nothing_captured_is_the_wrapped_step(settings):
     models = network(), network()
     plain = torch.optim.AdamW(models[0].parameters(), lr=0.1)
@@ -174,7 +181,7 @@ def assert_next_step_is_plain(model, optimizer, twin):
 
 def test_nothing_of_one_step_reaches_the_next():
     model, twin = network(), network()
-    optimizer = sgd(model, update="project", space="step")
+    optimizer = sgd(model, StepProject())
     capture_both(model, optimizer)
     optimizer.step()
     # Not the wrapper's zero_grad: a trainer calls the model's.
@@ -185,7 +192,7 @@ def test_nothing_of_one_step_reaches_the_next():
 
 def test_zero_grad_forgets_what_was_combined():
     model, twin = network(), network()
-    optimizer = sgd(model, update="project", space="step", restore=0.5)
+    optimizer = sgd(model, StepProject(0.5))
     capture_both(model, optimizer)
     optimizer.combine()
     optimizer.zero_grad()
@@ -205,7 +212,7 @@ def test_nan_when_the_mask_is_chosen_refuses_the_step_and_changes_nothing():
     case = make_case([(3, 4), (5,)], F64 * 2, 0)
     optimizer = MDGDOptimizer(torch.optim.SGD(case.parameters, lr=0.1), mask=TopK(0.5))
     before = [p.detach().clone() for p in case.parameters]
-    bad = {role: [x.clone() for x in row] for role, row in case.gradients.items()}
+    bad = {kind: [x.clone() for x in row] for kind, row in case.gradients.items()}
     bad["visual"][1][2] = math.nan
     optimizer.set_gradients(**bad)
     with pytest.raises(RuntimeError, match="NaN or Inf at the step that chooses the mask"):

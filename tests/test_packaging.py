@@ -22,7 +22,7 @@ USE = """
 import importlib.util
 
 import torch
-from torch_mdgd import MDGDOptimizer
+from torch_mdgd import MDGD, MDGDOptimizer
 
 for name in ("transformers", "numpy", "matplotlib", "reproductions", "benchmarks"):
     assert importlib.util.find_spec(name) is None, f"{name} can be imported: the environment is not empty"
@@ -40,7 +40,7 @@ def capture_both(optimizer):
     return loss.item()
 
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-optimizer = MDGDOptimizer(optimizer, align=1.0, regularize=1.0)
+optimizer = MDGDOptimizer(optimizer, MDGD(align=1.0, regularize=1.0))
 
 losses = []
 for _ in range(20):
@@ -123,10 +123,24 @@ def test_wheel_works_beside_torch_alone(wheel: Path, tmp_path: Path) -> None:
     run(python, "-I", "-c", USE, cwd=tmp_path)
 
 
-@pytest.mark.parametrize("name", torch_mdgd.__all__)
+DOCUMENTED = {
+    name: found
+    for module in (torch_mdgd, torch_mdgd.rules, torch_mdgd.masks, torch_mdgd.delta)
+    for name, found in vars(module).items()
+    if (inspect.isclass(found) or inspect.isfunction(found)) and found.__module__.startswith("torch_mdgd")
+    if not name.startswith("_")
+}
+
+
+def test_all_that_is_exported_is_documented() -> None:
+    exported = {*torch_mdgd.__all__, *torch_mdgd.rules.__all__, *torch_mdgd.masks.__all__}
+    assert exported - DOCUMENTED.keys() == {"delta", "masks", "rules"}
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
 def test_docstrings_list_every_argument_in_the_order_of_the_signature(name: str) -> None:
-    documented = getattr(torch_mdgd, name)
+    documented = DOCUMENTED[name]
     signature = list(inspect.signature(documented).parameters)
     section = re.search(r"^Args:\n(.*?)(?:\n\n(?=\S)|\Z)", inspect.getdoc(documented) or "", re.DOTALL | re.MULTILINE)
-    assert section is not None
-    assert re.findall(r"^    (\w+):", section[1], re.MULTILINE) == signature
+    assert section is not None or not signature
+    assert not signature or re.findall(r"^    (\w+):", section[1], re.MULTILINE) == signature

@@ -11,7 +11,7 @@ from transformers import SchedulerType, get_scheduler
 from tests import networks
 from tests.networks import capture_both, losses
 from tests.properties import assert_same_bits
-from torch_mdgd import MDGDOptimizer
+from torch_mdgd import MDGDOptimizer, Project
 
 network = partial(networks.network, torch.float32, bias=False)
 
@@ -160,7 +160,7 @@ def test_a_scheduler_before_the_first_step_still_warns():
 
 def test_schedulers_work_with_captures():
     model = network()
-    optimizer = MDGDOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), update="project")
+    optimizer = MDGDOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), Project())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         scheduler = lr_scheduler.LambdaLR(optimizer, lambda step: 0.0 if step else 1.0)

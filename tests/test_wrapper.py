@@ -14,10 +14,10 @@ from torch.optim import lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from tests import networks
-from tests.networks import capture_both, capture_required, losses
+from tests.networks import capture_both, capture_needed, losses
 from tests.properties import assert_same_bits
 from tests.strategies import make_case
-from torch_mdgd import MDGDOptimizer, TopK
+from torch_mdgd import MDGDOptimizer, Project, StepProject, TopK
 
 TORCH_OPTIMIZERS = {
     name: kind
@@ -122,7 +122,7 @@ def test_groups_state_and_defaults_are_those_of_base():
 def test_replaced_parameters_are_followed():
     # As sharding does: the groups keep, the tensors in them change.
     model = network()
-    optimizer = MDGDOptimizer(torch.optim.SGD(model.parameters(), lr=1.0), update="project")
+    optimizer = MDGDOptimizer(torch.optim.SGD(model.parameters(), lr=1.0), Project())
     capture_both(model, optimizer)
     optimizer.step()
     optimizer.zero_grad()
@@ -145,7 +145,8 @@ def test_repr_shows_the_groups():
     text = repr(MDGDOptimizer(torch.optim.SGD(network().parameters(), lr=0.25)))
     assert text.startswith("MDGDOptimizer (")
     assert "lr: 0.25" in text
-    assert "update: regularize" in text
+    assert "mdgd_rule: MDGD" in text
+    assert "mdgd_align: 1.0" in text
 
 
 # Hooks.
@@ -153,7 +154,7 @@ def test_repr_shows_the_groups():
 
 def test_step_hooks_run_once_and_in_order():
     model = network()
-    optimizer = MDGDOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), update="project")
+    optimizer = MDGDOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), Project())
     seen = []
     optimizer.register_step_pre_hook(lambda o, args, kwargs: seen.append(("pre", o)))
     optimizer.register_step_post_hook(lambda o, args, kwargs: seen.append(("post", o)))
@@ -207,13 +208,13 @@ def test_a_hook_that_changes_the_state_dict_in_place_does_not_change_the_callers
 # Closures.
 
 
-@pytest.mark.parametrize("space", ["gradient", "step"])
+@pytest.mark.parametrize("rule", [Project(), StepProject()])
 @pytest.mark.parametrize("captured", [False, True])
-def test_a_closure_runs_once_with_gradients_enabled(captured, space):
+def test_a_closure_runs_once_with_gradients_enabled(captured, rule):
     outcomes = []
     for as_closure in (False, True):
         model = network()
-        optimizer = MDGDOptimizer(torch.optim.AdamW(model.parameters(), lr=0.1), update="project", space=space)
+        optimizer = MDGDOptimizer(torch.optim.AdamW(model.parameters(), lr=0.1), rule)
         calls = []
 
         def closure(model=model, optimizer=optimizer, calls=calls):
@@ -248,9 +249,9 @@ def test_an_exception_in_a_closure_steps_nothing():
 # Copies.
 
 FORMS = {
-    "regularize": {},
-    "project": {"update": "project", "align": 0.5},
-    "step": {"update": "project", "space": "step", "restore": 0.1},
+    "mdgd": {},
+    "project": {"rule": Project(0.5)},
+    "step": {"rule": StepProject(0.1)},
     "masked": {"mask": TopK(0.3)},
 }
 
@@ -264,7 +265,7 @@ def trained(form, steps=2):
 
 
 def step_with_captures(model, optimizer):
-    capture_required(model, optimizer)
+    capture_needed(model, optimizer)
     optimizer.step()
     optimizer.zero_grad()
 
@@ -304,7 +305,7 @@ def test_copies_go_on_as_the_original(name, duplicate):
 
 def test_a_copy_between_captures_keeps_them():
     model = network()
-    optimizer = MDGDOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), update="project")
+    optimizer = MDGDOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), Project())
     capture_both(model, optimizer)
     twin, copied = copy.deepcopy((model, optimizer))
     optimizer.step()

@@ -1,7 +1,7 @@
 """The passes of one training step, in place of ``loss.backward()``."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torch_mdgd.captures import REFERENCE
 from torch_mdgd.models.families import PICTURES
 from torch_mdgd.models.noise import without_noise
 from torch_mdgd.models.passes import loss_of
@@ -91,10 +90,10 @@ def mdgd_backward(
     ranks.require_averaging(optimizer)
     if ranks.group is not None:
         wrapped.average_over(ranks.group)
-    if not ranks.sharded:
-        _warn_of_strangers(model, wrapped)
+    strangers = [] if ranks.sharded else _strangers(model, wrapped)
     tap = tap or VisualTap.for_model(model)
     passes = _Passes(model, wrapped, batch, tap, loss, alignment, scaler, ranks)
+    passes.strangers = strangers
     pictures, share = ranks.share(passes.images.sum())
     passes.weights = {"task": weight, "visual": share * (weight if visual_weight is None else visual_weight)}
     if not pictures:
@@ -118,10 +117,6 @@ def mdgd_backward(
         raise
     if visual_loss is not None:
         wrapped.record(visual_loss=ranks.mean(visual_loss * share))
-    if combine and len(needs) < len(KINDS):
-        # Of earlier micro-batches, which could not know.
-        for kind in (*KINDS[2:], REFERENCE):
-            wrapped.captured.pop(kind, None)
     if combine:
         wrapped.combine()
     return task_loss
@@ -154,23 +149,25 @@ def _warn_of_unmarked_pictures(batch: Batch) -> None:
         )
 
 
-def _warn_of_strangers(model: nn.Module, optimizer: MDGDOptimizer) -> None:
-    """Another optimizer that steps on what the passes leave in their ``.grad`` would go astray without a word."""
+def _strangers(model: nn.Module, optimizer: MDGDOptimizer) -> list[nn.Parameter]:
+    """Trained parameters of the model that are not the optimizer's, with a warning if there are any."""
     own = set(optimizer.parameters)
-    found = [name for name, p in model.named_parameters() if p.requires_grad and p not in own]
+    found = {name: p for name, p in model.named_parameters() if p.requires_grad and p not in own}
     if found:
         warnings.warn(
             f"mdgd_backward: {len(found)} parameters of the model require gradients and are not the optimizer's, "
-            f"beginning with {found[0]}: their .grad adds up what all passes leave and is no gradient of the loss. "
-            "Freeze them with requires_grad_(False), which saves time too, or give them to the optimizer",
+            f"beginning with {next(iter(found))}: their .grad stays as it is. Freeze them with requires_grad_(False), "
+            "which saves time, give them to the optimizer, or call mdgd_backward with their own MDGDOptimizer too",
             stacklevel=3,
         )
+    return list(found.values())
 
 
 class _Passes:
     """The forward and backward passes over one batch."""
 
     weights: dict[str, float]
+    strangers: Sequence[nn.Parameter] = ()
 
     def __init__(
         self,
@@ -323,9 +320,12 @@ class _Passes:
         weighted: Any = loss if kind == "joint" else loss * self.weights[kind]
         if kind == "visual" and self.ranks.sharded:
             gather_around(self.tap.text_module, self.model)
+        held = [p.grad for p in self.strangers]
         # Autocast is for forward passes; around this one it would round what the forward pass did not.
         with torch.autocast(loss.device.type, enabled=False), self.optimizer.capture(kind, scale=scale):
             (weighted if self.scaler is None else self.scaler.scale(weighted)).backward(retain_graph=retain_graph)
+        for p, x in zip(self.strangers, held, strict=True):
+            p.grad = x
 
 
 def _require_loss(output: Any) -> Tensor:

@@ -1,5 +1,6 @@
 """The gradients captured for one step, by kind, and how they get there from ``.grad``."""
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -118,11 +119,23 @@ class Captures:
                 f"capture of {kind}: loss scale {scale} differs from {self.scale}, that of this step so far"
             )
         self._open(kind, parameters)
+        if any(map(_hooked, parameters)):
+            warnings.warn(
+                "a parameter has a hook (register_post_accumulate_grad_hook): it sees the gradient of each backward "
+                "pass, and not d, which combine() makes of them",
+                stacklevel=4,
+            )
         assign(parameters, self.gradients.get(kind) or [None] * len(parameters))
         self.recording, self.scale = True, scale
         try:
             yield
             gathered = [p.grad for p in parameters]
+            taken = [i for i, p in enumerate(parameters) if gathered[i] is None and _hooked(p)]
+            if taken:
+                raise RuntimeError(
+                    f"capture of {kind}: a hook (register_post_accumulate_grad_hook) took the gradient of parameter "
+                    f"{taken[0]} during the backward pass, as an optimizer that steps there does: remove the hook"
+                )
             if all(x is None for x in gathered):
                 raise RuntimeError(
                     f"capture of {kind}: no parameter received a gradient. Is anything that the optimizer holds used "
@@ -157,11 +170,17 @@ class Captures:
 def refuse_stray(parameters: Sequence[Tensor]) -> None:
     """Raise a RuntimeError if a ``.grad`` holds what no capture took; zeros left by ``zero_grad`` may stay."""
     for i, p in enumerate(parameters):
-        if p.grad is not None and bool(dtensor.local([p.grad])[0].count_nonzero()):
+        # A sparse gradient has no zeros to leave behind.
+        if p.grad is not None and (p.grad.layout != torch.strided or bool(dtensor.local([p.grad])[0].count_nonzero())):
             raise RuntimeError(
                 f"parameter {i} already has a gradient, which no capture took and combine() would overwrite: run "
                 "that backward pass inside capture('task'), or call zero_grad() after the last step"
             )
+
+
+def _hooked(parameter: Tensor) -> bool:
+    """Whether hooks see its gradient as soon as a backward pass has made it."""
+    return bool(getattr(parameter, "_post_accumulate_grad_hooks", None))
 
 
 def assign(parameters: Sequence[Tensor], gradients: Tensors) -> None:

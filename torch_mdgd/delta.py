@@ -23,7 +23,12 @@ VALUES, POSITIONS = ".values", ".positions"
 
 @dataclass
 class AppliedDelta:
-    """What a delta replaced, so that it can be undone."""
+    """What a delta replaced, so that it can be undone.
+
+    Args:
+        model: holds the fine-tune's elements.
+        replaced: by the parameter's name, positions and the base model's values there.
+    """
 
     model: nn.Module
     replaced: dict[str, tuple[Tensor, Tensor]]
@@ -38,7 +43,11 @@ class AppliedDelta:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 of the names, dtypes, shapes and bits of a model's parameters and persistent buffers."""
+    """SHA-256 of the names, dtypes, shapes and bits of a model's parameters and persistent buffers.
+
+    Args:
+        model: if it is sharded, all ranks call this.
+    """
     return _digest(model.state_dict().items())
 
 
@@ -107,7 +116,7 @@ def apply_delta(model: nn.Module, path: str | os.PathLike[str]) -> AppliedDelta:
     Raises:
         ImportError: safetensors is not installed.
         ValueError: the file is no delta, is cut short or was changed, or belongs on another model; naming it. Or the
-            model is dtensor.
+            model is sharded.
     """
     library = _safetensors()
     dtensor.refuse_sharded("apply_delta", list(model.parameters()), "apply it before fully_shard")

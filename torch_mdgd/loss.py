@@ -10,11 +10,10 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from torch_mdgd.models.noise import without_noise
+from torch_mdgd.models.passes import known_of
 from torch_mdgd.models.tap import Batch, VisualTap, visual_alignment_loss
 from torch_mdgd.models.traces import Traces
 from torch_mdgd.optimizer import MDGDOptimizer
-from torch_mdgd.parallel.ranks import refuse_model
-from torch_mdgd.storage.exchange import exchange_
 
 
 class Reference:
@@ -23,35 +22,28 @@ class Reference:
     Adapters of peft that begin as nothing, as LoRA's do, need no copy: at φ they are switched off.
 
     Args:
-        model: the model that is trained, whole on this process.
+        model: the model that is trained.
 
     Raises:
         ValueError: no parameter of the model requires gradients.
-        TypeError: a kind of parallelism that shards or hides parameters.
+        TypeError: a kind of parallelism that hides parameters.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        refuse_model(model)
         self.model = model
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        if not self.parameters:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        if not trained:
             raise ValueError("Reference: no parameter of the model requires gradients")
         self.off = _begins_as_nothing(model)
-        self.values = [] if self.off else [p.detach().clone() for p in self.parameters]
+        # It never steps: it holds φ, and knows how to exchange it.
+        self._holder = None if self.off else MDGDOptimizer(torch.optim.SGD(trained, lr=0.0))
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
         """φ is in the model here. Autograd refuses a backward pass across it."""
-        if self.off:
-            model: Any = self.model
-            with model.disable_adapter():
-                yield
-            return
-        exchange_(self.parameters, self.values)
-        try:
+        model: Any = self.model
+        with model.disable_adapter() if self._holder is None else self._holder.reference(model):
             yield
-        finally:
-            exchange_(self.parameters, self.values)
 
 
 def visual_loss(
@@ -82,6 +74,7 @@ def visual_loss(
     traces = Traces(model)
     if isinstance(reference, nn.Module):
         there = VisualTap.for_model(reference, tap.layers)
+        known_of(there.text_module).other_kernels = known_of(tap.text_module).other_kernels
         with traces.aside():
             z_reference = there.features(reference, batch)
     else:

@@ -18,6 +18,7 @@ from torch_mdgd.captures import JOINT, REFERENCE, Captures, Step, assign, refuse
 from torch_mdgd.checks import require_number
 from torch_mdgd.diagnostics import gradient_diagnostics
 from torch_mdgd.kernels import Tensors
+from torch_mdgd.kernels.exact import exact
 from torch_mdgd.masks.base import Mask, ScoreInputs
 from torch_mdgd.parallel import ranks
 from torch_mdgd.rules.base import KINDS, PREFIX, Rule
@@ -27,12 +28,16 @@ from torch_mdgd.storage.entries import pack, unpack
 
 Group = dict[str, Any]
 
-RULE = f"{PREFIX}rule"
+RULE, COMPACT = f"{PREFIX}rule", f"{PREFIX}compact"
 AGE = "mask_age"
 NO_REFERENCE = "the state dict holds no reference: it stays at the wrapped weights: right if training began there"
 NOT_CHOSEN = (
     "a gradient holds NaN or Inf at the step that chooses the mask; nothing was changed. zero_grad() and go on with "
     "another batch, or train under a gradient scaler, which skips such steps"
+)
+NOTHING_TO_CHOOSE_FROM = (
+    "the task gradient is zero at the step that chooses the mask, as of a batch whose labels are all -100: every score "
+    "would tie; nothing was changed. zero_grad() and go on with another batch"
 )
 
 
@@ -73,7 +78,7 @@ class MDGDOptimizer(Optimizer):
         rule = MDGD() if rule is None else rule
         if not isinstance(rule, Rule):
             raise TypeError(f"rule must be a Rule such as MDGD(), or None, got {rule!r}")
-        groups = [_settings(group, rule) for group in base.param_groups]
+        groups = [_settings(group, rule, compact=bool(compact)) for group in base.param_groups]
         parameters = [p for group in base.param_groups for p in group["params"]]
         storage = storage_for(parameters, base, mask, compact)
         rule.attach(parameters, mask is not None)
@@ -86,6 +91,9 @@ class MDGDOptimizer(Optimizer):
         self._made = _Made()
         self._recorded: dict[str, Tensor] = {}
         for group, settings in zip(base.param_groups, groups, strict=True):
+            for p in group["params"] if group.get(COMPACT) else ():
+                # Of the elements inside an earlier wrapping's mask.
+                base.state.pop(p, None)
             _replace(group, settings)
 
     # --------------------------------------------------------------------------------------------------------------
@@ -134,13 +142,7 @@ class MDGDOptimizer(Optimizer):
         Raises:
             RuntimeError: a group was added to ``base`` behind this optimizer's back.
         """
-        found = [p for group in self.param_groups for p in group["params"]]
-        if len(found) != len(self._storage):
-            raise RuntimeError(
-                f"{len(found)} parameters, but a reference for {len(self._storage)}: "
-                "call add_param_group on the MDGDOptimizer, not on its base"
-            )
-        return found
+        return [p for group in self._known_groups() for p in group["params"]]
 
     @property
     def trained(self) -> list[Tensor]:
@@ -209,12 +211,46 @@ class MDGDOptimizer(Optimizer):
         if self._storage.swapped or self._captures.recording:
             raise RuntimeError("reference: already inside reference() or capture()")
         parameters = self.parameters
+        self._warn_of_moved(parameters)
         with ranks.resharded(parameters, model):
             self._storage.exchange_(parameters)
             try:
                 yield
             finally:
                 self._storage.exchange_(parameters)
+
+    @torch.no_grad()
+    def set_reference(self, values: Sequence[Tensor] | None = None) -> None:
+        """Let φ be the parameters' values now, or these: for weights that were loaded after wrapping, or a next task.
+
+        What a rule has made of the old φ, such as the anchor's covariances, is made anew only if it is asked to.
+
+        Args:
+            values: T tensors of the parameters' shapes, in parameter order. With a compact storage they may differ
+                from the parameters inside the mask alone.
+
+        Raises:
+            RuntimeError: gradients are captured for this step.
+            ValueError: another number of values, or one of another shape, naming it; nothing was changed.
+        """
+        parameters = self._idle("set_reference")
+        if self._captures:
+            raise RuntimeError("set_reference: gradients are captured for this step; call it before, or zero_grad()")
+        for i, (p, x) in enumerate(zip(parameters, values or parameters, strict=False)):
+            if len(values or parameters) != len(parameters) or x.shape != p.shape:
+                raise ValueError(
+                    f"set_reference: value {i} of {len(values or ())} has shape {tuple(x.shape)}, parameter {i} of "
+                    f"{len(parameters)} {tuple(p.shape)}"
+                )
+        self._storage.renew(parameters, values)
+        self._made.began = True
+
+    def __getattr__(self, name: str) -> Any:
+        # The modes of schedule-free optimizers, which change the parameters; there only where base has them.
+        base: Any = vars(self).get("base")
+        if name in ("train", "eval") and callable(getattr(base, name, None)):
+            return partial(self._storage.switch, base, self.parameters, getattr(base, name))
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @torch.no_grad()
     def set_gradients(
@@ -279,9 +315,18 @@ class MDGDOptimizer(Optimizer):
                 capture took; inside :meth:`capture` or :meth:`reference`.
         """
         parameters = self._idle("combine")
+        with exact({p.device for p in parameters}):
+            self._combine(parameters)
+
+    def _combine(self, parameters: list[Tensor]) -> None:
         self._storage.follow(parameters)
-        self._captures.require(self.needs(pictures=not self._captures.empty("visual")))
+        needs = self.needs(pictures=not self._captures.empty("visual"))
+        self._captures.require(needs)
         refuse_stray(parameters)
+        if needs == KINDS[:1]:
+            # Of earlier micro-batches, which could not know that no picture would follow.
+            for kind in (*KINDS[2:], REFERENCE):
+                self._captures.gradients.pop(kind, None)
         if all(kind in self._captures.gradients for kind in KINDS[2:]):
             self.reduce_reference()
         joint = JOINT in self._captures.gradients
@@ -299,7 +344,7 @@ class MDGDOptimizer(Optimizer):
         w = {name: x.to(products.device) for name, x in w.items()}
         coefficients = self.rule.coefficients(products, w, self._storage.masked)
         self._storage.combine_(step.d, step.gradients, coefficients)
-        self._made.d = [None if x is None else x.to(p.dtype) for p, x in zip(parameters, step.d, strict=True)]
+        self._made.d = [None if x is None else x.to(_grad_dtype(p)) for p, x in zip(parameters, step.d, strict=True)]
         assign(parameters, self._made.d)
 
     @_disable_dynamo
@@ -323,9 +368,10 @@ class MDGDOptimizer(Optimizer):
                 loss = closure()
         if self._captures:
             self.combine()
-        if self._made.refused:
-            raise RuntimeError(NOT_CHOSEN)
+        if self._made.refused is not None:
+            raise RuntimeError(self._made.refused)
         self._storage.step(self.base, parameters, self._correction(parameters))
+        self._made.began = True
         self.discard()
         return loss
 
@@ -340,9 +386,19 @@ class MDGDOptimizer(Optimizer):
             raise RuntimeError(f"{verb}: leave capture() and reference() first")
         return self.parameters
 
+    def _known_groups(self) -> list[Group]:
+        """The parameter groups; a RuntimeError if ``base`` holds parameters that this optimizer was not told of."""
+        count = sum(len(group["params"]) for group in self.param_groups)
+        if count != len(self._storage):
+            raise RuntimeError(
+                f"{count} parameters, but a reference for {len(self._storage)}: "
+                "call add_param_group on the MDGDOptimizer, not on its base"
+            )
+        return self.param_groups
+
     def _weights(self) -> dict[str, Tensor]:
         """The rule's weights by parameter: float64, shape (T,), on the CPU."""
-        groups = [group for group in self.param_groups for _ in group["params"]]
+        groups = [group for group in self._known_groups() for _ in group["params"]]
         return {
             name: torch.tensor([group[PREFIX + name] for group in groups], dtype=torch.float64, device="cpu")
             for name in self.rule.weights
@@ -359,7 +415,10 @@ class MDGDOptimizer(Optimizer):
         assert self.mask is not None
         if not bool(products.isfinite().all()):
             # d will hold it too, and a gradient scaler that skips the step leaves the choice to the next one.
-            self._made.refused = True
+            self._made.refused = NOT_CHOSEN
+            return
+        if not bool(products[:, 0, 0].any()):
+            self._made.refused = NOTHING_TO_CHOOSE_FROM
             return
         t = [t for t, one in enumerate(self._storage.trained) if one]
         g, v, g0_tilde = ([xs[i] for i in t] for xs in (step.task, step.visual, step.reference))
@@ -375,7 +434,28 @@ class MDGDOptimizer(Optimizer):
         w = self._weights()
         if visual is None and "visual" in self.rule.needs(w, self.mask is not None):
             return None
-        return partial(self.rule.correct_, visual=visual, w=w)
+
+        def correct_(after: Tensors, before: Tensors) -> None:
+            with exact({p.device for p in parameters}):
+                self.rule.correct_(after, before, visual, w)
+
+        return correct_
+
+    def _warn_of_moved(self, parameters: list[Tensor]) -> None:
+        """Before the first step θ is φ, or φ is not what was meant."""
+        if not self._made.began:
+            self._made.began = True
+            self._storage.follow(parameters)
+            trained = [t for t, one in enumerate(self._storage.trained) if one and parameters[t].device.type != "meta"]
+            with torch.no_grad():
+                moved = next((t for t in trained if bool(self._storage.difference(parameters, t).any())), None)
+            if moved is not None:
+                warnings.warn(
+                    f"parameter {moved} has changed since the optimizer was wrapped, and no step was made: the "
+                    "reference is not what training begins with. If weights were loaded after wrapping, call "
+                    "set_reference()",
+                    stacklevel=5,
+                )
 
     def _warn_of_idle_groups(self, step: Step) -> None:
         """Not an error: some groups are of modules that not every batch runs."""
@@ -406,7 +486,7 @@ class MDGDOptimizer(Optimizer):
         if self._captures or self._made.d is not None or self._storage.masked:
             why = "the mask has been chosen" if self._storage.masked else "gradients are captured for this step"
             raise RuntimeError(f"add_param_group: {why}; add groups before")
-        _replace(param_group, _settings(param_group, self.rule))
+        _replace(param_group, _settings(param_group, self.rule, compact=COMPACT in self.param_groups[0]))
         self.base.add_param_group(param_group)
         new = self.base.param_groups[-1]["params"]
         self._storage.extend(new)
@@ -447,6 +527,7 @@ class MDGDOptimizer(Optimizer):
             warnings.warn(NO_REFERENCE, stacklevel=2)
         self.rule.load_state(found, parameters)
         self._storage.age = next((int(x) for x in found.get(AGE, ()) if x is not None), 0)
+        self._made.began = True
         self.discard()
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
@@ -478,6 +559,8 @@ class _Made:
     """What combine has made for the step: d, v for the rule's correction, and whether a mask was refused."""
 
     products: Tensor | None = None
+    # Whether a step was made, or φ said to be right.
+    began = False
 
     def __init__(self) -> None:
         self.clear()
@@ -489,7 +572,7 @@ class _Made:
     def clear(self) -> None:
         self.d: list[Tensor | None] | None = None
         self.visual: list[Tensor | None] | None = None
-        self.refused = False
+        self.refused: str | None = None
 
     def begin(self, products: Tensor | None) -> None:
         self.clear()
@@ -520,16 +603,23 @@ def _refuse(base: Any) -> None:
         raise TypeError(f"base must be a torch.optim.Optimizer, got {type(base).__name__}")
     if isinstance(base, MDGDOptimizer):
         raise TypeError(f"base is wrapped already, in {type(base).__name__}: wrap the plain optimizer, once")
-    if isinstance(base, LBFGS):
-        raise TypeError("LBFGS evaluates its closure several times a step, each on another gradient: not supported")
+    if isinstance(base, LBFGS) or hasattr(base, "first_step"):
+        raise TypeError(
+            f"{type(base).__name__} evaluates its closure several times a step, each on another gradient: not supported"
+        )
+    if base.state_dict().keys() != {"state", "param_groups"}:
+        raise TypeError(
+            f"{type(base).__name__} is an optimizer around another, and its state dict has {sorted(base.state_dict())} "
+            "in place of 'state' and 'param_groups': wrap the inner optimizer, and put this one around MDGDOptimizer"
+        )
     parameters = [p for group in base.param_groups for p in group["params"]]
     if len(set(parameters)) < len(parameters):
         raise ValueError("base holds a parameter more than once, so its values could not be exchanged in place")
     ranks.refuse_optimizer(base)
 
 
-def _settings(group: Group, rule: Rule, saved: Group | None = None) -> Group:
-    """What a group holds of the rule: its name, and its weights by prefixed keys.
+def _settings(group: Group, rule: Rule, saved: Group | None = None, compact: bool = False) -> Group:
+    """What a group holds of ours: the rule's name and weights, and whether state is compact, by prefixed keys.
 
     Weights come from ``saved``, else from the group, else from the rule. What another wrapping has left in a group is
     told by the rule's name beside it, and is not taken for an argument.
@@ -543,10 +633,10 @@ def _settings(group: Group, rule: Rule, saved: Group | None = None) -> Group:
     given |= saved or {}
     defaults = {PREFIX + name: value for name, value in rule.weights.items()}
     for key in given:
-        if key not in (RULE, *defaults):
+        if key not in (RULE, COMPACT, *defaults):
             raise ValueError(f"a parameter group has {key!r}, and the rule {rule} has no such weight")
     weights = {key: require_number(key, given.get(key, value), least=0) for key, value in defaults.items()}
-    return {RULE: type(rule).__name__, **weights}
+    return {RULE: type(rule).__name__, **weights, **({COMPACT: True} if compact else {})}
 
 
 def _replace(group: Group, settings: Group) -> None:
@@ -575,8 +665,14 @@ def _loaded(saved: Sequence[Group], groups: Sequence[Group], rule: Rule) -> list
         if old.get(RULE) == type(rule).__name__:
             now |= {key: value for key, value in old.items() if key in now}
         rest = {key: value for key, value in old.items() if not _is_own(key)}
-        out.append({**rest, **_settings(rest, rule, now)})
+        out.append({**rest, **_settings(rest, rule, now, COMPACT in group)})
     return out
+
+
+def _grad_dtype(p: Any) -> torch.dtype:
+    """What ``.grad`` takes: the parameter's dtype unless it says otherwise."""
+    dtype: torch.dtype = getattr(p, "grad_dtype", None) or p.dtype
+    return dtype
 
 
 def _is_own(key: Any) -> bool:

@@ -5,21 +5,25 @@ inputs say about them; all others go back to their pre-trained values, and what 
 for the change, as in optimal brain surgery and SparseGPT.
 """
 
+import sys
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from reproductions.methods import base
+from reproductions.methods.base import Batch
+from reproductions.shared.fields import limited
 from torch_mdgd import connector as connector_of
-from torch_mdgd.parts import decoder_layers, text_decoder
+from torch_mdgd.models.parts import decoder_layers, text_decoder
 
 DAMPING = 0.01
 """Added to the Hessian's diagonal, relative to its mean."""
 
 Sign = Literal["subtract", "add"]
 Connector = Literal["revert", "keep", "tailor"]
-Batch = Mapping[str, Any]
 
 
 @torch.no_grad()
@@ -222,3 +226,41 @@ def _hessians(
         for handle in handles:
             handle.remove()
     return {name: hessian / seen for name, hessian in hessians.items()}
+
+
+@dataclass(frozen=True)
+class TailorSettings(base.Settings):
+    """Settings of Model Tailor.
+
+    Attributes:
+        fraction: of each weight's numbers that is kept.
+        omega: weight of how far a number moved; the paper's is 0.5, its published scripts' 0.8.
+        sign: of the compensation: "subtract" as in optimal brain surgery, "add" as in the published code.
+        connector: what becomes of it: "revert" as in the published code, "keep" for as it was fine-tuned, "tailor".
+        samples: of the target task, to see what each layer's inputs are like.
+    """
+
+    fraction: float = limited(0.1, least=1e-9, most=1)
+    omega: float = limited(0.5, least=0, most=1)
+    sign: str = limited("subtract", choices=("subtract", "add"))
+    connector: str = limited("revert", choices=("revert", "keep", "tailor"))
+    samples: int = limited(128, least=1)
+
+
+class ModelTailor(base.Method):
+    """Post-hoc, on the result of plain fine-tuning."""
+
+    name = "model-tailor"
+    title = "Model Tailor"
+    begins_with = "fine-tune"
+    Settings = TailorSettings
+
+    def finish(self, work: base.Work, module: nn.Module) -> None:
+        """Tailor the fine-tuned weights."""
+        s = self.settings
+        # Each batch is one sample, and stays whole: rows of pictures are not rows of samples in every family.
+        batches, every = work.target_batches(s.samples), sys.maxsize
+        tailor_(
+            module, work.pretrained, batches, fraction=s.fraction, omega=s.omega, sign=s.sign, samples=every,
+            connector=s.connector,
+        )  # fmt: skip

@@ -2,9 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
+
+from reproductions.methods import base
+from reproductions.shared.fields import limited
 
 Example = TypeVar("Example")
 
@@ -35,3 +38,50 @@ class Replay(Generic[Example]):
         count = min(round(self.share * len(batch)), len(self.memory))
         chosen = rng.choice(len(self.memory), count, replace=False)
         return [*batch[: len(batch) - count], *(self.memory[i] for i in chosen)]
+
+
+@dataclass(frozen=True)
+class ReplaySettings(base.Settings):
+    """Settings of replay.
+
+    Attributes:
+        share: of each step's examples that are old.
+        seed: draws them.
+    """
+
+    share: float = limited(0.25, least=0, most=1)
+    seed: int = limited(0, least=0)
+
+
+class WithReplay(base.Method):
+    """The upper bound where old data is at hand: training splits of the pre-trained tasks that have one."""
+
+    name = "replay"
+    title = "Replay"
+    in_paper = False
+    Settings = ReplaySettings
+
+    def examples(self, work: base.Work, examples: Sequence[Any], batch: int) -> Sequence[Any]:
+        """The target's examples with old ones among them."""
+        return Mixed(examples, Replay(work.memory(), self.settings.share), batch, self.settings.seed)
+
+
+class Mixed(Sequence[Any]):
+    """Target examples of which a share of each ``batch`` in a row is replaced; the order is shuffled afterwards."""
+
+    def __init__(self, examples: Sequence[Any], replay: Replay, batch: int, seed: int) -> None:
+        self.examples, self.memory = examples, replay.memory
+        rng = np.random.default_rng(seed)
+        # Places instead of examples: pictures are read when they are needed.
+        places = Replay([~i for i in range(len(replay.memory))], replay.share)
+        numbers = list(range(len(examples)))
+        self.places = [
+            i for start in range(0, len(numbers), batch) for i in places(numbers[start : start + batch], rng)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: Any) -> Any:
+        place = self.places[index]
+        return self.examples[place] if place >= 0 else self.memory[~place]

@@ -156,10 +156,10 @@ class _refusals:  # noqa: N801
             typer.secho(f"{error.name} is not installed: pip install {what}", err=True, fg="red")
             raise typer.Exit(2) from error
         from reproductions.paper.data import DataError
-        from reproductions.paper.fields import ConfigError
         from reproductions.paper.models import ModelError
         from reproductions.paper.report.results import ResultError
         from reproductions.paper.run.rows import RowsFailedError
+        from reproductions.shared.fields import ConfigError
         from reproductions.shared.files import BusyError
 
         if isinstance(error, BusyError | ConfigError | DataError | ModelError | ResultError | RowsFailedError):

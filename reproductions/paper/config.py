@@ -9,9 +9,10 @@ from dataclasses import MISSING, asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from reproductions.methods import METHODS, Method
+from reproductions.methods.model_tailor import ModelTailor
 from reproductions.paper.data import DATASETS
-from reproductions.paper.fields import ConfigError, build, limited
-from reproductions.paper.methods import METHODS, Method
+from reproductions.shared.fields import ConfigError, build, limited
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -207,6 +208,11 @@ def method_of(experiment: Experiment, name: str) -> Method:
     """A method with the experiment's settings."""
     kind = METHODS[name]
     return kind(build(kind.Settings, experiment.methods.get(name, {}), experiment.name, f"methods.{name}."))
+
+
+def methods_of(model: str) -> list[str]:
+    """The rows of the tables for a model: Model Tailor was published for LLaVA alone."""
+    return [m.name for m in METHODS.values() if m.in_paper and (m is not ModelTailor or model.startswith("llava"))]
 
 
 def _override(values: dict[str, Any], override: str) -> None:

@@ -20,9 +20,9 @@ def save(figure: Figure, path: Path) -> Path:
     return path
 
 
-def grid(count: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
-    """Panels in two columns, or one where there is one panel."""
-    columns = min(2, count)
+def grid(count: int, size: tuple[float, float], columns: int = 2) -> tuple[Figure, list[Axes]]:
+    """Panels of this size in so many columns, or fewer where there are fewer panels."""
+    columns = min(columns, count)
     rows = -(-count // columns)
     figure, axes = plt.subplots(
         rows, columns, figsize=(size[0] * columns, size[1] * rows + 0.8), squeeze=False, layout="constrained"
@@ -34,11 +34,17 @@ def grid(count: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
 
 def one_legend(figure: Figure) -> None:
     """A legend of all panels below them."""
+    found = legend_entries(figure)
+    columns = max(1, min(len(found), int(figure.get_figwidth() / _LEGEND_COLUMN)))
+    figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=columns, frameon=False)
+
+
+def legend_entries(figure: Figure) -> dict[str, Artist]:
+    """What stands for each label of all panels together."""
     found: dict[str, Artist] = {}
     for axis in figure.axes:
         found |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-    columns = max(1, min(len(found), int(figure.get_figwidth() / _LEGEND_COLUMN)))
-    figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=columns, frameon=False)
+    return found
 
 
 def label(axis: Axes, title: str, x: str, y: str) -> None:

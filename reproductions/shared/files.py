@@ -17,8 +17,8 @@ def write(path: Path, text: str) -> None:
     os.replace(part, path)
 
 
-def read_lines(path: Path) -> list[Any]:
-    """The lines of a file of JSON lines; a last one cut short by a kill is left out."""
+def read_until_cut(path: Path) -> list[Any]:
+    """The lines of a file of JSON lines up to the first that a kill cut short: who goes on, goes on from there."""
     found = []
     # Answers may hold what str.splitlines takes for the end of a line, such as U+2028.
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else ():

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 
-def masked_cosine(roles: Sequence[Sequence[Tensor | None]], moved: Sequence[Tensor]) -> float:
+def masked_cosine(gradients: Sequence[Sequence[Tensor | None]], moved: Sequence[Tensor]) -> float:
     """The cosine of M ⊙ g̃ (6) and M ⊙ g̃₀ (7), of gradients g, v, g₀, v₀ by parameter; 0 if one is zero."""
     sums = torch.zeros(3, dtype=torch.float64)
-    for g, v, g0, v0, mask in zip(*roles, moved, strict=True):
+    for g, v, g0, v0, mask in zip(*gradients, moved, strict=True):
         if g is None or g0 is None:
             continue
         a, b = (_without(x, y)[mask] for x, y in ((g, v), (g0, v0)))

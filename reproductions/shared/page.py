@@ -5,9 +5,12 @@ import html
 from collections.abc import Sequence
 from pathlib import Path
 
+_STYLE = Path(__file__).with_name("page.css")
 
-def document(title: str, body: str, style: str) -> str:
-    """The whole page; the style is CSS."""
+
+def document(title: str, body: str, more_style: str = "") -> str:
+    """The whole page, in the style of ``page.css``; with CSS of its own behind it."""
+    style = _STYLE.read_text(encoding="utf-8") + more_style
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'

@@ -9,7 +9,7 @@ Result = dict[str, Any]
 
 
 def read_lines(path: Path) -> list[Result]:
-    """The lines of a file; those cut short by a kill are left out, and there are none where there is no file."""
+    """All whole lines of a file, also behind one that a kill cut short; none where there is no file."""
     found = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:

@@ -6,7 +6,7 @@ import torch
 
 from benchmarks import combine, masking, naive
 from benchmarks.setups import Captured, count, gradients, llava, minicpm
-from torch_mdgd import equations
+from tests.reference import equations
 
 N = 1000
 
@@ -33,7 +33,7 @@ def test_naive_transcription_equals_the_library() -> None:
 def test_preparing_again_changes_no_result() -> None:
     """combine() overwrites what was captured; what is timed in the second round must be what was in the first."""
     originals = gradients([(3, 5), (7,)])
-    kept = {role: [x.clone() for x in tensors] for role, tensors in originals.items()}
+    kept = {kind: [x.clone() for x in tensors] for kind, tensors in originals.items()}
     ours = Captured(originals)
     ours.prepare()
     first = ours.combine()
@@ -43,8 +43,8 @@ def test_preparing_again_changes_no_result() -> None:
     second = ours.combine()
     assert second is not None
     assert torch.equal(first, second)
-    for role, tensors in kept.items():
-        assert all(torch.equal(x, y) for x, y in zip(tensors, originals[role], strict=True)), role
+    for kind, tensors in kept.items():
+        assert all(torch.equal(x, y) for x, y in zip(tensors, originals[kind], strict=True)), kind
 
 
 @pytest.mark.parametrize("name", combine.NAMES)

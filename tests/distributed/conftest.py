@@ -7,7 +7,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing
 
-from tests.distributed import setups, workers
+from tests.distributed import checkpoints, rules, setups, workers
 
 
 @pytest.fixture(scope="session")
@@ -16,12 +16,18 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def ranks(folder):
+def alone(folder):
+    """What one process finds in the cases of rules that look at features or inputs."""
+    return rules.alone(folder)
+
+
+@pytest.fixture(scope="session")
+def ranks(folder, alone):
     """What each of two processes found, by case."""
     for form in workers.CHECKPOINTED:
         net, optimizer = workers.build(form, "alone")
         list(setups.train(net, optimizer, 0, 1, range(2)))
-        dcp.save(workers.state(net, optimizer), checkpoint_id=folder / f"one {form}")
+        dcp.save(checkpoints.state(net, optimizer), checkpoint_id=folder / f"one {form}")
     torch.multiprocessing.spawn(workers.run, (Path(folder),), nprocs=workers.WORLD)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(workers.WORLD)]
 

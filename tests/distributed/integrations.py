@@ -22,15 +22,15 @@ from transformers import TrainingArguments
 from tests import accelerate_state
 from tests.distributed import setups
 from tests.tiny_models import llava, llava_batch
-from torch_mdgd import MDGDOptimizer, TopK, mdgd_backward
+from torch_mdgd import MDGDOptimizer, StepProject, TopK, mdgd_backward
 from torch_mdgd.backward import find_optimizer
 from torch_mdgd.integrations.lightning import MDGDModuleMixin
 from torch_mdgd.integrations.transformers import MDGDTrainer
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "published": {},
-    "compact": {"mask": TopK(0.2, refresh=2), "compact": True},
-    "step space": {"update": "project", "space": "step", "restore": 0.1},
+    "compact": {"mask": TopK(0.2), "compact": True},
+    "step": {"rule": StepProject(restore=0.1)},
 }
 # Steps of two micro-batches, of four rows over all ranks.
 STEPS, MICRO_BATCHES, CLIP = 3, 2, 0.05
@@ -94,7 +94,7 @@ def trainer(
         }  # fmt: skip
         found = MDGDTrainer(
             model=model, args=TrainingArguments(**{**arguments, **more}), train_dataset=rows(), data_collator=collate,
-            optimizers=(sgd(model), None), mdgd=SETTINGS[settings], alignment="mse", effective_rank_steps=1,
+            optimizers=(sgd(model), None), **SETTINGS[settings], alignment="mse", effective_rank_steps=1,
         )  # fmt: skip
         found.train(resume_from_checkpoint=resume)
         kept = ("train_runtime", "train_samples_per_second", "train_steps_per_second")

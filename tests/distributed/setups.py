@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.tiny_models import llava, llava_batch
-from torch_mdgd import MDGDOptimizer, Magnitude, TopK, mdgd_backward
+from torch_mdgd import Magnitude, MDGDOptimizer, TopK, mdgd_backward
 from torch_mdgd.rules import MDGD, Project, StepProject
 
 FORMS: dict[str, dict[str, Any]] = {
@@ -143,7 +143,7 @@ def twice_after_one_forward(rank: int, world: int, average: bool) -> list[Tensor
     """The trap of DDP: of two backward passes after one forward pass it reduces the first."""
     net = network()
     model = parallel(net, "ddp") if world > 1 else net
-    optimizer = MDGDOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), update="project")
+    optimizer = MDGDOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), Project())
     if average and world > 1:
         optimizer.average_over(model.process_group)
     x, y = part(0, rank, world)
@@ -183,10 +183,9 @@ def llava_part(step: int, rank: int, world: int, pictures: Sequence[bool]) -> di
 
 
 LLAVA_FORMS: dict[str, dict[str, Any]] = {
-    "regularize": {"optimizer": {}},
-    "together": {"optimizer": {}, "backward": {"schedule": "together"}},
-    "masked, accumulated": {"optimizer": {"mask": TopK(0.2)}, "micro_batches": 2},
-    "step": {"optimizer": {"update": "project", "space": "step"}},
+    "published": {},
+    "masked, accumulated": {"mask": TopK(0.2), "micro_batches": 2},
+    "step": {"rule": lambda: StepProject()},
 }
 # By step: which of the four rows have a picture. Two ranks have two rows each.
 SOME_WITHOUT = [(True, True, True, False), (True, True, False, False), (False,) * 4, (False, True, True, True)]
@@ -208,15 +207,14 @@ def with_backward(
     settings = LLAVA_FORMS[form]
     # Not Adam, which enlarges the rounding of L_v, taken in float32, where a gradient is small.
     base = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
-    optimizer = MDGDOptimizer(base, **settings["optimizer"])
+    optimizer = wrapped(base, settings)
     if kind == "told":
         optimizer.average_over(torch.distributed.group.WORLD)
     k, found = settings.get("micro_batches", 1), []
     for step, rows in enumerate(pictures):
         for i in range(k):
             batch = llava_part(10 * step + i, rank, world, rows)
-            more = settings.get("backward", {})
-            mdgd_backward(model, optimizer, batch, alignment="mse", weight=1 / k, combine=i == k - 1, **more)
+            mdgd_backward(model, optimizer, batch, alignment="mse", weight=1 / k, combine=i == k - 1)
         now = snapshots(net, optimizer, [p.grad for p in optimizer.parameters])
         optimizer.step()
         optimizer.zero_grad()

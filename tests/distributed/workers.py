@@ -20,28 +20,24 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
-    get_state_dict,
     set_optimizer_state_dict,
-    set_state_dict,
 )
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.distributed import integrations, setups
-from torch_mdgd import Given, Magnitude, MDGDOptimizer, Random, checkpoint, mdgd_backward, sharded
+from tests.distributed import checkpoints, integrations, rules, setups
+from torch_mdgd import Given, Magnitude, MDGDOptimizer, Project, Random, kernels, mdgd_backward
 from torch_mdgd.delta import apply_delta, save_delta
-from torch_mdgd.equations import product
-from torch_mdgd.roles import ROLES
+from torch_mdgd.parallel import dtensor
+from torch_mdgd.rules.base import KINDS
 
 WORLD = 2
 EXAMPLES = Path(__file__).parents[2] / "examples"
-CHECKPOINTED = {name: setups.FORMS[name] for name in ("masked", "regularize", "history", "shared reference")}
-COMPACT = {name: setups.FORMS[f"{name}, compact"] for name in ("masked per tensor", "masked by ties", "masked step")}
-CHECKPOINTED |= {f"{name}, compact": form for name, form in COMPACT.items()}
-SHARDED_LATER = ("regularize", "masked when wrapped")
-DELTAS = ("masked step, compact", "regularize")
+CHECKPOINTED = ("published", "masked", *setups.COMPACT)
+SHARDED_LATER = ("published", "masked when wrapped")
+DELTAS = ("masked step, compact", "published")
 
 
 def run(rank: int, folder: Path) -> None:
@@ -60,9 +56,8 @@ def run(rank: int, folder: Path) -> None:
         for form in setups.FORMS:
             case(f"{kind}, {form}", setups.by_hand, kind, form, rank, WORLD)
         for form in setups.LLAVA_FORMS:
-            if not (kind == "fsdp" and form == "together"):
-                pictures = setups.ALL_WITH if kind == "fsdp" else setups.SOME_WITHOUT
-                case(f"{kind}, llava, {form}", setups.with_backward, kind, form, pictures, rank, WORLD)
+            pictures = setups.ALL_WITH if kind == "fsdp" else setups.SOME_WITHOUT
+            case(f"{kind}, llava, {form}", setups.with_backward, kind, form, pictures, rank, WORLD)
     case("not wrapped", not_wrapped, rank)
     case("twice after one forward", setups.twice_after_one_forward, rank, WORLD, True)
     case("kernels on shards", kernels_on_shards)
@@ -78,6 +73,7 @@ def run(rank: int, folder: Path) -> None:
         case(f"delta, {form}", delta, form, folder, rank)
     for name in ("ddp", "fsdp"):
         case(f"example, {name}", example, name, folder)
+    rules.run(case, folder, rank, WORLD)
     with_libraries(case, folder, rank)
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
@@ -133,13 +129,11 @@ def kernels_on_shards() -> dict[str, Any]:
     out: dict[str, Any] = {}
     for name, places in layouts().items():
         g, v, g0 = ([distribute_tensor(x, *at) for x, at in zip(tensors(i), places, strict=True)] for i in range(3))
-        products = sharded.inner_products([g, v], [v, g0])
-        masks = {
-            k: sharded.top_k_similarity_masks(g, v, g0, torch.full((3,), 0.5), k, product) for k in (1, 7, 20, 33, 40)
-        }
-        top = sharded.top_k_masks([x.abs() for x in g], 11)
-        kept = sharded.count(top)
-        sharded.combine_(g, [g, v], torch.tensor([[1.0, 2.0]] * 3))
+        products = kernels.inner_products([g, v], [v, g0])
+        masks = {k: kernels.top_k_similarity_masks(g, v, g0, torch.full((3,), 0.5), k) for k in (1, 7, 20, 33, 40)}
+        top = kernels.top_k_masks([x.abs() for x in g], 11)
+        kept = dtensor.count(top)
+        kernels.combine_(g, [g, v], torch.tensor([[1.0, 2.0]] * 3))
         out[name] = {
             "products": products,
             "masks": {k: [setups.whole(m) for m in mask] for k, mask in masks.items()},
@@ -148,7 +142,7 @@ def kernels_on_shards() -> dict[str, Any]:
             "combined": [setups.whole(x) for x in g],
         }
     bad = distribute_tensor(torch.tensor([1.0, 2.0, 3.0, float("nan")]), *layouts()["rows"][0])
-    out["nan"] = error(sharded.top_k_masks, [bad], 1)
+    out["nan"] = error(kernels.top_k_masks, [bad], 1)
     return out
 
 
@@ -156,11 +150,11 @@ def masks_on_shards() -> dict[str, list[Any]]:
     """Masks that are chosen when the optimizer is wrapped."""
     given = Given([p > 0 for p in setups.network().parameters()])
     out = {}
-    for mask in (Magnitude(0.3), Magnitude(0.3, scope="tensor"), Random(0.3), given):
+    for mask in (Magnitude(0.3), Random(0.3), given):
         net = setups.network()
         setups.parallel(net, "fsdp")
-        optimizer = MDGDOptimizer(setups.adamw(net), update="project", mask=mask)
-        out[f"{type(mask).__name__} {getattr(mask, 'scope', '')}"] = [setups.whole(x) for x in optimizer._storage.masks]
+        optimizer = MDGDOptimizer(setups.adamw(net), Project(), mask=mask)
+        out[type(mask).__name__] = [setups.whole(x) for x in optimizer._storage.masks]
     return out
 
 
@@ -169,16 +163,16 @@ def sharded_after_it_was_wrapped(form: str, rank: int) -> dict[str, list[dict[st
     found = {}
     for first in ("a step", "gradients given", "state dict"):
         net = setups.network()
-        optimizer = MDGDOptimizer(setups.adamw(net), **setups.FORMS[form])
+        optimizer = setups.wrapped(setups.adamw(net), setups.FORMS[form])
         setups.parallel(net, "fsdp")
         optimizer.param_groups[0]["params"] = list(net.parameters())
         if first == "gradients given":
-            optimizer.set_gradients(**{role: [torch.zeros_like(p) for p in net.parameters()] for role in ROLES})
+            optimizer.set_gradients(**{kind: [torch.zeros_like(p) for p in net.parameters()] for kind in KINDS})
             optimizer.combine()
             optimizer.zero_grad()
         if first == "state dict":
             own = [x for entry in optimizer.state_dict()["state"].values() for x in entry.values()]
-            assert all(map(sharded.is_sharded, own))
+            assert all(map(dtensor.is_sharded, own))
         found[first] = list(setups.train(net, optimizer, rank, WORLD))
     return found
 
@@ -204,7 +198,7 @@ def refusals(rank: int) -> dict[str, str]:
             pass
 
     later = setups.network()
-    compact = MDGDOptimizer(setups.adamw(later), update="project", mask=Random(0.3), compact=True)
+    compact = MDGDOptimizer(setups.adamw(later), Project(), mask=Random(0.3), compact=True)
     setups.parallel(later, "fsdp")
     compact.param_groups[0]["params"] = list(later.parameters())
     ones = [torch.ones_like(p) for p in later.parameters()]
@@ -226,7 +220,6 @@ def refusals(rank: int) -> dict[str, str]:
         "reference without model": error(reference),
         "whole gradients": error(optimizer.set_gradients, task=whole),
         "static graph": error(mdgd_backward, fixed, plain, batch),
-        "together": error(mdgd_backward, sharded_llava, wrapped, batch, schedule="together"),
         "pictures on one rank": error(mdgd_backward, sharded_llava, wrapped, batch),
         "fsdp1 parameters": error(MDGDOptimizer, torch.optim.SGD(flat.parameters(), lr=0.1)),
         "fsdp1 model": error(mdgd_backward, flat, plain, batch),
@@ -238,28 +231,17 @@ def refusals(rank: int) -> dict[str, str]:
 # Checkpoints.
 
 
-def state(net: nn.Module, optimizer: MDGDOptimizer) -> dict[str, Any]:
-    weights, optimizer_state = get_state_dict(net, optimizer)
-    return {"model": weights, "optimizer": optimizer_state}
-
-
-def restore(net: nn.Module, optimizer: MDGDOptimizer, folder: Path) -> None:
-    saved = state(net, optimizer)
-    checkpoint.load_distributed(saved, folder)
-    set_state_dict(net, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"])
-
-
 def build(form: str, kind: str) -> tuple[nn.Module, MDGDOptimizer]:
     net = setups.network()
     model = setups.parallel(net, kind)
-    return model, MDGDOptimizer(setups.adamw(net), **CHECKPOINTED[form])
+    return model, setups.wrapped(setups.adamw(net), setups.FORMS[form])
 
 
 def save(form: str, folder: Path, rank: int) -> None:
     """Two steps under FSDP2, saved."""
     net, optimizer = build(form, "fsdp")
     list(setups.train(net, optimizer, rank, WORLD, range(2)))
-    dcp.save(state(net, optimizer), checkpoint_id=folder / f"two {form}")
+    dcp.save(checkpoints.state(net, optimizer), checkpoint_id=folder / f"two {form}")
     # What a compact run saves is of all ranks as it is.
     options = StateDictOptions(full_state_dict="compact" not in form)
     full = get_optimizer_state_dict(net, optimizer, options=options)
@@ -277,7 +259,7 @@ def resume(form: str, folder: Path, rank: int) -> dict[str, Any]:
     out = {}
     for kind in ("ddp", "fsdp"):
         model, optimizer = build(form, kind)
-        restore(model, optimizer, folder / f"one {form}")
+        checkpoints.restore(model, optimizer, folder / f"one {form}")
         out[kind] = list(setups.train(model, optimizer, rank, WORLD, range(2, setups.STEPS)))
     return out
 
@@ -294,15 +276,15 @@ def delta(form: str, folder: Path, rank: int) -> tuple[int, list[Any], str]:
 
 def compact_loads_nothing(folder: Path) -> str:
     """A compact state has another size than that of a fresh optimizer, which is where it would be loaded to."""
-    settings = setups.FORMS["masked per tensor, compact"]
+    form = setups.FORMS["masked once, compact"]
     net = setups.network()
-    optimizer = MDGDOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), **settings)
+    optimizer = setups.wrapped(torch.optim.SGD(net.parameters(), lr=0.1), form)
     list(setups.train(net, optimizer, 0, 1, range(1)))
-    dcp.save(state(net, optimizer), checkpoint_id=folder / "compact")
+    dcp.save(checkpoints.state(net, optimizer), checkpoint_id=folder / "compact")
     fresh = copy.deepcopy(net)
-    other = MDGDOptimizer(torch.optim.SGD(fresh.parameters(), lr=0.1), **settings)
+    other = setups.wrapped(torch.optim.SGD(fresh.parameters(), lr=0.1), form)
     try:
-        dcp.load(state(fresh, other), checkpoint_id=folder / "compact")
+        dcp.load(checkpoints.state(fresh, other), checkpoint_id=folder / "compact")
     except dcp.api.CheckpointException as raised:
         return str(raised).strip().splitlines()[-1]
     return "loaded"

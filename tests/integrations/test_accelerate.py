@@ -20,7 +20,11 @@ def fresh_state():
         yield
 
 
-SETTINGS = {"published": {}, "compact": {"mask": TopK(0.2, refresh=2), "compact": True}}
+SETTINGS = {
+    "published": {},
+    "refreshed": {"mask": TopK(0.2, refresh=2)},
+    "compact": {"mask": TopK(0.2), "compact": True},
+}
 
 
 def make(accelerator, settings, scheduled=True, factor=1.0):
@@ -108,9 +112,9 @@ def test_save_state_and_load_state(name, precision, tmp_path):
 class Overflowing(VisualTap):
     """Makes the gradient of one loss infinite in one of the passes that have a graph."""
 
-    def __init__(self, tap, role):
+    def __init__(self, tap, kind):
         self.tap, self.mask = tap, tap.mask
-        self.name, self.at = role.removeprefix("reference_"), 0 if role.startswith("reference") else 1
+        self.name, self.at = kind.removeprefix("reference_"), 0 if kind.startswith("reference") else 1
         self.calls = 0
 
     def __call__(self, model, batch):
@@ -123,8 +127,8 @@ class Overflowing(VisualTap):
 
 
 @pytest.mark.parametrize("settings", [{}, {"mask": TopK(0.2)}], ids=["published", "mask chosen"])
-@pytest.mark.parametrize("role", ["task", "visual", "reference_task", "reference_visual"])
-def test_an_overflow_in_any_gradient_skips_the_step_and_loses_nothing(role, settings):
+@pytest.mark.parametrize("kind", ["task", "visual", "reference_task", "reference_visual"])
+def test_an_overflow_in_any_gradient_skips_the_step_and_loses_nothing(kind, settings):
     accelerator = Accelerator(cpu=True)
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     model, optimizer = make(accelerator, settings, scheduled=False)
@@ -137,7 +141,7 @@ def test_an_overflow_in_any_gradient_skips_the_step_and_loses_nothing(role, sett
             p.add_(0.01)
             q.copy_(p)
     before = weights(model)
-    tap = Overflowing(VisualTap.for_model(model), role)
+    tap = Overflowing(VisualTap.for_model(model), kind)
     torch.manual_seed(0)
     mdgd_backward(model, optimizer, llava_batch(0), tap=tap, scaler=accelerator.scaler)
     optimizer.step()

@@ -12,17 +12,17 @@ from torch.utils.data import DataLoader
 from tests.passes import trainable
 from tests.properties import assert_same_bits
 from tests.tiny_models import llava, llava_batch
-from torch_mdgd import MDGDOptimizer, TopK, VisualTap, mdgd_backward, visual_alignment_loss
+from torch_mdgd import MDGDOptimizer, StepProject, TopK, VisualTap, mdgd_backward, visual_alignment_loss
 from torch_mdgd.backward import find_optimizer
 from torch_mdgd.integrations.lightning import MDGDModuleMixin
-from torch_mdgd.roles import ROLES
+from torch_mdgd.rules.base import KINDS
 
 # Steps over five batches: with two micro-batches a step the last has one.
 BATCHES = [llava_batch(seed) for seed in range(5)]
 SETTINGS = {
     "published": {},
-    "compact": {"mask": TopK(0.2, refresh=2), "compact": True},
-    "step space": {"update": "project", "space": "step", "restore": 0.1},
+    "compact": {"mask": TopK(0.2), "compact": True},
+    "step": {"rule": StepProject(restore=0.1)},
 }
 
 
@@ -117,10 +117,12 @@ class StandIn(Manual):
     def training_step(self, batch, batch_idx):
         optimizer, self.own = self.optimizers(), self.trainer.optimizers[0]
         self.found = find_optimizer(optimizer)
-        with optimizer.reference():
-            self.role = self.own.role("task")
+        with optimizer.reference(), self.own.capture("task"):
+            self.model(**batch).loss.backward()
+        self.captured = list(optimizer.captured)
+        optimizer.discard()
         nan = [torch.full_like(p, torch.nan) for p in optimizer.parameters]
-        optimizer.set_gradients(**dict.fromkeys(ROLES, nan))
+        optimizer.set_gradients(**dict.fromkeys(KINDS, nan))
         optimizer.combine()
         optimizer.step()
 
@@ -241,7 +243,7 @@ def test_the_optimizer_knows_what_its_stand_in_was_told(tmp_path):
     with pytest.raises(RuntimeError, match="a gradient holds NaN or Inf"):
         fit(module, tmp_path)
     assert module.found is module.own
-    assert module.role == "reference_task"
+    assert module.captured == ["reference_task"]
 
 
 def test_an_optimizer_that_is_not_wrapped_is_refused(tmp_path):

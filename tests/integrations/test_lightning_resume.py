@@ -5,18 +5,18 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim.lr_scheduler import LambdaLR
 
-from tests.passes import trainable
+from tests.passes import trainable, wrap
 from tests.properties import assert_same_bits
 from tests.tiny_models import llava, llava_batch
-from torch_mdgd import MDGDOptimizer, TopK, mdgd_backward
+from torch_mdgd import MDGD, DriftBudget, ProtectInputs, TopK, mdgd_backward
 from torch_mdgd.integrations.lightning import MDGDModuleMixin
 
 BATCHES = [llava_batch(seed) for seed in range(6)]
 SETTINGS = {
-    "published": {},
-    "shared reference": {"reference_every": 3},
-    "compact": {"mask": TopK(0.2, refresh=3), "compact": True},
-    "step space": {"update": "project", "space": "step", "restore": 0.1},
+    "budget": {"rule": lambda model: DriftBudget(MDGD(), 0.05)},
+    "inputs": {"rule": lambda model: ProtectInputs(model, refresh=3)},
+    "refreshed": {"mask": TopK(0.2, refresh=3)},
+    "compact": {"mask": TopK(0.2), "compact": True},
 }
 
 
@@ -49,7 +49,7 @@ class Module(MDGDModuleMixin, LightningModule):
         self.automatic_optimization = automatic
 
     def configure_optimizers(self):
-        optimizer = MDGDOptimizer(torch.optim.AdamW(trainable(self.model), lr=0.02), **self.settings)
+        optimizer = wrap(torch.optim.AdamW(trainable(self.model), lr=0.02), self.model, **self.settings)
         scheduler = LambdaLR(optimizer, lambda step: 1 / (1 + step))
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 

@@ -6,7 +6,7 @@ import torch
 from tests.integrations.test_transformers import CountingTrainer, arguments, dataset
 from tests.passes import trainable
 from tests.tiny_models import llava
-from torch_mdgd import MDGDOptimizer
+from torch_mdgd import MDGD, MDGDOptimizer
 from torch_mdgd.integrations.transformers import MDGDTrainer, MDGDTrainerMixin
 
 
@@ -18,9 +18,9 @@ def test_an_optimizer_wrapped_twice_is_refused(tmp_path):
         args=arguments(tmp_path),
         train_dataset=dataset(),
         optimizers=(optimizer, None),
-        mdgd={"align": 2.0},
+        rule=MDGD(align=2.0),
     )
-    with pytest.raises(ValueError, match="an MDGDOptimizer already: leave out mdgd, or pass its base"):
+    with pytest.raises(ValueError, match="an MDGDOptimizer already: leave out rule and mask, or pass its base"):
         trainer.train()
 
 

@@ -12,6 +12,7 @@ from trl import SFTConfig, SFTTrainer
 from tests.passes import trainable
 from tests.properties import assert_same_bits
 from tests.tiny_models import llava, llava_batch
+from torch_mdgd import MDGD
 from torch_mdgd.integrations.transformers import MDGDTrainerMixin
 
 ROWS = 8
@@ -56,7 +57,7 @@ def trained(kind, folder, **options):
 def test_without_regularisation_and_alignment_it_is_sft_trainer(tmp_path):
     # d = g: what is left is TRL, and what it counts in compute_loss it counts once.
     plain = trained(SFTTrainer, tmp_path)
-    wrapped = trained(MDGDSFTTrainer, tmp_path, mdgd={"align": 0.0, "regularize": 0.0})
+    wrapped = trained(MDGDSFTTrainer, tmp_path, rule=MDGD(align=0.0, regularize=0.0))
     assert_same_bits(list(wrapped.model.parameters()), list(plain.model.parameters()))
     logs = [[{k: entry[k] for k in COUNTED if k in entry} for entry in t.state.log_history] for t in (wrapped, plain)]
     assert logs[0] == logs[1]
@@ -64,7 +65,7 @@ def test_without_regularisation_and_alignment_it_is_sft_trainer(tmp_path):
 
 
 def test_mdgd_trains_and_is_logged(tmp_path):
-    trainer = trained(MDGDSFTTrainer, tmp_path, mdgd={})
+    trainer = trained(MDGDSFTTrainer, tmp_path)
     seen = [entry["visual_loss"] for entry in trainer.state.log_history if "visual_loss" in entry]
     assert seen[0] == 0 < min(seen[1:])
     assert len(seen) == 3

@@ -52,14 +52,14 @@ def tensor(length: int, dtype: torch.dtype, scale: float, kind: str, layout: str
 
 @dataclass
 class Lists:
-    """R roles of T tensors, some None, and the scale that each role was made at."""
+    """R vectors of T tensors, some None, and the scale that each vector was made at."""
 
-    roles: list[list[Tensor | None]]
+    vectors: list[list[Tensor | None]]
     scales: list[float]
     lengths: list[int]
 
-    def norm(self, role: int, t: int) -> float:
-        x = self.roles[role][t]
+    def norm(self, vector: int, t: int) -> float:
+        x = self.vectors[vector][t]
         return 0.0 if x is None else float(x.double().norm())
 
 
@@ -72,19 +72,19 @@ def lists(draw, least: int = 1, most: int = 4, dtypes: st.SearchStrategy[torch.d
     seed = draw(st.integers(0, 2**31))
     holes = draw(st.booleans())
     same = draw(st.none() | dtypes)
-    roles = []
+    vectors = []
     for r, scale in enumerate(scales):
-        role: list[Tensor | None] = []
+        vector: list[Tensor | None] = []
         for t, length in enumerate(lengths):
             if holes and draw(st.integers(0, 3)) == 0:
-                role.append(None)
+                vector.append(None)
                 continue
             dtype = same or draw(dtypes)
             # A half-precision number has no room for the larger scales.
             size = min(max(scale, 1e-3), 1e2) if dtype == torch.float16 else scale
-            role.append(tensor(length, dtype, size, draw(KINDS), draw(LAYOUTS), seed + 97 * r + t))
-        roles.append(role)
-    return Lists(roles, scales, lengths)
+            vector.append(tensor(length, dtype, size, draw(KINDS), draw(LAYOUTS), seed + 97 * r + t))
+        vectors.append(vector)
+    return Lists(vectors, scales, lengths)
 
 
 def spoil(x: Tensor, position: int, value: float) -> None:

@@ -10,14 +10,14 @@ from torch_mdgd import kernels
 from torch_mdgd.kernels import oracle
 
 
-def on(role, device):
-    return [None if x is None else x.to(device) for x in role]
+def on(vector, device):
+    return [None if x is None else x.to(device) for x in vector]
 
 
 def coefficients(case, seed):
-    """Such that every term is near one, and here and there zero, however far apart the scales of the roles are."""
+    """Such that every term is near one, and here and there zero, however far apart the scales of the vectors are."""
     generator = torch.Generator().manual_seed(seed)
-    c = torch.randn(len(case.lengths), len(case.roles), generator=generator, dtype=torch.float64)
+    c = torch.randn(len(case.lengths), len(case.vectors), generator=generator, dtype=torch.float64)
     return c / torch.tensor(case.scales, dtype=torch.float64)
 
 
@@ -36,21 +36,21 @@ def assert_close(got, wanted, size):
 def sizes(case, c):
     out = []
     for t, length in enumerate(case.lengths):
-        parts = [c[t, r].abs() * x[t].double().abs() for r, x in enumerate(case.roles) if x[t] is not None]
+        parts = [c[t, r].abs() * x[t].double().abs() for r, x in enumerate(case.vectors) if x[t] is not None]
         out.append(sum(parts, torch.zeros(length, dtype=torch.float64)))
     return out
 
 
 def check(case, c, target, masks, device):
-    """Compare a combination written over ``target`` (a role's number, or None for fresh tensors) with the oracle's."""
+    """Compare a combination written over ``target`` (a vector's number; None: fresh tensors) with the oracle's."""
     fresh = [torch.full((n,), math.nan) for n in case.lengths]
-    out = fresh if target is None else case.roles[target]
+    out = fresh if target is None else case.vectors[target]
     wanted = [None if x is None else torch.empty(x.shape, dtype=x.dtype) for x in out]
-    oracle.combine_(wanted, case.roles, c, masks)
+    oracle.combine_(wanted, case.vectors, c, masks)
     limits = sizes(case, c)
-    roles = [on(role, device) for role in case.roles]
-    got = on(fresh, device) if target is None else roles[target]
-    kernels.combine_(got, roles, c.to(device), None if masks is None else on(masks, device))
+    vectors = [on(vector, device) for vector in case.vectors]
+    got = on(fresh, device) if target is None else vectors[target]
+    kernels.combine_(got, vectors, c.to(device), None if masks is None else on(masks, device))
     for t, x in enumerate(got):
         if x is not None:
             assert_close(x, wanted[t], limits[t])
@@ -58,7 +58,7 @@ def check(case, c, target, masks, device):
 
 @given(case=lists(), seed=st.integers(0, 99), into=st.none() | st.integers(0, 3))
 def test_linear_combination(backend, device, case, seed, into):
-    check(case, coefficients(case, seed), None if into is None else into % len(case.roles), None, device)
+    check(case, coefficients(case, seed), None if into is None else into % len(case.vectors), None, device)
 
 
 @given(case=lists(), seed=st.integers(0, 99), density=st.sampled_from([0.0, 0.3, 1.0]), holes=st.booleans())
@@ -78,7 +78,7 @@ def test_masked(backend, device, case, seed, density, holes):
     masked=st.booleans(),
 )
 def test_nan_and_inf_come_through(backend, device, case, value, at, zero, masked):
-    present = [x for role in case.roles for x in role if x is not None and len(x)]
+    present = [x for vector in case.vectors for x in vector if x is not None and len(x)]
     if not present:
         return
     spoil(at.draw(st.sampled_from(present)), at.draw(st.integers(0, 999)), value)
@@ -99,8 +99,8 @@ def test_nan_in_a_coefficient(backend, device):
 def test_coefficients_that_float32_cannot_hold(backend, device, x, c):
     # A whole tile, and a part of one.
     out = [torch.zeros(129, device=device)]
-    role = [torch.full((129,), x, device=device)]
-    kernels.combine_(out, [role], torch.tensor([[c]], dtype=torch.float64, device=device))
+    vector = [torch.full((129,), x, device=device)]
+    kernels.combine_(out, [vector], torch.tensor([[c]], dtype=torch.float64, device=device))
     assert out[0].tolist() == pytest.approx([x * c] * 129, rel=1e-6, abs=0)
 
 
@@ -154,7 +154,7 @@ def test_a_parameter_that_requires_grad_is_written_in_place(backend, device):
 
 
 @pytest.mark.parametrize("numel", [3, 5000])
-def test_the_target_may_be_several_of_the_roles(backend, device, numel):
+def test_the_target_may_be_several_of_the_vectors(backend, device, numel):
     x = torch.randn(numel, device=device)
     wanted = 5 * x.double()
     kernels.combine_([x], [[x], [x]], torch.tensor([[2.0, 3.0]], dtype=torch.float64, device=device))

@@ -22,7 +22,7 @@ def test_the_environment_variable_decides(monkeypatch):
 def test_the_environment_variable_must_name_a_backend(monkeypatch):
     monkeypatch.setenv("TORCH_MDGD_BACKEND", "fast")
     with pytest.raises(
-        ValueError, match="TORCH_MDGD_BACKEND names the backend 'fast'; there are oracle, eager, triton"
+        ValueError, match="TORCH_MDGD_BACKEND names the backend 'fast'; there are eager, oracle, triton"
     ):
         kernels.inner_products([[torch.zeros(1)]])
 

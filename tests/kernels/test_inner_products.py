@@ -13,8 +13,8 @@ from torch_mdgd.kernels import oracle
 TOLERANCE = 2e-7
 
 
-def on(role, device):
-    return [None if x is None else x.to(device) for x in role]
+def on(vector, device):
+    return [None if x is None else x.to(device) for x in vector]
 
 
 def assert_close(got, wanted, rows, columns):
@@ -36,28 +36,32 @@ def assert_close(got, wanted, rows, columns):
 
 
 @given(case=lists())
-def test_every_pair_of_roles(backend, device, case):
-    roles = [on(role, device) for role in case.roles]
-    assert_close(kernels.inner_products(roles), oracle.inner_products(case.roles, case.roles), case.roles, case.roles)
+def test_every_pair_of_vectors(backend, device, case):
+    vectors = [on(vector, device) for vector in case.vectors]
+    assert_close(
+        kernels.inner_products(vectors), oracle.inner_products(case.vectors, case.vectors), case.vectors, case.vectors
+    )
 
 
 @given(case=lists(least=2), split=st.integers(1, 3))
 def test_rows_against_columns(backend, device, case, split):
-    split = min(split, len(case.roles) - 1)
-    rows, columns = case.roles[:split], case.roles[max(0, split - 1) :]
-    moved = [on(role, device) for role in case.roles]
+    split = min(split, len(case.vectors) - 1)
+    rows, columns = case.vectors[:split], case.vectors[max(0, split - 1) :]
+    moved = [on(vector, device) for vector in case.vectors]
     got = kernels.inner_products(moved[:split], moved[max(0, split - 1) :])
     assert_close(got, oracle.inner_products(rows, columns), rows, columns)
 
 
 @given(case=lists(dtypes=st.just(torch.float32)), value=st.sampled_from([math.nan, math.inf, -math.inf]), at=st.data())
 def test_nan_and_inf_come_through(backend, device, case, value, at):
-    present = [x for role in case.roles for x in role if x is not None and len(x)]
+    present = [x for vector in case.vectors for x in vector if x is not None and len(x)]
     if not present:
         return
     spoil(at.draw(st.sampled_from(present)), at.draw(st.integers(0, 999)), value)
-    roles = [on(role, device) for role in case.roles]
-    assert_close(kernels.inner_products(roles), oracle.inner_products(case.roles, case.roles), case.roles, case.roles)
+    vectors = [on(vector, device) for vector in case.vectors]
+    assert_close(
+        kernels.inner_products(vectors), oracle.inner_products(case.vectors, case.vectors), case.vectors, case.vectors
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -90,25 +94,25 @@ def test_equal_numbers_do_not_pile_up_their_rounding(backend, device, value):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_the_same_bits_every_time(backend, device, dtype):
-    roles = [[torch.randn(n, device=device).to(dtype) for n in (1000, 3, 0, 517)] for _ in range(3)]
-    first = kernels.inner_products(roles)
-    assert all(torch.equal(first, kernels.inner_products(roles)) for _ in range(3))
+    vectors = [[torch.randn(n, device=device).to(dtype) for n in (1000, 3, 0, 517)] for _ in range(3)]
+    first = kernels.inner_products(vectors)
+    assert all(torch.equal(first, kernels.inner_products(vectors)) for _ in range(3))
 
 
 @pytest.mark.parametrize("rows", [1, 11])
-def test_more_roles_than_one_launch_takes(backend, device, rows):
+def test_more_vectors_than_one_launch_takes(backend, device, rows):
     generator = torch.Generator().manual_seed(0)
-    roles = [[torch.randn(n, generator=generator) for n in (70, 3)] for _ in range(11)]
-    moved = [on(role, device) for role in roles]
+    vectors = [[torch.randn(n, generator=generator) for n in (70, 3)] for _ in range(11)]
+    moved = [on(vector, device) for vector in vectors]
     got = kernels.inner_products(moved[:rows], moved)
-    assert_close(got, oracle.inner_products(roles[:rows], roles), roles[:rows], roles)
+    assert_close(got, oracle.inner_products(vectors[:rows], vectors), vectors[:rows], vectors)
     if rows == 11:
-        assert_close(kernels.inner_products(moved), oracle.inner_products(roles, roles), roles, roles)
+        assert_close(kernels.inner_products(moved), oracle.inner_products(vectors, vectors), vectors, vectors)
 
 
 def test_symmetric(backend, device):
-    roles = [[torch.randn(n, device=device) for n in (300, 5)] for _ in range(3)]
-    table = kernels.inner_products(roles)
+    vectors = [[torch.randn(n, device=device) for n in (300, 5)] for _ in range(3)]
+    table = kernels.inner_products(vectors)
     assert torch.equal(table, table.mT)
 
 

@@ -16,21 +16,41 @@ ROOT = HERE.parent.parent
 SUITE = ["test_inner_products.py", "test_combine.py", "test_top_k.py"]
 
 
-def run(*arguments, **environment):
+def start(*arguments, **environment):
     inherited = {
         name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PYTEST_ADDOPTS")
     }
     # Neither a pytest-xdist worker nor a coverage run of its own.
     inherited = {name: value for name, value in inherited.items() if not name.startswith(("PYTEST_XDIST", "COV_"))}
     command = [sys.executable, *arguments]
-    return subprocess.run(command, cwd=ROOT, env=inherited | environment, capture_output=True, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, cwd=ROOT, env=inherited | environment, text=True, **pipes)
+
+
+def run(*arguments, **environment):
+    return finish(start(*arguments, **environment))
+
+
+def finish(process):
+    out, errors = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, out, errors)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiling(tmp_path_factory):
+    """Beside all other tests of this file, since it takes as long as they do."""
+    cache = tmp_path_factory.mktemp("triton")
+    with start("-m", "tests.kernels.compile_kernels", TRITON_CACHE_DIR=str(cache)) as process:
+        yield process
+        process.kill()
 
 
 def test_the_kernel_tests_pass_in_the_interpreter():
     files = [str(HERE / name) for name in SUITE]
-    done = run("-m", "pytest", "-q", "-p", "no:cacheprovider", *files, TRITON_INTERPRET="1")
+    done = run("-m", "pytest", "-v", "-p", "no:cacheprovider", *files, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout[-6000:]
-    assert "[triton" in run("-m", "pytest", "--collect-only", "-q", files[0], TRITON_INTERPRET="1").stdout
+    assert "[triton" in done.stdout
+    assert "[eager" not in done.stdout
     # Rounding to bfloat16, which the interpreter does not do.
     assert re.search(r"\d\d passed, 1 skipped", done.stdout), done.stdout[-500:]
 
@@ -88,9 +108,8 @@ for operation, arguments in (
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    cache = tmp_path_factory.mktemp("triton")
-    done = run("-m", "tests.kernels.compile_kernels", TRITON_CACHE_DIR=str(cache))
+def compiled(compiling):
+    done = finish(compiling)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 

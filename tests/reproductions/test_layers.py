@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOMS = {
-    "mini": "world < model < experiment < report, demo < commands",
+    "mini": "rules, world < model < experiment < report, demo < commands",
 }
 """The rooms of each experiment, from the lowest floor up. Rooms of one floor do not import each other."""
 BELOW = ("shared", "methods")

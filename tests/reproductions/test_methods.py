@@ -7,10 +7,24 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForImageTextToText, LlavaConfig
 
-from reproductions.methods import ElasticWeights, PullTowards, Replay, diagonal_fisher, lora, tailor_
+from reproductions.methods import (
+    METHODS,
+    ElasticWeights,
+    PullTowards,
+    Replay,
+    diagonal_fisher,
+    lora,
+    tailor_,
+    train_last,
+)
 from reproductions.methods.model_tailor import tailored
 from tests.tiny_models import llava, llava_batch
-from torch_mdgd import connector, freeze_all_but, last_decoder_layers
+from torch_mdgd import MDGDOptimizer, connector, freeze_all_but, last_decoder_layers, mdgd_backward
+
+GRADIENTS = {
+    "mdgd": 4, "mdgd-no-align": 4, "mdgd-gm": 2, "fine-tune-lv": 2, "project": 2, "step": 2, "inputs": 1,
+}  # fmt: skip
+"""How many a step needs, of the methods that have a rule."""
 
 
 def surgery(W, before, X, fraction, omega, sign, block):
@@ -246,3 +260,40 @@ def test_replay_replaces_a_share_by_different_old_examples():
         Replay([1], share=2)
     with pytest.raises(ValueError, match="memory"):
         Replay([])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_says_how_its_steps_are_made(name):
+    model, batch = llava(), llava_batch()
+    method, parameters = METHODS[name](), train_last(model, 1)
+    wrapper = method.wrapper(model)
+    assert (wrapper is not None) == (name in GRADIENTS)
+    assert len(method.needs(model)) == GRADIENTS.get(name, 1)
+    if wrapper is None:
+        return
+    assert method.rule(model) is not method.rule(model), "one with a state of its own belongs to one optimizer"
+    optimizer = MDGDOptimizer(torch.optim.AdamW(parameters, lr=1e-2), **wrapper)
+    before = [p.detach().clone() for p in parameters]
+    for _ in range(2):
+        mdgd_backward(model, optimizer, batch)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert optimizer.needs() == method.needs(model), "after a mask was chosen, if there is one"
+    moved = sum(int((p != x).sum()) for p, x in zip(parameters, before, strict=True))
+    assert 0 < moved <= method.trained(model)
+
+
+def test_mdgd_gm_makes_the_same_update_compact_and_not():
+    found = []
+    for compact in (True, False):
+        model, batch = llava(), llava_batch()
+        method = METHODS["mdgd-gm"](METHODS["mdgd-gm"].Settings(compact=compact))
+        optimizer = MDGDOptimizer(torch.optim.AdamW(train_last(model, 1), lr=1e-2), **method.wrapper(model))
+        assert method.compact == compact
+        for _ in range(3):
+            mdgd_backward(model, optimizer, batch)
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append([p.detach().clone() for p in model.parameters()])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)

@@ -1,4 +1,4 @@
-"""The rooms of reproductions/paper import one way, and its modules stand in no circle."""
+"""The rooms of reproductions import one way, and its modules stand in no circle."""
 
 import ast
 from graphlib import TopologicalSorter
@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
-ORDER = "fields, data, models < metrics, methods < config < run, report < commands"
-"""Below it are reproductions/shared and reproductions/methods. Rooms of one floor do not import each other."""
+ORDERS = {
+    "": "shared < methods < mini, paper < __main__",
+    "mini": "rules, world < model < experiment < report, demo < commands",
+    "paper": "data, models < metrics < config < run, report < commands",
+}
+"""The rooms of reproductions, and of its experiments. Rooms of one floor do not import each other."""
 
-FLOORS = {room: floor for floor, rooms in enumerate(ORDER.split(" < ")) for room in rooms.split(", ")}
 REPRODUCTIONS = Path(__file__).parents[2] / "reproductions"
-BELOW = ("reproductions.shared", "reproductions.methods")
-PAPER = "reproductions.paper"
 
 
 def name_of(path):
@@ -31,25 +32,27 @@ def imported(path):
             found = [name if name in FILES else str(node.module) for name in whole]
         else:
             continue
-        yield from (name for name in found if name.startswith("reproductions"))
+        yield from (name for name in found if name.startswith("reproductions."))
 
 
 FILES = {name_of(path): path for path in sorted(REPRODUCTIONS.rglob("*.py"))}
-IMPORTS = {name: set(imported(path)) for name, path in FILES.items() if name.startswith((PAPER, *BELOW))}
+IMPORTS = {name: set(imported(path)) for name, path in FILES.items()}
 
 
-@pytest.mark.parametrize("name", [name for name in IMPORTS if name.startswith(f"{PAPER}.")])
-def test_a_room_imports_itself_and_lower_rooms(name):
-    room = name.split(".")[2]
-    for other in IMPORTS[name]:
-        if not other.startswith(BELOW):
-            assert other.startswith(f"{PAPER}."), f"{name} imports {other}"
-            below = other.split(".")[2]
-            assert below == room or FLOORS[below] < FLOORS[room], f"{name} imports {other}"
+def room_of(name, house):
+    """The room of a house that a module is in; None if it is outside, or the house itself."""
+    start = f"reproductions.{house}." if house else "reproductions."
+    return name.removeprefix(start).split(".")[0] if name.startswith(start) else None
 
 
-def test_what_lies_below_knows_nothing_of_the_paper():
-    assert not {other for name in IMPORTS if name.startswith(BELOW) for other in IMPORTS[name] if PAPER in other}
+@pytest.mark.parametrize("house", ORDERS)
+def test_a_room_imports_itself_and_lower_rooms(house):
+    floors = {room: floor for floor, rooms in enumerate(ORDERS[house].split(" < ")) for room in rooms.split(", ")}
+    rooms = {name: room for name in FILES if (room := room_of(name, house))}
+    assert set(rooms.values()) == set(floors)
+    for name, room in rooms.items():
+        for below in {rooms[other] for other in IMPORTS[name] if other in rooms}:
+            assert below == room or floors[below] < floors[room], f"{name} imports {below}"
 
 
 def test_no_module_stands_in_a_circle():

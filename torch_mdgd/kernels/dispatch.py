@@ -5,11 +5,13 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from importlib import import_module
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from torch_mdgd.kernels import eager, oracle
 
 VARIABLE = "TORCH_MDGD_BACKEND"
 
@@ -23,11 +25,25 @@ def _for_cuda(tensor: Tensor) -> bool:
     return tensor.device.type == "cuda" and torch.version.hip is None and _triton_installed()
 
 
-# A backend is a module with the four operations. The first that is for a tensor is taken; the oracle only if asked for.
-BACKENDS: dict[str, Callable[[Tensor], bool]] = {
-    "triton": _for_cuda,
-    "eager": lambda tensor: True,
-    "oracle": lambda tensor: False,
+def _triton() -> ModuleType:
+    # An import statement, which torch.compile follows, as it does not follow importlib.
+    from torch_mdgd.kernels import triton
+
+    return triton
+
+
+class Backend(NamedTuple):
+    """A module with the four operations, and which tensors it is for."""
+
+    load: Callable[[], ModuleType]
+    suits: Callable[[Tensor], bool]
+
+
+# The first that is for a tensor is taken; the oracle only if asked for.
+BACKENDS: dict[str, Backend] = {
+    "triton": Backend(_triton, _for_cuda),
+    "eager": Backend(lambda: eager, lambda tensor: True),
+    "oracle": Backend(lambda: oracle, lambda tensor: False),
 }
 
 # A plain global, which torch.compile can guard on.
@@ -48,7 +64,7 @@ def backend_for(tensor: Tensor | None) -> str:
         return _known(name, f"the environment variable {VARIABLE}")
     if tensor is None:
         return "eager"
-    return next(name for name, suits in BACKENDS.items() if suits(tensor))
+    return next(name for name, backend in BACKENDS.items() if backend.suits(tensor))
 
 
 @contextmanager
@@ -73,7 +89,7 @@ def backend_module(*lists: Sequence[Tensor | None]) -> ModuleType:
     # One launch reads the memory of one device: a model that is spread over several would have it read another's.
     if name == "triton" and len({x.device for tensors in lists for x in tensors if x is not None}) > 1:
         name = "eager"
-    return import_module(f"torch_mdgd.kernels.{name}")
+    return BACKENDS[name].load()
 
 
 def _known(name: str, origin: str) -> str:

@@ -15,7 +15,14 @@ from torch_mdgd.kernels import Tensors
 
 @dataclass(frozen=True)
 class ScoreInputs:
-    """What similarities are computed from: g, v, g̃₀, and a = ⟨g, v⟩ / ⟨v, v⟩ of each parameter, shape (T,)."""
+    """What similarities are computed from, of T trained parameters.
+
+    Args:
+        g: the task gradient.
+        v: the visual gradient.
+        g0_tilde: g̃₀ of (7).
+        a: ⟨g, v⟩ / ⟨v, v⟩ of each parameter, float64, shape (T,).
+    """
 
     g: Tensors
     v: Tensors

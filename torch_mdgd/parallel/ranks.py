@@ -1,8 +1,8 @@
 """Several processes, exact: what one process would compute from the combined batch.
 
-``fully_shard`` (FSDP2) sums gradients as they are made; what looks across a tensor is in :mod:`torch_mdgd.sharded`.
-Under ``DistributedDataParallel`` every rank holds every number, and the gradients of each rank's part of the batch are
-averaged before they are combined, which is not linear in them.
+``fully_shard`` (FSDP2) sums gradients as they are made; what looks across a tensor is in
+:mod:`torch_mdgd.parallel.dtensor`. Under ``DistributedDataParallel`` every rank holds every element, and the gradients
+of each rank's part of the batch are averaged before they are combined, which is not linear in them.
 """
 
 import warnings
@@ -125,21 +125,21 @@ class Ranks:
 
 
 @torch.no_grad()
-def average_(roles: Sequence[list[Tensor | None]], parameters: Sequence[Tensor], group: Group) -> None:
+def average_(kinds: Sequence[list[Tensor | None]], parameters: Sequence[Tensor], group: Group) -> None:
     """The mean over ranks of each gradient, in place. One that some rank has, all get: missing, it counts as zero.
 
     Args:
-        roles: lists of T gradients, of the same roles on all ranks.
+        kinds: lists of T gradients, of the same kinds on all ranks.
         parameters: T tensors.
         group: the ranks.
     """
-    here = torch.tensor([[x is not None for x in role] for role in roles], dtype=torch.int32)
+    here = torch.tensor([[x is not None for x in kind] for kind in kinds], dtype=torch.int32)
     anywhere = here.to(parameters[0].device)
     torch.distributed.all_reduce(anywhere, torch.distributed.ReduceOp.MAX, group)
-    for role, row in zip(roles, anywhere.tolist(), strict=True):
-        role[:] = [torch.zeros_like(p) if x is None and i else x for p, x, i in zip(parameters, role, row, strict=True)]
+    for kind, row in zip(kinds, anywhere.tolist(), strict=True):
+        kind[:] = [torch.zeros_like(p) if x is None and i else x for p, x, i in zip(parameters, kind, row, strict=True)]
     ranks = torch.distributed.get_world_size(group)
-    for bucket in _buckets([x for role in roles for x in role if x is not None]):
+    for bucket in _buckets([x for kind in kinds for x in kind if x is not None]):
         flat = torch.cat([x.reshape(-1) for x in bucket]).div_(ranks)
         torch.distributed.all_reduce(flat, group=group)
         for x, part in zip(bucket, flat.split([x.numel() for x in bucket]), strict=True):

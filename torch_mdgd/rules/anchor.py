@@ -97,6 +97,7 @@ class Anchor(Around):
         # By a layer's key: the moments of all earlier inputs, those of the step under way, and C.
         self.moments: dict[int, Moments] = {}
         self._new: dict[int, Moments] = {}
+        self._empties: dict[Any, Moments] = {}
         # By a layer's key: Σ ‖y‖² of its answers and their number; of earlier inputs, and of the step under way.
         self.answers: dict[int, Tensor] = {}
         self._new_answers: dict[int, Tensor] = {}
@@ -147,7 +148,7 @@ class Anchor(Around):
             if any(p.is_shard() and p.dim for x in held for p in getattr(x, "placements", ())):
                 raise ValueError(f"Anchor: {layer.name} is not sharded by rows, along its first dimension")
             like = parameters[layer.key - self._count + len(places)]
-            self.moments[layer.key] = Moments.empty(layer.width, self.rank, dtensor.local([like])[0])
+            self.moments[layer.key] = self._empty(layer.width, dtensor.local([like])[0])
             self.answers[layer.key] = torch.zeros(2, dtype=torch.float64, device=like.device)
         self.layers += found
         if not self.layers:
@@ -156,6 +157,11 @@ class Anchor(Around):
         if left and not self._parts:
             some = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
             warnings.warn(f"Anchor holds linear layers; these are trained freely: {some}", stacklevel=4)
+
+    def _empty(self, width: int, like: Tensor) -> Moments:
+        """Of no inputs: one for all layers of a kind, so that those which share an input go on sharing its moments."""
+        kind = width, like.dtype, like.device
+        return self._empties.setdefault(kind, Moments.empty(width, self.rank, like))
 
     # --------------------------------------------------------------------------------------------------------------
     # What enters them.
@@ -232,7 +238,7 @@ class Anchor(Around):
         self._model.eval()
         try:
             for key, empty in self.moments.items():
-                self.moments[key] = Moments.empty(empty.sums.shape[1], self.rank, empty.sums)
+                self.moments[key] = self._empty(empty.sums.shape[1], empty.sums)
                 self.answers[key] = torch.zeros_like(self.answers[key])
             self._new, self._new_answers, count = {}, {}, 0
             for batch in batches:
@@ -267,7 +273,7 @@ class Anchor(Around):
             new = self._new.get(key)
             if new is None and not groups:
                 continue
-            new = new or Moments.empty(held.sums.shape[1], self.rank, held.sums)
+            new = new or self._empty(held.sums.shape[1], held.sums)
             if id(new) not in gathered or groups:
                 others = [new]
                 for group in groups:
@@ -447,7 +453,7 @@ class Anchor(Around):
         self._new, self._new_answers, self._covariances = {}, {}, {}
         for key, held in self.moments.items():
             sums, size = (found[name][key] if name in found else None for name in (SUMS, SIZE))
-            self.moments[key] = Moments.empty(held.sums.shape[1], self.rank, held.sums)
+            self.moments[key] = self._empty(held.sums.shape[1], held.sums)
             self.answers[key] = torch.zeros_like(self.answers[key])
             if sums is not None and size is not None:
                 own, answers = size.to(held.size, copy=True).split(2)

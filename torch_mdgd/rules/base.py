@@ -83,7 +83,7 @@ class Rule:
         """⟨g, v⟩ / ⟨v, v⟩, by which (6) and (7) remove v from g; shape (T,).
 
         Args:
-            products: inner products of (g, v, ...) or of (g₀, v₀), float64, shape (T, ≥ 2, ≥ 2).
+            products: inner products of (g), of (g, v, ...) or of (g₀, v₀), float64, shape (T, R, R).
         """
         return drift(products)
 
@@ -185,7 +185,9 @@ def checked(rule: type[Rule], **weights: Any) -> dict[str, float]:
 
 
 def drift(products: Tensor) -> Tensor:
-    """⟨g, v⟩ / ⟨v, v⟩ of (6), from the table of inner products of (g, v, ...); shape (T,)."""
+    """⟨g, v⟩ / ⟨v, v⟩ of (6), from the table of inner products of (g, v, ...), 0 without v; shape (T,)."""
+    if products.shape[-1] == 1:
+        return torch.zeros_like(products[:, 0, 0])
     return ratio(products[:, 0, 1], products[:, 1, 1])
 
 

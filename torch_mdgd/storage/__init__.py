@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import ASGD, Optimizer, Rprop
 
 from torch_mdgd.masks.base import Mask
 from torch_mdgd.storage.base import Storage, among_trained
@@ -19,20 +19,25 @@ def storage_for(parameters: Sequence[Tensor], base: Optimizer, mask: Mask | None
     Raises:
         ValueError: compact without a mask, or with one that is chosen anew.
         TypeError: an argument of another kind, naming it; compact with an optimizer that it is not for, see
-            :class:`torch_mdgd.storage.compact.CompactStorage`.
+            :class:`torch_mdgd.storage.compact.CompactStorage`; a mask that is chosen anew, with Rprop or ASGD.
     """
     if mask is not None and not isinstance(mask, Mask):
         raise TypeError(f"mask must be such as TopK(0.1), or None, got {mask!r}")
     if not isinstance(compact, bool):
         raise TypeError(f"compact must be True or False, got {compact!r}")
+    if mask is not None and mask.refresh is not None and isinstance(base, Rprop | ASGD):
+        raise TypeError(
+            f"{type(base).__name__} keeps state that cannot begin at zero for an element that a later mask lets move: "
+            "leave out the mask's refresh"
+        )
     if not compact:
-        storage: Storage = DenseStorage(parameters, chooses=mask is not None)
+        storage: Storage = DenseStorage(parameters, mask)
     elif mask is None:
         raise ValueError("compact=True keeps the elements inside a mask: pass one, such as mask=TopK(0.1)")
     elif mask.refresh is not None:
         raise ValueError("compact=True keeps one mask: leave out its refresh, or use compact=False")
     else:
-        storage = CompactStorage(parameters, base)
+        storage = CompactStorage(parameters, mask, base)
     if mask is not None and not mask.scored:
         masks = mask.choose([p for p in parameters if p.requires_grad], None)
         storage.choose(among_trained(masks, storage.trained), base, parameters)

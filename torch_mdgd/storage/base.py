@@ -9,10 +9,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from torch_mdgd.kernels import Tensors
+from torch_mdgd.masks.base import Mask
 from torch_mdgd.parallel import dtensor
 
 Correct: TypeAlias = Callable[[Tensors, Tensors], None]
 """Is given the parameters after a step and their values before it, both None for one that took no part."""
+
+ONCE = ("step", "mu_product")
+"""What torch's optimizers keep once for a parameter, as a tensor of 0 dimensions."""
 
 # What is loaded: by name, one tensor for each parameter, None for one that had none.
 Entries: TypeAlias = Mapping[str, Sequence[Tensor | None]]
@@ -24,13 +28,20 @@ class Storage(ABC):
     A parameter that does not require gradients has no φ, and counts in no mask. Its φ is its value when it first
     requires them.
 
+    Args:
+        parameters: in parameter order.
+        mask: what chooses the mask, at some time; None for no mask.
+
     Attributes:
+        chooses: whether there is a mask at some time.
+        scored: whether it is chosen in a step, so that in a state dict from before that there is none.
         trained: T times whether the parameter has required gradients.
         swapped: whether φ is in the parameters.
         age: how many steps were combined since the mask was chosen.
     """
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
+    def __init__(self, parameters: Sequence[Tensor], mask: Mask | None) -> None:
+        self.chooses, self.scored = mask is not None, mask is not None and mask.scored
         self.trained = [False] * len(parameters)
         self.swapped = False
         self.age = 0
@@ -82,6 +93,18 @@ class Storage(ABC):
     def step(self, base: Optimizer, parameters: Sequence[Tensor], correct_: Correct | None) -> None:
         """One step of the wrapped optimizer, and the correction of its moves."""
 
+    def switch(self, base: Optimizer, parameters: Sequence[Tensor], mode: Callable[[], Any]) -> None:
+        """Run ``base.train`` or ``base.eval``, which may change parameters."""
+        mode()
+
+    @abstractmethod
+    def renew(self, parameters: Sequence[Tensor], values: Sequence[Tensor] | None) -> None:
+        """Let φ be these values from now on, or the parameters' own.
+
+        Raises:
+            ValueError: a value of another shape, or one that cannot be kept, naming it.
+        """
+
     @abstractmethod
     def save(self, base: Optimizer) -> tuple[dict[str, Any], dict[str, Tensors]]:
         """The wrapped optimizer's state dict, and what is held here, by name. All processes call it."""
@@ -99,6 +122,14 @@ def among_trained(masks: Sequence[Tensor], trained: Sequence[bool]) -> list[Tens
     """Masks of the trained parameters as a list for all parameters."""
     left = iter(masks)
     return [next(left) if one else None for one in trained]
+
+
+def is_per_element(name: str, value: Any, shape: Sequence[int]) -> bool:
+    """Whether an entry in an optimizer's state is of each element of a parameter of this shape.
+
+    Of a parameter of 0 dimensions this cannot be told from the shape.
+    """
+    return isinstance(value, Tensor) and value.shape == torch.Size(shape) and name not in ONCE
 
 
 def counts(masks: Tensors) -> list[int]:

@@ -8,23 +8,22 @@ once the parameter is divided otherwise, so a state dict has them gathered, with
 is that of one process, of any number of processes, and takes what that takes, ρ of the elements, on every rank.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import ASGD, Adafactor, Muon, Optimizer, Rprop, SparseAdam
+from torch.optim import Optimizer
 
 from torch_mdgd import kernels
 from torch_mdgd.kernels import Tensors
+from torch_mdgd.masks.base import Mask
 from torch_mdgd.parallel import dtensor
 from torch_mdgd.rules.base import require_shapes
-from torch_mdgd.storage.base import Correct, Entries, Storage, counts, snapshot
+from torch_mdgd.storage.base import Correct, Entries, Storage, counts, is_per_element, snapshot
 from torch_mdgd.storage.exchange import all_or_none, forget_casts
-
-# They look at a parameter's shape, expect sparse gradients, or keep state that cannot begin at zero.
-UNSUPPORTED = (Adafactor, ASGD, Muon, Rprop, SparseAdam)
+from torch_mdgd.storage.probe import require_elementwise
 
 
 class CompactStorage(Storage):
@@ -32,21 +31,17 @@ class CompactStorage(Storage):
 
     Args:
         parameters: in parameter order.
-        base: the wrapped optimizer. It has to treat every element of a parameter alike and apart, with a state that
-            begins at zero: true of SGD, Adam, AdamW, NAdam, RAdam, Adamax, RMSprop, Adagrad and Adadelta. That of
-            another library is taken at its word.
+        mask: what chooses the mask.
+        base: the wrapped optimizer. It has to treat every element of a parameter alike and apart, as SGD, Adam, AdamW,
+            NAdam, RAdam, Adamax, RMSprop, Adagrad and Adadelta do; a few steps of a copy show whether it does.
 
     Raises:
-        TypeError: ``base`` is known to be of another kind.
+        TypeError: ``base`` is of another kind.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], base: Optimizer) -> None:
-        if isinstance(base, UNSUPPORTED):
-            raise TypeError(
-                f"compact=True needs an optimizer that treats every element of a parameter alike and apart, which "
-                f"{type(base).__name__} does not: use compact=False, the dense mode"
-            )
-        super().__init__(parameters)
+    def __init__(self, parameters: Sequence[Tensor], mask: Mask, base: Optimizer) -> None:
+        require_elementwise(base)
+        super().__init__(parameters, mask)
         self.trained = [p.requires_grad for p in parameters]
         self._begin()
 
@@ -55,7 +50,6 @@ class CompactStorage(Storage):
         self.positions: list[Tensor] | None = None
         self.sizes = [0] * len(self)
         self.divided = False
-        self.leaves: list[nn.Parameter] = []
         self.reference: list[Tensor] = []
 
     @property
@@ -74,8 +68,8 @@ class CompactStorage(Storage):
 
     def follow(self, parameters: Sequence[Tensor]) -> None:
         """Move all to the parameters' devices; a ValueError if they were sharded after the mask was chosen."""
-        if self.positions is None:
-            self.trained = [one or p.requires_grad for one, p in zip(self.trained, parameters, strict=True)]
+        # One that is trained only after the mask was chosen has no element inside it.
+        self.trained = [one or p.requires_grad for one, p in zip(self.trained, parameters, strict=True)]
         devices = [p.device for p in self._parts(parameters)]
         if self.positions is not None and any(x.device != d for x, d in zip(self.positions, devices, strict=True)):
             self.positions = [x.to(d) for x, d in zip(self.positions, devices, strict=True)]
@@ -97,6 +91,19 @@ class CompactStorage(Storage):
             _put_(out, self.positions[t], _take(p, self.positions[t]) - self.reference[t])
         return out
 
+    def renew(self, parameters: Sequence[Tensor], values: Sequence[Tensor] | None) -> None:
+        """Inside the mask; outside it θ is φ, so new values there are refused."""
+        self.follow(parameters)
+        for t, (p, at) in enumerate(zip(self._parts(parameters), self.positions or (), strict=False)):
+            new = _take(p, at)
+            if values is not None:
+                given = dtensor.local([dtensor.shard_like(values[t], parameters[t], p.dtype)])[0]
+                new = _take(given, at)
+                _put_(given, at, _take(p, at))
+                if not torch.equal(given, p):
+                    raise ValueError(f"set_reference: value {t} differs from the parameter outside the compact mask")
+            self.reference[t] = new
+
     @torch.no_grad()
     def choose(self, masks: Tensors, base: Optimizer, parameters: Sequence[Tensor]) -> None:
         """Once. What the wrapped optimizer already holds of other elements is dropped."""
@@ -106,22 +113,18 @@ class CompactStorage(Storage):
             for p, mask in zip(parts, dtensor.local(masks), strict=True)
         ]
         self.reference = [_take(p, at) for p, at in zip(parts, self.positions, strict=True)]
-        self.leaves = [_leaf(p) for p in parts]
         self.sizes = counts(masks)
         self.divided = any(map(dtensor.is_sharded, parameters))
         self._carry(base, parameters)
 
     def _carry(self, base: Optimizer, parameters: Sequence[Tensor]) -> None:
         """Keep the selected elements of the state that the wrapped optimizer holds of whole parameters."""
-        for p, leaf, at in zip(parameters, self.leaves, self.positions or (), strict=False):
-            if p in base.state:
-                state = base.state.pop(p)
-                held = dict(zip(state, dtensor.local(list(state.values())), strict=True))
-                whole = torch.Size(dtensor.local([p])[0].shape)
-                base.state[leaf] = {
-                    name: _take(x, at) if isinstance(x, Tensor) and x.dim() and x.shape == whole else x
-                    for name, x in held.items()
-                }
+        for p, at in zip(parameters, self.positions or (), strict=False):
+            state = base.state.get(p, {})
+            whole = dtensor.local([p])[0].shape
+            for name, x in zip(list(state), dtensor.local(list(state.values())), strict=True):
+                if is_per_element(name, x, whole):
+                    state[name] = _take(x, at)
 
     def restrict_(self, v: Tensors) -> list[Tensor | None]:
         """The selected elements, 1-D."""
@@ -143,27 +146,29 @@ class CompactStorage(Storage):
 
     def step(self, base: Optimizer, parameters: Sequence[Tensor], correct_: Correct | None) -> None:
         """The wrapped optimizer steps on one small leaf for each parameter."""
+        gradients = dtensor.local([p.grad for p in parameters])
         if self.positions is None:
+            if any(g is not None and bool(g.count_nonzero()) for g in gradients):
+                raise RuntimeError(
+                    "compact=True: a step before the mask is chosen would move φ, which is kept inside the mask alone: "
+                    "capture the gradients of the first step, as mdgd_backward does"
+                )
             base.step()
             return
-        parts, gradients = self._parts(parameters), dtensor.local([p.grad for p in parameters])
-        for p, grad, leaf, positions in zip(parts, gradients, self.leaves, self.positions, strict=True):
-            leaf.data = _take(p, positions)
-            # Also of no elements: a parameter counts its steps, as in the dense mode.
-            leaf.grad = None if grad is None else _take(grad, positions)
-        live = [None if g is None else leaf.data for leaf, g in zip(self.leaves, gradients, strict=True)]
-        before = [None if correct_ is None or x is None else snapshot(x) for x in live]
-        try:
-            with self._in_place_of_parameters(base):
-                base.step()
+        with self._selected(base, parameters, gradients) as leaves:
+            live = [None if g is None else leaf.data for leaf, g in zip(leaves, gradients, strict=True)]
+            before = [None if correct_ is None or x is None else snapshot(x) for x in live]
+            base.step()
             if correct_ is not None:
                 correct_(*(_as_parts(values, parameters) for values in (live, before)))
-            for p, leaf, positions, g in zip(parts, self.leaves, self.positions, gradients, strict=True):
-                if g is not None:
-                    _put_(p, positions, leaf)
-        finally:
-            for leaf in self.leaves:
-                leaf.grad, leaf.data = None, leaf.data.new_empty(0)
+
+    def switch(self, base: Optimizer, parameters: Sequence[Tensor], mode: Callable[[], Any]) -> None:
+        """On the selected elements."""
+        if self.positions is None:
+            mode()
+            return
+        with self._selected(base, parameters, [torch.zeros_like(p) for p in self._parts(parameters)]):
+            mode()
 
     def _parts(self, tensors: Tensors) -> list[Any]:
         held = [x for x in tensors if x is not None]
@@ -175,28 +180,49 @@ class CompactStorage(Storage):
         return dtensor.local(tensors)
 
     @contextmanager
-    def _in_place_of_parameters(self, base: Optimizer) -> Iterator[None]:
-        groups = base.param_groups
-        held = [group["params"] for group in groups]
-        leaves = iter(self.leaves)
-        for group, parameters in zip(groups, held, strict=True):
-            group["params"] = [next(leaves) for _ in parameters]
+    def _selected(
+        self, base: Optimizer, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]
+    ) -> Iterator[list[nn.Parameter]]:
+        """Inside, the wrapped optimizer holds one leaf of the selected elements in each parameter's place.
+
+        What becomes of the leaves that have a gradient is put back.
+        """
+        parts, positions = self._parts(parameters), self.positions or []
+        leaves = []
+        for part, grad, at in zip(parts, gradients, positions, strict=True):
+            x = _take(part, at)
+            # Whole numbers, as of a model in 4 bits, are never trained.
+            leaf = nn.Parameter(x, requires_grad=x.is_floating_point() or x.is_complex())
+            # Also of no elements: a parameter counts its steps, as in the dense mode.
+            leaf.grad = None if grad is None else _take(grad, at)
+            leaves.append(leaf)
+        self._exchange_keys(base, parameters, leaves)
         try:
-            yield
+            yield leaves
         finally:
-            # The groups anew: loading a state dict replaces them.
-            for group, parameters in zip(base.param_groups, held, strict=True):
-                group["params"] = parameters
+            self._exchange_keys(base, leaves, parameters)
+        for part, leaf, at, grad in zip(parts, leaves, positions, gradients, strict=True):
+            if grad is not None:
+                _put_(part, at, leaf)
+
+    def _exchange_keys(self, base: Optimizer, old: Sequence[Tensor], new: Sequence[Tensor]) -> None:
+        """Let the wrapped optimizer's groups and state be about other tensors."""
+        found = iter(new)
+        for group in base.param_groups:
+            group["params"] = [next(found) for _ in group["params"]]
+        for x, y in zip(old, new, strict=True):
+            if x in base.state:
+                base.state[y] = base.state.pop(x)
 
     def save(self, base: Optimizer) -> tuple[dict[str, Any], dict[str, Tensors]]:
         """φ and the positions, with the state of the selected elements, of all processes together."""
+        parameters = [p for group in base.param_groups for p in group["params"]]
+        self.follow(parameters)
         if self.positions is None:
             # So that torch.distributed.checkpoint, which loads what a fresh optimizer has, fails and skips nothing.
             nowhere = [torch.zeros(0, dtype=torch.int32) if one else None for one in self.trained]
             return base.state_dict(), {"positions": nowhere}
-        parameters = [p for group in base.param_groups for p in group["params"]]
-        with self._in_place_of_parameters(base):
-            inner = base.state_dict()
+        inner = base.state_dict()
         positions: list[Tensor | None] = [*self.positions]
         reference: list[Tensor | None] = [*self.reference]
         for i, p in enumerate(parameters):
@@ -221,7 +247,8 @@ class CompactStorage(Storage):
             )
         if "reference" not in found:
             base.load_state_dict(inner)
-            if "positions" in found:
+            if "positions" in found and self.scored:
+                # It was saved before a mask was chosen.
                 self._begin()
             self._carry(base, parameters)
             # Before the first step nothing has moved, and no φ is missed.
@@ -232,28 +259,23 @@ class CompactStorage(Storage):
             if x.numel() and not (int(x.min()) >= 0 and int(x.max()) < p.numel()):
                 raise ValueError(f"the state dict's positions of parameter {i} lie outside its {p.numel()} elements")
         parts = dtensor.local(parameters)
-        self.leaves, self.sizes = [_leaf(p) for p in parts], [x.numel() for x in positions]
+        self.sizes = [x.numel() for x in positions]
         self.trained = [x is not None for x in found["positions"]]
         self.positions = [x.to(p.device, copy=True) for p, x in zip(parts, positions, strict=True)]
         self.reference = [
             p.new_zeros(0) if x is None else x.to(p.device, p.dtype, copy=True)
             for p, x in zip(parts, found["reference"], strict=True)
         ]
-        with self._in_place_of_parameters(base):
-            base.load_state_dict(inner)
+        base.load_state_dict(inner)
         self.divided = any(map(dtensor.is_sharded, parameters))
-        for i, (p, leaf) in enumerate(zip(parameters, self.leaves, strict=True)):
+        for i, p in enumerate(parameters):
             if dtensor.is_sharded(p):
-                held = {**base.state.get(leaf, {}), "φ": self.reference[i]}
+                held = {**base.state.get(p, {}), "φ": self.reference[i]}
                 self.positions[i], own = _own(self.positions[i], held, p)
                 self.reference[i] = own.pop("φ")
                 if own:
-                    base.state[leaf] = own
+                    base.state[p] = own
         return True
-
-
-def _leaf(parameter: Tensor) -> nn.Parameter:
-    return nn.Parameter(parameter.detach().new_empty(0))
 
 
 def _positions(mask: Tensor) -> Tensor:
@@ -272,7 +294,12 @@ def _take(x: Tensor, positions: Tensor) -> Tensor:
 
 
 def _put_(x: Tensor, positions: Tensor, values: Tensor) -> None:
-    x.put_(positions.long(), values.detach())
+    values = values.detach()
+    if x.is_contiguous():
+        # Unlike put_, there in deterministic mode too.
+        x.detach().view(-1).index_copy_(0, positions.long(), values)
+    else:
+        x.put_(positions.long(), values)
 
 
 def _gathered(positions: Tensor, state: dict[Any, Any], like: Tensor) -> tuple[Tensor, dict[Any, Any]]:

@@ -9,24 +9,18 @@ from torch.optim import Optimizer
 
 from torch_mdgd import kernels
 from torch_mdgd.kernels import Tensors
-from torch_mdgd.masks.base import restore_outside_
+from torch_mdgd.masks.base import Mask, restore_outside_
 from torch_mdgd.parallel import dtensor
 from torch_mdgd.rules.base import require_shapes
-from torch_mdgd.storage.base import Correct, Entries, Storage, counts, snapshot
+from torch_mdgd.storage.base import Correct, Entries, Storage, counts, is_per_element, snapshot
 from torch_mdgd.storage.exchange import exchange_
 
 
 class DenseStorage(Storage):
-    """A copy of every trained element and, under a mask, one bool for each.
+    """A copy of every trained element and, under a mask, one bool for each."""
 
-    Args:
-        parameters: in parameter order.
-        chooses: whether a mask is chosen at some time.
-    """
-
-    def __init__(self, parameters: Sequence[Tensor], chooses: bool = False) -> None:
-        super().__init__(parameters)
-        self.chooses = chooses
+    def __init__(self, parameters: Sequence[Tensor], mask: Mask | None = None) -> None:
+        super().__init__(parameters, mask)
         self.reference: list[Tensor | None] = [None] * len(parameters)
         self._hold(None)
         self.follow(parameters)
@@ -76,17 +70,18 @@ class DenseStorage(Storage):
         out: Tensor = p.detach() - x
         return out
 
+    def renew(self, parameters: Sequence[Tensor], values: Sequence[Tensor] | None) -> None:
+        """Copies."""
+        self.follow(parameters)
+        for t, p in enumerate(parameters):
+            if self.trained[t]:
+                self.reference[t] = snapshot(p) if values is None else dtensor.shard_like(values[t], p, p.dtype)
+
     def choose(self, masks: Tensors, base: Optimizer, parameters: Sequence[Tensor]) -> None:
         """Hold the masks; state of an element that an earlier mask held still begins anew."""
         for p, old, new in zip(parameters, self.masks or (), masks, strict=False):
-            for value in base.state.get(p, {}).values():
-                if (
-                    old is not None
-                    and new is not None
-                    and isinstance(value, Tensor)
-                    and value.shape == p.shape
-                    and value.dim()
-                ):
+            for name, value in base.state.get(p, {}).items():
+                if old is not None and new is not None and is_per_element(name, value, p.shape):
                     value.mul_(old & new)
         self._hold(masks)
         self.age = 0
@@ -141,15 +136,17 @@ class DenseStorage(Storage):
             if name in found:
                 require_shapes(name, found[name], [p.shape for p in parameters])
         masks: Tensors = found.get("mask", [])
-        if not self.chooses and any(counts(masks)):
+        chosen = any(counts(masks))
+        if chosen and not self.chooses:
             raise ValueError("the state dict was saved with a mask: build the MDGDOptimizer with it, too")
         base.load_state_dict(inner)
         for t, (x, p) in enumerate(zip(found.get("reference", ()), parameters, strict=False)):
             if x is not None:
                 self.reference[t], self.trained[t] = dtensor.shard_like(x, p, p.dtype), True
-        if "mask" in found:
+        if chosen:
             pairs = zip(masks, parameters, strict=True)
             self._hold([None if x is None else dtensor.shard_like(x, p, torch.bool) for x, p in pairs])
-            if not self._kept:
-                self._hold(None)
+        elif "mask" in found and self.scored:
+            # It was saved before a mask was chosen.
+            self._hold(None)
         return "reference" in found

@@ -51,7 +51,7 @@ def unpack(
     state: dict[Any, Any] = {}
     for key, entry in state_dict["state"].items():
         inner = {k: v for k, v in entry.items() if not _is_own(k)} if isinstance(entry, dict) else entry
-        if inner or entry == {}:
+        if not isinstance(entry, dict) or inner or not entry:
             state[key] = inner
     found: dict[str, list[Tensor | None]] = {}
     for name in {k for key in keys for k in state_dict["state"].get(key, {}) if _is_own(k)}:

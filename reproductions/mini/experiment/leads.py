@@ -4,18 +4,18 @@ Every one is tuned as the study's systems are, in the study's first cell and in 
 study beside which it stands need no runs of their own. None of these numbers is a result: they say what to test.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
 from rich.console import Console
 
-from reproductions.mini.experiment.methods import Method
+from reproductions.mini.experiment.methods import GONE, Method
 from reproductions.mini.experiment.parallel import execute_all
 from reproductions.mini.experiment.scores import h_scores, kept, mean, target_score
 from reproductions.mini.experiment.study import Size, chosen, tuning_runs
 from reproductions.mini.experiment.systems import ALPHAS, CELLS, HIGH_PAIR, PAIR, RATES, SHORT, SYSTEMS, System
-from reproductions.shared.results import Result
+from reproductions.shared.results import Result, read_results
 from reproductions.shared.tables import Table
 
 CELL = CELLS[0]
@@ -68,23 +68,30 @@ GROUPS: Mapping[str, tuple[System, ...]] = {
 def leads(folder: Path, size: Size, console: Console, workers: int | None = None) -> list[Table]:
     """Run what `tune.jsonl` does not hold yet, print the tables and write them to `leads.md`.
 
+    Masks that cannot be made any more have a row where `tune.jsonl` holds all their runs.
+
     Args:
         folder: of the study.
         size: how large.
         console: for progress.
         workers: processes; one a core by default.
     """
-    systems = [system for group in GROUPS.values() for system in group]
-    runs = tuning_runs(CELL, systems, size)
+    done = read_results(folder / "tune.jsonl")
+    groups = {title: [s for s in group if _can_be_shown(s, size, done)] for title, group in GROUPS.items()}
+    runs = tuning_runs(CELL, [system for group in groups.values() for system in group], size)
     found = {result["key"]: result for result in execute_all(runs, folder / "tune.jsonl", console, workers)}
-    tables = [_table(title, group, size, found) for title, group in GROUPS.items()]
+    tables = [_table(title, group, size, found) for title, group in groups.items()]
     for table in tables:
         console.print(table.rich)
     (folder / "leads.md").write_text("\n".join(table.markdown for table in tables), encoding="utf-8")
     return tables
 
 
-def _table(title: str, group: tuple[System, ...], size: Size, found: dict[str, Result]) -> Table:
+def _can_be_shown(system: System, size: Size, done: Mapping[str, Result]) -> bool:
+    return system.method.mask not in GONE or all(run.key in done for run in tuning_runs(CELL, [system], size))
+
+
+def _table(title: str, group: Sequence[System], size: Size, found: dict[str, Result]) -> Table:
     rows = []
     for system in group:
         method = chosen(CELL, system, size, found)

@@ -17,12 +17,12 @@ from reproductions.mini.world.data import target_data, training_batch
 from reproductions.shared.masked_cosine import masked_cosine
 from reproductions.shared.results import add_line, read_lines
 from torch_mdgd import MDGDOptimizer, mdgd_backward
+from torch_mdgd.rules.base import KINDS
 
 FILE = "masking.jsonl"
 RATIOS = (0.05, 0.1, 0.3, 0.5, 0.7, 1.0)
 SEEDS = (0, 1)
 _BATCHES = 8
-_ROLES = ("task", "visual", "reference_task", "reference_visual")
 
 
 def mask_cells(results: Path, cells: Sequence[CellOutcomes], console: Console) -> None:
@@ -77,7 +77,7 @@ def agreement(method: Method, target: str, seed: int, steps: int, batch: int) ->
     for i in range(min(_BATCHES, len(examples) // batch)):
         chosen = training_batch(examples[i * batch : (i + 1) * batch], tokenizer)
         mdgd_backward(model, observer, chosen, combine=False)
-        cos = masked_cosine([observer.captured[role] for role in _ROLES], moved)
+        cos = masked_cosine([observer.captured[kind] for kind in KINDS], moved)
         found.append({"cos": cos, "visual_loss": float(observer.diagnostics["visual_loss"])})
         observer.zero_grad()
     return {name: fmean(each[name] for each in found) for name in ("cos", "visual_loss")}

@@ -1,6 +1,6 @@
 """The ways of fine-tuning that are compared: an optimizer at a learning rate, perhaps wrapped, perhaps with help."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -9,9 +9,26 @@ from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from reproductions.mini.experiment.scored_masks import Batches, scored_mask
-from torch_mdgd import Given, Magnitude, MDGDOptimizer, Random, TopK, VisualInputs, connector
+from reproductions.mini.rules import Global, History, Reference
+from torch_mdgd import (
+    MDGD,
+    DriftBudget,
+    Given,
+    Magnitude,
+    MDGDOptimizer,
+    Project,
+    ProtectInputs,
+    Random,
+    Rule,
+    StepProject,
+    TopK,
+    connector,
+)
 
 Base = Literal["adamw", "sgd"]
+
+GONE = ("tensor", "batches")
+"""Masks that cannot be made any more: of each tensor by itself, and from eight batches."""
 
 
 @dataclass(frozen=True)
@@ -22,13 +39,13 @@ class Method:
         name: what the command line calls it.
         label: what tables and figures call it.
         learning_rate: peak rate; None trains nothing.
-        wrap: arguments of `MDGDOptimizer`; None captures no gradients.
+        wrap: the rule and its settings, see `rule_of`; None captures no gradients.
         fraction: of the trainable numbers that may move.
-        mask: how those are chosen: "similarity" as in MDGD-GM, from one batch, in each "tensor" by itself, or from
-            eight "batches"; "random" or "magnitude"; a score of `scored_masks`; or "all" of them, which is no mask
-            but lets a history keep its directions in full.
+        mask: how those are chosen: "similarity" as in MDGD-GM; "random" or "magnitude"; a score of `scored_masks`;
+            or "all" of them, which is no mask but lets a history keep its directions in full. Those of `GONE` have
+            results that can be read.
         inputs: in step space, the share of each layer's visual inputs that is kept from change, in place of the
-            visual gradient; see `VisualInputs`.
+            visual gradient; see `ProtectInputs`.
         layers: of which layers.
         base: the optimizer, "adamw" (no weight decay) or "sgd" (momentum 0.9, gradients clipped to
             length 1).
@@ -72,37 +89,35 @@ class Method:
             base = AdamW(parameters, lr=self.learning_rate, weight_decay=0.0)
         if self.wrap is None and self.fraction == 1:
             return base
-        mask, protect = self._mask(model, parameters, batches), None
-        if self.inputs is not None:
-            protect = _inputs(model, self.layers, self.inputs)
-        compact = self.fraction < 1
-        return MDGDOptimizer(base, mask=mask, compact=compact, protect=protect, **(self.wrap or {}))
+        mask = self._mask(model, parameters, batches)
+        rule = rule_of(self.wrap or {}) if self.inputs is None else _inputs(model, self.layers, self.inputs)
+        return MDGDOptimizer(base, rule, mask=mask, compact=self.fraction < 1)
 
     def _mask(self, model: nn.Module, parameters: list[nn.Parameter], batches: Callable[[], Batches]) -> Any:
         if self.mask == "all":
             return Given([torch.ones_like(p, dtype=torch.bool) for p in parameters])
         if self.fraction == 1:
             return None
+        if self.mask in GONE:
+            raise ValueError(f"{self.name}: masks of kind {self.mask!r} are there no more, only their results are")
         published = {
             "similarity": TopK(self.fraction),
-            "tensor": TopK(self.fraction, scope="tensor"),
-            "batches": TopK(self.fraction, warmup=8),
             "random": Random(self.fraction),
             "magnitude": Magnitude(self.fraction),
         }
         return published.get(self.mask) or scored_mask(self.mask, self.fraction, model, parameters, batches())
 
     def with_settings(self, **settings: Any) -> "Method":
-        """The same method with other settings: its own fields, or arguments of the wrapper."""
+        """The same method with other settings: its own fields, or the rule's."""
         own = {name: value for name, value in settings.items() if name in _FIELDS}
         wrap = {name: value for name, value in settings.items() if name not in _FIELDS}
         if wrap and self.wrap is None:
-            raise ValueError(f"{self.name} wraps no optimizer, so it has no setting {next(iter(wrap))!r}")
+            raise ValueError(f"{self.name} has no rule, so it has no setting {next(iter(wrap))!r}")
         return replace(self, wrap=None if self.wrap is None else self.wrap | wrap, **own)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What was set, for tables: the learning rate, the wrapper's arguments, and the fields that are not default."""
+        """What was set, for tables: the learning rate, the rule's, and the fields that are not default."""
         told = ("name", "label", "learning_rate", "wrap", "fraction")
         others = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in told}
         default = {f.name: f.default for f in fields(self)}
@@ -110,7 +125,32 @@ class Method:
         return {"learning_rate": self.learning_rate, **(self.wrap or {}), "fraction": self.fraction, **changed}
 
 
-def _inputs(model: Any, layers: str, energy: float) -> VisualInputs:
+def rule_of(settings: Mapping[str, Any]) -> Rule:
+    """The rule that settings tell.
+
+    They are data, since results are found again by them: "update", "space" and "scope" choose the rule, "history" the
+    one of step space, "drift_budget" puts a budget around it, and the others are its arguments.
+    """
+    own = dict(settings)
+    form, budget = tuple(own.pop(name, None) for name in ("update", "space", "scope")), own.pop("drift_budget", None)
+    rule = _RULES[form](**own)
+    return rule if budget is None else DriftBudget(rule, budget)
+
+
+def _step(history: int = 1, restore: float = 0.0) -> Rule:
+    return StepProject(restore) if history == 1 else History(history, restore)
+
+
+_RULES: Mapping[tuple[str | None, ...], Callable[..., Rule]] = {
+    (None, None, None): MDGD,
+    ("project", None, None): Project,
+    ("project", "step", None): _step,
+    ("reference", None, None): Reference,
+    (None, None, "global"): lambda **weights: Global(MDGD(**weights)),
+}
+
+
+def _inputs(model: Any, layers: str, energy: float) -> ProtectInputs:
     decoder = model.model.language_model
     parts: dict[str, list[nn.Module] | None] = {
         "all": None,
@@ -119,7 +159,7 @@ def _inputs(model: Any, layers: str, energy: float) -> VisualInputs:
         "attention": [layer.self_attn for layer in decoder.layers],
         "mlp": [layer.mlp for layer in decoder.layers],
     }
-    return VisualInputs(model, energy, parts=parts[layers])
+    return ProtectInputs(model, energy, parts=parts[layers])
 
 
 _FIELDS = {f.name for f in fields(Method)}

@@ -1,6 +1,5 @@
 """One self-contained HTML page of the study: verdicts, tables, figures, and what each model now answers."""
 
-import base64
 import html
 import io
 import json
@@ -18,6 +17,7 @@ from reproductions.mini.report.tables import missing, summary_table, tables
 from reproductions.mini.report.verdicts import RULE, Verdict, verdicts
 from reproductions.mini.world.data import Example, pretrained_task_data, target_data
 from reproductions.mini.world.questions import PRETRAINED_TASKS
+from reproductions.shared.page import document, embedded, figure, navigation
 from reproductions.shared.results import Result
 from reproductions.shared.tables import Table
 
@@ -45,7 +45,6 @@ SHOWN = 2
 """Examples of each task on the page, of the first that results keep answers to; one where all models agree on all."""
 
 MARKS = {"holds here": ("✓", "up"), "does not hold here": ("✗", "down"), "cannot tell": ("–", "faint")}
-_STYLE = Path(__file__).parents[2] / "paper" / "report.css"
 _MORE_STYLE = """
 .card img { height: 144px; image-rendering: pixelated; } td.verdict { text-align: left; white-space: normal;
 min-width: 15rem; vertical-align: top; } td.claim { white-space: normal; min-width: 19rem; vertical-align: top; }
@@ -104,17 +103,17 @@ def _page(
     figures: Sequence[Path],
 ) -> str:
     sections = ("Verdicts", "Figures", "Tables", "Answers")
-    links = "".join(f'<a href="#{name.lower()}">{name}</a>' for name in sections)
     body = "\n".join(
         [
             "<h1>Modality-decoupled gradient descent: the small study</h1>",
             f'<p class="faint">{html.escape(_overview(cells))}</p>',
-            f"<nav>{links}</nav>",
+            navigation(sections),
             '<h2 id="verdicts">Verdicts</h2>',
             f"<p>{html.escape(RULE)}</p>",
             _verdicts(cells, judged),
             '<h2 id="figures">Figures</h2>',
-            "".join(map(_figure, figures)) or '<p class="faint">The results do not suffice for a figure yet.</p>',
+            "".join(figure(path, CAPTIONS[path.stem.split("-")[0]]) for path in figures)
+            or '<p class="faint">The results do not suffice for a figure yet.</p>',
             '<h2 id="tables">Tables</h2>',
             *(table.html for table in shown),
             '<h2 id="answers">Answers</h2>',
@@ -124,12 +123,7 @@ def _page(
             '<p class="faint">Drawings: OpenMoji, CC BY-SA 4.0. Handwritten digits: UCI optical recognition set.</p>',
         ]
     )
-    style = _STYLE.read_text(encoding="utf-8") + _MORE_STYLE
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>MDGD: the small study</title><style>{style}</style></head>\n<body>\n{body}\n</body></html>\n"
-    )
+    return document("MDGD: the small study", body, _MORE_STYLE)
 
 
 def _overview(cells: Sequence[CellOutcomes]) -> str:
@@ -174,18 +168,6 @@ def _verdict(verdict: Verdict) -> str:
     return f'<td class="verdict"><b class="{kind}">{mark} {verdict.outcome}</b>{evidence}</td>'
 
 
-def _figure(path: Path) -> str:
-    caption = CAPTIONS[path.stem.split("-")[0]]
-    return (
-        f'<figure><img alt="{html.escape(path.stem)}" src="{_embedded(path.read_bytes())}">'
-        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
-    )
-
-
-def _embedded(png: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
-
-
 def _answers(cell: CellOutcomes) -> str:
     firsts = {name: _first(cell.systems[name].runs) for name in ANSWERING if name in cell.systems}
     runs = {name: run for name, run in firsts.items() if run is not None}
@@ -221,6 +203,6 @@ def _card(task: str, example: Example, answers: Mapping[str, str]) -> str:
         for name, answer in answers.items()
     )
     return (
-        f'<div class="card"><img alt="" src="{_embedded(png.getvalue())}"><div class="question">{html.escape(task)}: '
+        f'<div class="card"><img alt="" src="{embedded(png.getvalue())}"><div class="question">{html.escape(task)}: '
         f"{html.escape(example.question)}</div><dl><dt>right</dt><dd>{html.escape(example.answer)}</dd>{said}</dl></div>"
     )

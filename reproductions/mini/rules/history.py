@@ -1,202 +1,167 @@
-"""The visual drift as what step space takes out of moves: the directions are the visual gradients of the steps."""
+"""Step space with a history: moves lose their components along the visual gradients of the last k steps.
 
-from collections.abc import Sequence
-from functools import partial
-from typing import Any
+As :class:`torch_mdgd.StepProject`, it corrects the move Δ that the wrapped optimizer made with g, but by both signs and
+by more than the present direction. With Q an orthonormal basis of the last k visual gradients, v among them,
+
+    Δ'  = Δ − Q Qᵀ Δ
+    Δ'' = Δ' − a ‖Δ‖ v / ‖v‖                       a restoring move
+
+The restoring move follows the projection, and no later one sees it: what they project is the wrapped optimizer's.
+"""
+
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from torch_mdgd import checkpoint, history, settings, sharded
-from torch_mdgd.decoupling import Decouple, decouple_moves_, removal
-from torch_mdgd.equations import pool, ratio
-from torch_mdgd.history import Memory
-from torch_mdgd.kernels import Role, inner_products
-from torch_mdgd.settings import Group
+from reproductions.mini.rules.memory import STORED, Memory, remember
+from torch_mdgd.checks import require_whole
+from torch_mdgd.kernels import Tensors, inner_products, ratio
+from torch_mdgd.rules.base import Rule, Weights, checked, lone, require_shapes, task_alone
+from torch_mdgd.rules.step import moves_
 
-AGE = "history_age"
-LEFT, RIGHT = "history_left", "history_right"
+AGE, LEFT, RIGHT = "history_age", "history_left", "history_right"
+# A direction of length 1 of which no more than this is not in the span of others.
+DEPENDENT = 1e-4
+# Of a Gram matrix with diagonal 1, against dependent directions; and how often its error is corrected.
+RIDGE = 1e-9
+ROUNDS = 4
 
 
-class VisualDrift:
-    """Removes from each move what raises the visual loss where it began, or all components along the last k directions.
+class History(Rule):
+    """Removes from each move its components along the visual gradient where it began and the k − 1 before it.
 
-    The visual gradient of the step under way is used as it is; the k − 1 before it are those of :mod:`history`. A step
-    is remembered once it is made, and so never one that a gradient scaler skipped; a parameter whose visual gradient is
-    zero, NaN or Inf remembers nothing of that step.
+    The visual gradient of the step under way is used as it is; the earlier ones are those of a
+    :class:`~reproductions.mini.rules.memory.Memory`. A step is remembered once it is made, and so never one that a
+    gradient scaler skipped; a parameter whose visual gradient is zero, NaN or Inf remembers nothing of that step.
 
-    How many steps were remembered lies in the first parameter group, and the directions in each parameter's state, so
-    that both survive checkpoints.
+    It works on whole parameters of one process, and under masks that are chosen once.
 
     Args:
-        groups: the parameter groups.
-        masked: whether a mask is chosen at some time.
-        compact: whether moves are those of the selected numbers alone.
+        k: how many visual gradients, from 2.
+        restore: a ≥ 0, the length of the restoring move relative to the move's.
 
     Raises:
-        ValueError: ``history`` differs within scope "global"; or history > 1, compact and sharded parameters.
+        ValueError: an argument is out of range, naming it.
     """
 
-    def __init__(self, groups: Sequence[Group], masked: bool, compact: bool) -> None:
-        self.masked, self.compact = masked, compact
-        self.memories: list[Memory | None] = []
-        self._fit(groups)
+    corrects = True
 
-    def check_groups(self, groups: Sequence[Group]) -> None:
-        """See :class:`torch_mdgd.decoupling.Decoupling`, here and below."""
-        lengths = {group["history"] for group in groups if group["space"] == "step" and group["scope"] == "global"}
-        if len(lengths) > 1:
-            raise ValueError(f"history must be the same in all groups of scope 'global', got {sorted(lengths)}")
+    def __init__(self, k: int, restore: float = 0.0) -> None:
+        if require_whole("History: k", k) < 2:
+            raise ValueError("History: k must be 2 or more; with the present direction alone it is StepProject")
+        self.k, self.weights = k, checked(History, restore=restore)
+        self.masked, self.age = False, 0
+        self.memories: list[Memory] = []
 
-    def _fit(self, groups: Sequence[Group]) -> None:
-        self.check_groups(groups)
-        rows = [(p, group["history"]) for group in groups for p in group["params"]]
-        held = self.memories + [None] * (len(rows) - len(self.memories))
-        self.memories = [self._fitting(p, k, memory) for (p, k), memory in zip(rows, held, strict=True)]
-        if any(memory is not None for memory in self.memories):
-            # From the start: torch.distributed.checkpoint loads what a fresh optimizer has, and nothing else.
-            groups[0].setdefault(AGE, 0)
+    def attach(self, parameters: Sequence[Tensor], masked: bool) -> None:
+        """Begin with k − 1 directions of zeros for each parameter.
 
-    def of_step(self, directions: Role | None, groups: Sequence[Group]) -> Decouple | None:
-        """See above."""
-        if directions is None:
-            return None
-        # Parameters may have been sharded, or a group's settings changed, since the last step.
-        self._fit(groups)
-        return partial(self._decouple_, v=directions, groups=groups)
+        Raises:
+            ValueError: it belongs to another optimizer already.
+        """
+        if self.memories:
+            raise ValueError("History belongs to another optimizer already: make a new one")
+        self.masked = masked
+        self.extend(parameters)
 
-    def extend(self, group: Group) -> None:
-        """See above."""
-        self.memories += [self._fitting(p, group["history"], None) for p in group["params"]]
+    def extend(self, parameters: Sequence[Tensor]) -> None:
+        """The same for more parameters."""
+        self.memories += [remember(p, self.k - 1, self.masked) for p in parameters]
 
-    def begin(self) -> None:
-        """See above."""
-        for t, memory in enumerate(self.memories):
-            if memory is not None and self.compact:
-                self.memories[t] = self._empty(memory.left, len(memory.left))
-            elif memory is not None:
-                memory.clear()
+    def coefficients(self, products: Tensor, w: Weights, masked: bool) -> Tensor:
+        """D = g."""
+        return task_alone(products)
 
-    def _empty(self, like: Tensor, directions: int) -> Memory:
-        """That of a compact parameter until it is known how many numbers move, at the next step."""
-        return history.remember(like.detach().new_empty(0), directions, self.masked)
+    def correct_(self, parameters: Tensors, before: Tensors, visual: Tensors | None, w: Weights) -> None:
+        """Δ → Δ'', and remember v.
 
-    def _fitting(self, p: Tensor, k: int, memory: Memory | None) -> Memory | None:
-        """The memory for this parameter: the one it has, if that is still of its history and sharded as it is."""
-        if k == 1:
-            return None
-        if self.compact:
-            sharded.refuse_sharded("history > 1 with compact=True", [p], "use history=1 or compact=False")
-        if memory is None or len(memory.left) != k - 1:
-            return self._empty(p, k - 1) if self.compact else history.remember(p, k - 1, self.masked)
-        if sharded.is_sharded(p) != sharded.is_sharded(memory.left):
-            return history.place(p, memory.left, memory.right, self.masked)
-        return memory
-
-    def _decouple_(
-        self, parameters: Sequence[Tensor], before: Sequence[Tensor], v: Role, groups: Sequence[Group]
-    ) -> None:
-        together, restore = settings.together(groups, "step"), settings.restores(groups)
-        short = [t for t, memory in enumerate(self.memories) if memory is None]
-        if short:
-            p, x = ([xs[t] for t in short] for xs in (parameters, before))
-            decouple_moves_(p, x, [v[t] for t in short], [together[t] for t in short], restore[short])
-        long = [t for t, memory in enumerate(self.memories) if memory is not None]
-        if long:
-            p, x = ([xs[t] for t in long] for xs in (parameters, before))
-            self._remove_(p, x, [v[t] for t in long], [together[t] for t in long], restore[long], long, groups[0])
-
-    def _remove_(
-        self,
-        parameters: Sequence[Tensor],
-        before: Sequence[Tensor],
-        v: Role,
-        together: Sequence[bool],
-        restore: Tensor,
-        ts: Sequence[int],
-        first: Group,
-    ) -> None:
-        """:func:`decouple_moves_` for parameters with a history, at positions ``ts``."""
-        moves, ps = sharded.local(before), sharded.local(parameters)
-        for p, x in zip(ps, moves, strict=True):
-            torch.sub(p, x, out=x)
-        vs = [torch.zeros_like(x) if y is None else y for x, y in zip(moves, sharded.local(v), strict=True)]
-        memories = [self._sized(t, p) for t, p in zip(ts, ps, strict=True)]
-        table = pool(sharded.sum_shards_(_products(memories, vs, moves), parameters), torch.tensor(together))
+        Raises:
+            ValueError: the storage is compact.
+        """
+        rows = zip(
+            parameters,
+            moves_(parameters, before),
+            [None] * len(parameters) if visual is None else visual,
+            self.memories,
+            strict=True,
+        )
+        live = [(p, x, v, m) for p, x, v, m in rows if p is not None and x is not None]
+        if not live:
+            return
+        ps, moves, found, memories = zip(*live, strict=True)
+        if any(p.shape != m.shape for p, m in zip(ps, memories, strict=True)):
+            raise ValueError("History needs all numbers of the parameters: pass compact=False")
+        vs = [torch.zeros_like(x) if v is None else v for x, v in zip(moves, found, strict=True)]
+        table = _products(memories, vs, moves)
         dd, vv = table[:, -1, -1], table[:, -2, -2]
         c = removal(table)
-        c[:, -1] += restore.to(c.device) * ratio(dd.sqrt(), vv.sqrt())
-        for p, x, memory, row in zip(ps, vs, memories, c, strict=True):
-            memory.remove_(p, row[: len(memory.left)], x, row[-1])
-        if any(x is not None for x in v):
-            age = int(first.get(AGE, 0))
-            self._remember_(memories, vs, vv.sqrt(), age, parameters)
-            first[AGE] = age + 1
+        restore = w["restore"][[p is not None for p in parameters]].to(c.device)
+        c[:, -1] += restore * ratio(dd.sqrt(), vv.sqrt())
+        for p, memory, v, row in zip(ps, memories, vs, c, strict=True):
+            memory.subtract_(p, row[:-1], v, row[-1])
+        if any(v is not None for v in found):
+            size, slot = vv.sqrt(), self.age % (self.k - 1)
+            good = size.isfinite() & (size > 0)
+            for memory, v, s, ok in zip(memories, vs, size, good, strict=True):
+                memory.store_(slot, v, s, ok)
+            self.age += 1
 
-    def _sized(self, t: int, p: Tensor) -> Memory:
-        """The memory of parameter t, for as many numbers as there are now."""
-        memory = self.memories[t]
-        assert memory is not None
-        if self.compact and memory.left.shape[1:] != p.shape:
-            memory = self.memories[t] = history.remember(p.detach(), len(memory.left), self.masked)
-        return memory
+    def state(self) -> dict[str, Tensor | Sequence[Tensor]]:
+        """The directions, and how many steps were remembered."""
+        left, right = ([getattr(m, side) for m in self.memories] for side in ("left", "right"))
+        return {LEFT: left, RIGHT: right, AGE: torch.tensor(self.age)}
 
-    def _remember_(
-        self, memories: Sequence[Memory], v: Sequence[Tensor], size: Tensor, age: int, like: Sequence[Tensor]
-    ) -> None:
-        """Put v / size in the place of the oldest direction."""
-        found = [m.iterate(x, (age - 1) % len(m.left), s) for m, x, s in zip(memories, v, size, strict=True)]
-        parts = [part for _, part in found]
-        if any(map(sharded.is_sharded, like)):
-            summed = sharded.sum_shards_(pad_sequence([x.double() for x in parts], batch_first=True), like)
-            parts = [row[: len(x)].to(x.dtype) for row, x in zip(summed, parts, strict=True)]
-        good = size.isfinite() & (size > 0)
-        for memory, (u, _), part, s, ok in zip(memories, found, parts, size, good, strict=True):
-            memory.store(age % len(memory.left), u, part, s, ok)
+    def check_state(self, found: Mapping[str, Tensors], parameters: Sequence[Tensor]) -> None:
+        """Raise a ValueError if the history there is of other parameters or of another length."""
+        for name, held in self.state().items():
+            if name in found and not isinstance(held, Tensor):
+                require_shapes(name, found[name], [x.shape for x in held])
 
-    def save(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """See above."""
-        if not any(memory is not None for memory in self.memories):
-            return state_dict
-        nothing = torch.zeros(0, dtype=history.STORED)
-        left = [nothing if memory is None else memory.left for memory in self.memories]
-        right = [nothing if memory is None else memory.right for memory in self.memories]
-        return checkpoint.pack(state_dict, {LEFT: left, RIGHT: right})
+    def load_state(self, found: Mapping[str, Tensors], parameters: Sequence[Tensor]) -> None:
+        """The opposite of :meth:`state`."""
+        age = lone(found, AGE)
+        self.age, self.memories = 0 if age is None else int(age), []
+        self.extend(parameters)
+        for t, memory in enumerate(self.memories):
+            for side, name in (("left", LEFT), ("right", RIGHT)):
+                x = found[name][t] if name in found else None
+                if x is not None:
+                    setattr(memory, side, x.to(getattr(memory, side).device, STORED, copy=True))
 
-    def check(self, state_dict: dict[str, Any], parameters: Sequence[Tensor]) -> None:
-        """See above."""
-        found = checkpoint.unpack(state_dict, parameters)[1]
-        if LEFT not in found:
-            return
-        lengths = [group["history"] - 1 for group in settings.per_parameter(state_dict["param_groups"])]
-        like = parameters
-        if self.compact:
-            pairs = zip(found.get("positions", parameters), found[LEFT], strict=True)
-            like = [x if left.numel() else x[:0] for x, left in pairs]
-        wanted = [history.shapes(p, k, self.masked) if k else ((0,), (0,)) for p, k in zip(like, lengths, strict=True)]
-        for name, shapes in zip((LEFT, RIGHT), zip(*wanted, strict=True), strict=True):
-            checkpoint.require_shapes(name, found[name], shapes)
 
-    def load(self, state_dict: dict[str, Any], parameters: Sequence[Tensor]) -> None:
-        """See above."""
-        found = checkpoint.unpack(state_dict, parameters)[1]
-        lengths = [group["history"] for group in settings.per_parameter(state_dict["param_groups"])]
-        self.memories = [self._fitting(p, k, None) for p, k in zip(parameters, lengths, strict=True)]
-        for t, memory in enumerate(self.memories if LEFT in found else ()):
-            if memory is not None:
-                self.memories[t] = history.place(parameters[t], found[LEFT][t], found[RIGHT][t], self.masked)
+def removal(table: Tensor) -> Tensor:
+    """The projection of moves on spans, as coefficients: Σ_j c_j D_j + c_v v.
+
+    v is taken last, for its products with the others are not exact: what is left of it beside them may be rounding.
+
+    Args:
+        table: inner products of D_1, ..., D_k, v and the move, shape (T, k + 2, k + 2), float64. The D_j may be zero or
+            dependent; NaN and Inf of v and the move come through.
+
+    Returns:
+        shape (T, k + 1).
+    """
+    k = table.shape[-1] - 2
+    lengths = table.diagonal(dim1=1, dim2=2)[:, :k].sqrt()
+    scale = ratio(torch.ones_like(lengths), lengths)[..., None]
+    gram, right = scale * table[:, :k, :k] * scale.mT, scale * table[:, :k, k:]
+    # Not the eigenvalues, for which the host would wait. Each round takes a ridge's error to a higher power.
+    lower, _ = torch.linalg.cholesky_ex(gram + RIDGE * torch.eye(k, dtype=gram.dtype, device=gram.device))
+    x: Tensor = torch.zeros_like(right)
+    for _ in range(ROUNDS):
+        x = x + torch.cholesky_solve(right - gram @ x, lower)
+    of_v, of_move = x.unbind(-1)
+    vv = table[:, k, k] - (of_v * right[..., 0]).sum(1)
+    vd = table[:, k, k + 1] - (of_v * right[..., 1]).sum(1)
+    c_v = torch.where(vv <= DEPENDENT**2 * table[:, k, k], torch.zeros_like(vd), vd / vv)
+    return torch.cat([scale[..., 0] * (of_move - c_v[:, None] * of_v), c_v[:, None]], 1)
 
 
 def _products(memories: Sequence[Memory], v: Sequence[Tensor], moves: Sequence[Tensor]) -> Tensor:
-    """Inner products of the remembered directions, v and the move, shape (T, k + 2, k + 2); zeros where fewer are."""
-    most = max(len(memory.left) for memory in memories)
-    table = torch.zeros(len(v), most + 2, most + 2, dtype=torch.float64, device=v[0].device)
-    table[:, most:, most:] = inner_products([v, moves])
-    for rows, memory, x, move in zip(table, memories, v, moves, strict=True):
-        k = len(memory.left)
-        found = memory.products([x, move])
-        rows[:k, :k] = found[:, :k]
-        rows[:k, most:] = found[:, k:]
-        rows[most:, :k] = found[:, k:].T
-    return table
+    """Inner products of the remembered directions, v and the move, shape (T, k + 1, k + 1)."""
+    table = inner_products([v, moves])
+    rows = [memory.products(pair) for memory, *pair in zip(memories, v, moves, strict=True)]
+    found = torch.stack(rows).to(table.device)
+    k = found.shape[1]
+    return torch.cat([found, torch.cat([found[..., k:].mT, table], 2)], 1)

@@ -4,12 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -18,6 +13,7 @@ from reproductions.paper.data import DATASETS
 from reproductions.paper.report.analysis import Kind, curve, embed, masking, ranks
 from reproductions.paper.report.published import PublishedExperiment, published
 from reproductions.paper.report.results import Result, read_results
+from reproductions.shared.figures import grid, label, legend_entries, save
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 COLOURS = {"zero-shot": "#999999", "fine-tune": "#D55E00", "mdgd": "#0072B2", "mdgd-gm": "#56B4E9"}
@@ -56,10 +52,7 @@ def draw_all(results: Path, output: Path) -> list[Path]:
         figure = draw(runs)
         if figure is None:
             continue
-        path = output / f"{name}.png"
-        figure.savefig(path, dpi=130)
-        plt.close(figure)
-        written.append(path)
+        written.append(save(figure, output / f"{name}.png"))
     return written
 
 
@@ -115,19 +108,19 @@ def draw_training(runs: Runs) -> Figure | None:
             rows.append((experiment, curves, ratios))
     if not rows:
         return None
-    figure, grid = _grid(3 * len(rows), 3, 3.1)
-    axes = [grid[i : i + 3] for i in range(0, len(grid), 3)]
+    figure, panels = _grid(3 * len(rows), 3, 3.1)
+    axes = [panels[i : i + 3] for i in range(0, len(panels), 3)]
     for (left, middle, right), (experiment, curves, ratios) in zip(axes, rows, strict=True):
         for method, (steps, losses, smooth) in curves.items():
             left.plot(steps, losses, color=COLOURS[method], alpha=0.25, linewidth=0.8)
             left.plot(steps, smooth, color=COLOURS[method], label=LABELS[method], linewidth=1.8)
         if curves:
             left.legend(frameon=False)
-        _label(left, f"(a) {_place(experiment)}", "optimizer step", "task loss")
+        label(left, f"(a) {_place(experiment)}", "optimizer step", "task loss")
         left.xaxis.set_major_locator(MaxNLocator(integer=True))
         _mark(left, runs[experiment.name])
-        for axis, key, letter, label in ((middle, "cos", "b", "cos(g̃, g̃₀)"), (right, "visual_loss", "c", "$L_v$")):
-            _label(axis, f"({letter}) {_place(experiment)}", "numbers that may move, %", label)
+        for axis, key, letter, what in ((middle, "cos", "b", "cos(g̃, g̃₀)"), (right, "visual_loss", "c", "$L_v$")):
+            label(axis, f"({letter}) {_place(experiment)}", "numbers that may move, %", what)
             _mark(axis, runs[experiment.name])
             if ratios:
                 axis.plot(100 * ratios["ratio"], ratios[key], "o-", color=COLOURS["mdgd-gm"], markersize=4)
@@ -154,7 +147,7 @@ def _rank_panels(runs: Runs, methods: Sequence[str], title: str) -> Figure | Non
         names = [DATASETS[task].title for task in experiment.pretrained]
         axis.set_xticks(range(len(names)), names, fontsize=8.5)
         letter = "a" if experiment.name in LLAVA else "b"
-        _label(axis, f"({letter}) {_place(experiment)}", "", "effective rank")
+        label(axis, f"({letter}) {_place(experiment)}", "", "effective rank")
         _mark(axis, runs[experiment.name])
     _legend(figure)
     figure.suptitle(title, fontsize=12)
@@ -162,31 +155,18 @@ def _rank_panels(runs: Runs, methods: Sequence[str], title: str) -> Figure | Non
 
 
 def _grid(count: int, columns: int, height: float) -> tuple[Figure, list[Axes]]:
-    rows = -(-count // columns)
-    shape = (WIDTH, height * rows + 0.7)
-    figure, axes = plt.subplots(rows, columns, figsize=shape, squeeze=False, layout="constrained")
+    figure, axes = grid(count, (WIDTH / min(columns, count), height), columns)
     layout: Any = figure.get_layout_engine()
     # A title belongs to the panel below it, not to the one above.
     layout.set(h_pad=0.14, w_pad=0.1)
-    for axis in axes.flat[count:]:
-        axis.set_axis_off()
-    return figure, list(axes.flat)
+    return figure, axes
 
 
 def _legend(figure: Figure) -> None:
-    found: dict[str, Artist] = {}
-    for axis in figure.axes:
-        found |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-    labels = [label for label in LABELS.values() if label in found]
-    handles = [found[label] for label in labels]
+    found = legend_entries(figure)
+    labels = [text for text in LABELS.values() if text in found]
+    handles = [found[text] for text in labels]
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, markerscale=1.5)
-
-
-def _label(axis: Axes, title: str, x: str, y: str) -> None:
-    axis.set_title(title, fontsize=10)
-    axis.set_xlabel(x)
-    axis.set_ylabel(y)
-    axis.spines[["top", "right"]].set_visible(False)
 
 
 def _place(experiment: PublishedExperiment) -> str:

@@ -29,8 +29,6 @@ CAPTIONS = {
     "figure5": "Figure 5. t-SNE of features of LLaVA.",
 }
 
-_STYLE = Path(__file__).parents[1] / "report.css"
-
 
 def write_report(results: Path, output: Path) -> Path:
     """Write the page.
@@ -77,8 +75,7 @@ def _page(runs: Mapping[str, Mapping[str, Result]], tables: Sequence[Comparison]
         *(_run(run) for run in everything),
     ]
     body = "\n".join(part for part in parts if part)
-    style = _STYLE.read_text(encoding="utf-8")
-    return document("MDGD: the paper's experiments", body, style)
+    return document("MDGD: the paper's experiments", body)
 
 
 def _overview(runs: Sequence[Result]) -> str:

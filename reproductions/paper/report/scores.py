@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from reproductions.shared.scores import harmonic
+
 H_SCORES = ("H(P, Avg)", "H(Avg, T)", "H(P, T)")
 
 
@@ -56,8 +58,3 @@ def summary(scores: Sequence[float]) -> Summary:
     if len(scores) < 2:
         raise ValueError(f"there must be a pre-trained task and a target, got {len(scores)} scores")
     return Summary(tuple(scores[:-1]), scores[-1])
-
-
-def harmonic(one: float, other: float) -> float:
-    """Harmonic mean of two scores; 0 where both are."""
-    return 2 * one * other / (one + other) if one + other else 0.0

@@ -1,37 +1,43 @@
 """What a row takes, from parameter and token counts: GPU hours, GPU memory, disk. Estimates, not measurements.
 
 With P the language model's parameters, Q those that are trained, T the tokens of an example, f forward and b backward
-passes a step:
+passes a step, as many as the gradients take that the method's rule needs:
 
     training    T · (2 P (f + b c) + b (2 P + 2 Q)) + 2 V N     operations an example
     evaluation  2 P T + 2 V N operations, then a pass over all weights' bytes for each token of a batch's answers
     memory      2 bytes a frozen number; 4 a trained one, 2 more for autocast's copy, 8 for AdamW, 4 for each gradient
-                that is held and for φ; 8 more inside a mask, for positions; and activations
+                that is held, for φ, and for the values before a step that is corrected; 4 more inside a mask, for
+                positions; what the rule keeps by itself; and activations
 
 c is 1 if activations are computed again in backward passes; V and N are the vision tower's parameters and patches: it
 is frozen and runs once an example. Gradients pass through all of the language model, since the connector is trained.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 from torch import nn
 
+from reproductions.methods import METHODS, Method
+from reproductions.methods.base import trained_parameters
+from reproductions.methods.mdgd_gm import MDGDGM
 from reproductions.paper.config import Experiment, method_of
 from reproductions.paper.data import DATASETS
-from reproductions.paper.methods import METHODS, Method
 from reproductions.paper.models import skeleton
 from torch_mdgd import connector, last_decoder_layers
-from torch_mdgd.parts import text_decoder
+from torch_mdgd.models.parts import text_decoder
 
 OPERATIONS, BANDWIDTH, UTILISATION = 312e12, 2.0e12, 0.35
 ASSUMPTIONS = (
     "A100-80GB: 312 TFLOP/s in bfloat16 and 2 TB/s, at 35 % of either; one row uses one GPU, two GPUs do two rows at "
     "a time"
 )
-PASSES = {"mdgd": (3, 4), "mdgd-no-align": (3, 4), "mdgd-gm": (2, 2), "fine-tune-lv": (2, 2)}
-GRADIENTS = {"mdgd": 3, "mdgd-no-align": 3, "mdgd-gm": 2, "fine-tune-lv": 2}
+PASSES = {1: (1, 1), 2: (2, 2), 4: (3, 4)}
+"""Forward and backward passes, by how many gradients a step needs."""
+GRADIENTS = {1: 1, 2: 2, 4: 3}
+"""How many are held at the peak: the two at the reference become one."""
 WORDS = 80
 """Tokens of an instruction and its answer."""
 
@@ -117,41 +123,74 @@ def count(module: nn.Module) -> int:
 
 def trained_numbers(experiment: Experiment, method: Method) -> int | None:
     """How many numbers a method may change of the published model; None where only the weights themselves can tell."""
-    return None if method.name == "osf" else _trained(experiment.model, experiment.layers, method.name, method.settings)
+    return None if method.name == "osf" else _ask(experiment, method).trained
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a method itself says of a published model.
+
+    Attributes:
+        trained: numbers that it may change.
+        gradients: how many it needs in a step.
+        wraps: whether it holds the reference.
+        corrects: whether it holds the values before a step.
+        own: bytes that its rule keeps from step to step.
+    """
+
+    trained: int = 0
+    gradients: int = 1
+    wraps: bool = False
+    corrects: bool = False
+    own: int = 0
+
+
+def _ask(experiment: Experiment, method: Method) -> Asked:
+    return _asked(experiment.model, experiment.layers, method.name, method.settings)
 
 
 @lru_cache
-def _trained(model: str, layers: int, name: str, settings: Any) -> int:
-    return METHODS[name](settings).trained_numbers(skeleton(model), layers)
+def _asked(model: str, layers: int, name: str, settings: Any) -> Asked:
+    method, network = METHODS[name](settings), skeleton(model)
+    if name == "osf":
+        return Asked()
+    trained = method.trained_numbers(network, layers)
+    rule = method.rule(network)
+    if rule is None:
+        return Asked(trained)
+    rule.attach(trained_parameters(network), method.mask() is not None)
+    kept = [x for tensors in rule.state().values() for x in (tensors if isinstance(tensors, Sequence) else [tensors])]
+    return Asked(trained, len(method.needs(network)), True, rule.corrects, sum(x.nbytes for x in kept))
 
 
 def estimate(experiment: Experiment, name: str) -> Estimate:
     """What a row of the tables takes."""
     method, size, t = method_of(experiment, name), size_of(experiment.model), experiment.training
-    trained = trained_numbers(experiment, method) or 0
-    dense = trained if name != "mdgd-gm" else round(trained / method.settings.ratio)
+    asked = _ask(experiment, method)
+    trained, masked = asked.trained, isinstance(method, MDGDGM)
+    dense = round(trained / method.settings.ratio) if masked else trained
     tokens = size.image_tokens + WORDS
     target = DATASETS[experiment.target]
     examples = t.examples or target.splits[str(target.training)].examples
     rounds = t.steps * t.batch * t.accumulation / examples if t.steps else t.epochs
     one, learns = 0.0, method.trains and method.begins_with is None
     if learns:
-        f, b = PASSES.get(name, (1, 1))
+        f, b = PASSES[asked.gradients]
         one = tokens * (2 * size.language * (f + b * t.checkpointing) + b * 2 * (size.language + dense))
         # MiniCPM-V-2.0 looks at one slice after the other, of which the last alone is remembered.
         looks = f if experiment.model == "minicpm-v-2" else 1
         one = (one + 2 * size.vision * size.patches * looks) / (OPERATIONS * UTILISATION) / 3600
     # With a ratio of 1 everything is inside the mask.
-    short = experiment.masking if name == "mdgd-gm" else None
+    short = experiment.masking if masked else None
     inside = round(dense * max(short.ratios)) if short else trained
     memory = 2 * (size.total - dense) + 4 * dense + _activations(experiment, size, learns)
     if learns:
         # State for what moves; gradients for everything; and φ, which the plain optimizer does without.
-        memory += 2 * dense + 8 * inside + 4 * dense * GRADIENTS.get(name, 1) + 4 * inside * (name in GRADIENTS)
-        memory += 8 * inside if short else 0
+        memory += 2 * dense + 8 * inside + 4 * dense * GRADIENTS[asked.gradients] + 4 * inside * asked.wraps
+        memory += 4 * inside * asked.corrects + asked.own + (4 * inside if short else 0)
     elif method.trains:
         memory += 4 * sum(side**2 for side in _inputs(experiment))
-    state = 20 * inside if short else (8 + 4 * (name in GRADIENTS)) * trained
+    state = 16 * inside if short else (8 + 4 * asked.wraps) * trained + asked.own
     return Estimate(
         trained if name != "osf" else None,
         one * rounds * examples,

@@ -20,7 +20,7 @@ from reproductions.paper.metrics import METRICS
 from reproductions.paper.models import to_device
 from reproductions.paper.run.work import Workshop
 from reproductions.paper.run.workers import errors_of_workers
-from reproductions.shared.files import read_lines, write
+from reproductions.shared.files import read_until_cut, write
 from torch_mdgd import VisualTap, effective_rank
 
 THUMBNAILS, THUMBNAIL = 12, (224, 224)
@@ -66,7 +66,7 @@ def answer(work: Workshop, task: str, examples: Sequence[Any], path: Path, bars:
     """
     settings = work.experiment.evaluation
     longest = settings.answer_tokens or DATASETS[task].answer_tokens
-    known = read_lines(path)
+    known = read_until_cut(path)
     write(path, "".join(json.dumps(line) + "\n" for line in known))
     for line, example in zip(known, examples, strict=False):
         if line["id"] != example.id:

@@ -14,10 +14,10 @@ from tenacity import RetryError
 
 from reproductions.paper.config import Experiment
 from reproductions.paper.data import DataError
-from reproductions.paper.fields import build
 from reproductions.paper.models import VisionLanguageModel, to_device
 from reproductions.paper.run.weights import NAME, load_changes
 from reproductions.paper.run.work import Workshop
+from reproductions.shared.fields import build
 
 LONGEST = 64
 """Tokens of an answer to a task that does not say how many."""

@@ -7,9 +7,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from reproductions.paper.config import experiment_names, load_experiment
+from reproductions.methods import METHODS
+from reproductions.paper.config import experiment_names, load_experiment, methods_of
 from reproductions.paper.data import DATASETS
-from reproductions.paper.methods import METHODS, methods_of
 from reproductions.paper.run.estimate import ASSUMPTIONS, Estimate, downloads, estimate, size_of
 
 FIGURES = {

@@ -2,24 +2,23 @@
 
 import json
 import shutil
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
 import torch
-from torch import Tensor
 
-from reproductions.paper.methods.base import train_last
-from reproductions.paper.methods.mdgd_gm import MDGDGM
+from reproductions.methods.base import train_last
+from reproductions.methods.mdgd_gm import MDGDGM
 from reproductions.paper.models import load_model
 from reproductions.paper.run.train import train
 from reproductions.paper.run.weights import NAME, load_changes
 from reproductions.paper.run.work import Workshop
 from reproductions.shared.files import write
+from reproductions.shared.masked_cosine import masked_cosine
 from torch_mdgd import MDGDOptimizer, mdgd_backward
 
-ROLES = ("task", "visual", "reference_task", "reference_visual")
+KINDS = ("task", "visual", "reference_task", "reference_visual")
 
 
 def analyse_masking(work: Workshop, method: MDGDGM, folder: Path, progress: bool = True) -> list[dict[str, float]]:
@@ -71,27 +70,7 @@ def measure(work: Workshop, trained: Path) -> dict[str, float]:
     for batch in work.target_batches(e.masking.batches):
         with torch.autocast(work.device.type, torch.bfloat16, enabled=e.dtype == "bfloat16"):
             mdgd_backward(network, optimizer, batch, tap=work.model.tap(), combine=False)
-        cos = masked_cosine([optimizer.captured[role] for role in ROLES], moved)
+        cos = masked_cosine([optimizer.captured[kind] for kind in KINDS], moved)
         found.append({"cos": cos, "visual_loss": float(optimizer.diagnostics["visual_loss"])})
         optimizer.zero_grad()
     return {name: fmean(entry[name] for entry in found) for name in ("cos", "visual_loss")}
-
-
-def masked_cosine(roles: Sequence[Sequence[Tensor | None]], moved: Sequence[Tensor]) -> float:
-    """The cosine of M ⊙ g̃ (6) and M ⊙ g̃₀ (7), of gradients g, v, g₀, v₀ by parameter; 0 if one is zero."""
-    sums = torch.zeros(3, dtype=torch.float64)
-    for g, v, g0, v0, mask in zip(*roles, moved, strict=True):
-        if g is None or g0 is None:
-            continue
-        a, b = (_without(x, y)[mask] for x, y in ((g, v), (g0, v0)))
-        sums += torch.stack([a @ b, a @ a, b @ b]).cpu()
-    length = (sums[1] * sums[2]).sqrt()
-    return float(sums[0] / length) if length > 0 else 0.0
-
-
-def _without(g: Tensor, v: Tensor | None) -> Tensor:
-    g = g.double()
-    if v is None or not v.any():
-        return g
-    v = v.double()
-    return g - (g * v).sum() / (v * v).sum() * v

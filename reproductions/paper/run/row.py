@@ -16,15 +16,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, set_seed
 
+from reproductions.methods import Method
+from reproductions.methods.mdgd_gm import MDGDGM
 from reproductions.paper.config import Experiment, method_of
-from reproductions.paper.fields import ConfigError
-from reproductions.paper.methods import Method
-from reproductions.paper.methods.mdgd_gm import MDGDGM
 from reproductions.paper.run.evaluate import evaluate
 from reproductions.paper.run.masking import analyse_masking
 from reproductions.paper.run.train import CHECKPOINTS, train
 from reproductions.paper.run.weights import NAME, load_changes
 from reproductions.paper.run.work import Workshop
+from reproductions.shared.fields import ConfigError
 from reproductions.shared.files import alone_in, write
 
 WHEREABOUTS = (

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 import torch
 from rich.console import Console
 
-from reproductions.paper.config import Experiment, experiment_names, load_experiment
-from reproductions.paper.fields import ConfigError
-from reproductions.paper.methods import METHODS, methods_of
+from reproductions.methods import METHODS
+from reproductions.paper.config import Experiment, experiment_names, load_experiment, methods_of
+from reproductions.shared.fields import ConfigError
 
 if TYPE_CHECKING:
     from reproductions.paper.data import DataError

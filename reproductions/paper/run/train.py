@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
 
+from reproductions.methods import Method
+from reproductions.methods.base import Penalty
 from reproductions.paper.config import Experiment
-from reproductions.paper.methods import Method
-from reproductions.paper.methods.base import Penalty
 from reproductions.paper.run.weights import NAME, changes, load_changes, save_changes
 from reproductions.paper.run.work import Workshop
 from reproductions.paper.run.workers import errors_of_workers
-from reproductions.shared.files import read_lines, write
+from reproductions.shared.files import read_until_cut, write
 from torch_mdgd.integrations.transformers import MDGDTrainerMixin
 
 CHECKPOINTS, LOG, TRAINED = "checkpoints", "training.jsonl", "trained_parameters.safetensors"
@@ -80,7 +80,7 @@ class LogLines(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep what was logged up to the checkpoint."""
-        lines = read_lines(self.path)
+        lines = read_until_cut(self.path)
         kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= state.global_step]
         write(self.path, "".join(kept))
 
@@ -156,7 +156,7 @@ def _train(
         "data_collator": lambda some: work.model.collate(some, answers=True),
         "callbacks": [LogLines(folder / LOG), *callbacks],
     }
-    wrapper = method.wrapper()
+    wrapper = method.wrapper(module)
     trainer: PaperTrainer | PaperMDGDTrainer
     if wrapper is None:
         trainer = PaperTrainer(**common)
@@ -164,7 +164,7 @@ def _train(
         with torch.autocast(work.device.type, torch.bfloat16, enabled=e.dtype == "bfloat16"):
             trainer.penalty = method.penalty(work, module)
     else:
-        trainer = PaperMDGDTrainer(**common, mdgd=wrapper, tap=work.model.tap())
+        trainer = PaperMDGDTrainer(**common, **wrapper, tap=work.model.tap())
     if e.training.report_to == TENSORBOARD:
         # Told where to write: by itself it writes beside the checkpoints, which are removed at the end.
         from torch.utils.tensorboard import SummaryWriter

@@ -7,14 +7,15 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from reproductions.mini.commands import app
+from reproductions.mini.commands import STUDY, app
 from reproductions.mini.experiment import leads, study
 from reproductions.mini.experiment.finetune import trainable_parameters
-from reproductions.mini.experiment.methods import Method
+from reproductions.mini.experiment.methods import GONE, Method
 from reproductions.mini.experiment.scored_masks import SCORES, scored_mask, squared_gradients
 from reproductions.mini.experiment.systems import CANDIDATES
 from reproductions.mini.model.llava import CHECKPOINT, load_checkpoint
 from reproductions.mini.world.data import target_data, training_batch
+from reproductions.shared.results import read_results
 from torch_mdgd import VisualTap
 
 
@@ -97,7 +98,7 @@ def test_the_layers_that_are_protected(layers, parts):
     wrap = {"update": "project", "space": "step"}
     optimizer = Method("", "", 1e-3, wrap, inputs=0.9, layers=layers).optimizer(model, parameters)
     names = {id(p): name for name, p in model.named_parameters()}
-    protected = [names[id(parameters[i])] for i in optimizer.inputs.names]
+    protected = [names[id(parameters[i])] for i in optimizer.rule.names]
     trained = [names[id(p)] for p in parameters if p.dim() == 2]
     assert sorted(protected) == sorted(name for name in trained if parts & set(name.split(".")))
 
@@ -107,7 +108,8 @@ def test_the_leads_are_tuned_as_the_study_is_and_share_its_runs(tmp_path, monkey
     for group in leads.GROUPS.values():
         assert all(len(system.candidates("adamw", 1.0)) == CANDIDATES for system in group)
     masks = leads.GROUPS["Which tenth of the numbers, with αv"]
-    monkeypatch.setattr(leads, "GROUPS", {"masks": (masks[1], masks[-1])})
+    gone = [system for system in masks if system.method.mask in GONE]
+    monkeypatch.setattr(leads, "GROUPS", {"masks": (masks[1], *gone, masks[-1])})
     arguments = [
         "leads",
         "--output",
@@ -129,6 +131,18 @@ def test_the_leads_are_tuned_as_the_study_is_and_share_its_runs(tmp_path, monkey
     assert len(lines) == 2 * 2 * CANDIDATES
     told = (tmp_path / "leads.md").read_text()
     assert "### masks" in told
+    assert len(gone) == len(GONE)
+    assert not any(system.label in told for system in gone), "they cannot be run"
     again = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert again.exit_code == 0
     assert (tmp_path / "tune.jsonl").read_text().splitlines() == lines, "nothing is run twice"
+
+
+def test_committed_results_have_every_run_also_of_masks_that_cannot_be_made_any_more(scored):
+    done = read_results(STUDY / "tune.jsonl")
+    systems = [system for group in leads.GROUPS.values() for system in group]
+    assert {run.key for run in study.tuning_runs(leads.CELL, systems, study.Size())} <= done.keys()
+    model, parameters, *_ = scored
+    for kind in GONE:
+        with pytest.raises(ValueError, match=f"'{kind}' are there no more"):
+            Method("", "", 1e-3, {}, 0.1, kind).optimizer(model, parameters)

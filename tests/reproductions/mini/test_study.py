@@ -9,16 +9,18 @@ from rich.console import Console
 
 from reproductions.mini.experiment import costs, study
 from reproductions.mini.experiment.finetune import finetune
-from reproductions.mini.experiment.methods import METHODS
+from reproductions.mini.experiment.methods import METHODS, rule_of
 from reproductions.mini.experiment.parallel import execute_all
 from reproductions.mini.experiment.run import Run, execute, rounded
 from reproductions.mini.experiment.scores import average, h_scores, kept, mean, rate_that_reaches, target_score
 from reproductions.mini.experiment.systems import CANDIDATES, CELLS, SYSTEMS
 from reproductions.mini.model.evaluate import Evaluation
 from reproductions.mini.model.llava import CHECKPOINT, load_checkpoint
+from reproductions.mini.rules import History
 from reproductions.mini.world.data import target_data
 from reproductions.mini.world.questions import PRETRAINED_TASKS
 from reproductions.shared.results import read_results
+from torch_mdgd import StepProject
 
 CELL = CELLS[0]
 SIZE = study.Size(steps=2, batch=4, tuning_examples=2, examples=2)
@@ -51,6 +53,29 @@ def test_every_system_moves_what_it_says(name):
         assert 0.9 * course.trained <= sum(moved.values()) <= course.trained
         assert course.trained == round(method.fraction * 459_520)
     assert len(course.losses) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [
+        ("mdgd", "MDGD(align=10, regularize=1)"),
+        ("align", "MDGD(align=10, regularize=0)"),
+        ("project", "Project(align=10)"),
+        ("step", "StepProject(restore=0)"),
+        ("restore", "History(restore=0.05)"),
+        ("budget", "DriftBudget(Project(align=1), 0.1)"),
+        ("reference", "Reference(align=10)"),
+        ("global", "Global(align=10, regularize=1)"),
+    ],
+)
+def test_the_rule_that_settings_tell(name, rule):
+    assert repr(rule_of(SYSTEMS[name].method.wrap)) == rule
+
+
+def test_a_history_of_one_is_the_step_without_it():
+    method = SYSTEMS["history"].method
+    assert [rule_of(method.with_settings(history=k).wrap).__class__ for k in (1, 4)] == [StepProject, History]
+    assert rule_of(method.wrap).k == 16
 
 
 def test_every_system_is_tuned_as_much_and_is_told_apart():
@@ -265,6 +290,6 @@ def test_rounding_keeps_five_digits():
     assert rounded({"a": [1.23456789, 3], "b": ("x", True)}) == {"a": [1.2346, 3], "b": ["x", True]}
 
 
-def test_a_setting_of_a_wrapper_needs_one():
+def test_a_setting_of_a_rule_needs_one():
     with pytest.raises(ValueError, match="align"):
         METHODS["fine-tune"].with_settings(align=1.0)

@@ -2,10 +2,10 @@
 
 import pytest
 
-from reproductions.paper.config import experiment_names, load_experiment
-from reproductions.paper.fields import ConfigError
-from reproductions.paper.methods import METHODS, methods_of
+from reproductions.methods import METHODS
+from reproductions.paper.config import experiment_names, load_experiment, methods_of
 from reproductions.paper.report.published import published
+from reproductions.shared.fields import ConfigError
 
 GOOD = """
 title = "a title"

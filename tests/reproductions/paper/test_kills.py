@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from reproductions.paper.methods.base import train_last
+from reproductions.methods.base import train_last
 from reproductions.paper.models.base import VisionLanguageModel
 from reproductions.paper.run import masking, train
 from reproductions.paper.run.weights import NAME
@@ -42,7 +42,7 @@ def whole(assets, tmp_path_factory):
     return row(assets, tmp_path_factory.mktemp("whole"), "mdgd")
 
 
-@pytest.mark.parametrize("method", ["fine-tune", "mdgd", "lora", "ewc", "corda", "osf"])
+@pytest.mark.parametrize("method", ["fine-tune", "mdgd", "inputs", "lora", "ewc", "corda", "osf"])
 def test_a_run_killed_while_training_ends_as_if_it_was_not(method, assets, tmp_path):
     expected = contents(row(assets, tmp_path / "whole", method))
     with pytest.raises(Killed):

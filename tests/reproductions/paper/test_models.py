@@ -94,7 +94,7 @@ def test_the_tap_gives_one_feature_a_sample(model):
 
 
 def test_a_step_of_mdgd_moves_layers_and_connector(model):
-    from reproductions.paper.methods.base import train_last
+    from reproductions.methods.base import train_last
 
     parameters = train_last(model.network, 2)
     assert {id(p) for p in parameters} <= {

@@ -11,12 +11,12 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from reproductions.__main__ import app
-from reproductions.paper.config import experiment_names, load_experiment
+from reproductions.methods import METHODS
+from reproductions.paper.config import experiment_names, load_experiment, methods_of
 from reproductions.paper.data import DataError
 from reproductions.paper.data.dataset import DataSet
-from reproductions.paper.fields import ConfigError
-from reproductions.paper.methods import METHODS, methods_of
 from reproductions.paper.run import row, rows
+from reproductions.shared.fields import ConfigError
 
 QUIET = Console(quiet=True)
 

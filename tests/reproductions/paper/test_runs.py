@@ -9,13 +9,13 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from reproductions.paper.data import DATASETS, DataError, Example
-from reproductions.paper.fields import ConfigError
 from reproductions.paper.report.results import Result
 from reproductions.paper.run import evaluate, masking
 from reproductions.paper.run.row import run_row
 from reproductions.paper.run.weights import NAME, changes, load_changes, save_changes
 from reproductions.paper.run.work import Workshop
-from reproductions.shared.files import read_lines
+from reproductions.shared.fields import ConfigError
+from reproductions.shared.files import read_until_cut
 from tests.properties import assert_same_bits
 from tests.reproductions.paper.running import CPU, EXACT, SHORT, row
 
@@ -150,7 +150,7 @@ def test_answers_with_strange_ends_of_lines(tmp_path):
     answers = ["one\u2028two", "three\x85four", "five"]
     path = tmp_path / "gqa.predictions.jsonl"
     path.write_text("".join(json.dumps({"prediction": x}, ensure_ascii=False) + "\n" for x in answers) + '{"pred')
-    assert [line["prediction"] for line in read_lines(path)] == answers
+    assert [line["prediction"] for line in read_until_cut(path)] == answers
     found = Result(tmp_path)
     (tmp_path / "evaluation").mkdir()
     path.rename(tmp_path / "evaluation" / path.name)

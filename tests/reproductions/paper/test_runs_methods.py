@@ -6,10 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from reproductions.methods.replay import Replay
-from reproductions.paper.methods import METHODS
-from reproductions.paper.methods.base import train_last
-from reproductions.paper.methods.replay import Mixed
+from reproductions.methods import METHODS
+from reproductions.methods.base import train_last
+from reproductions.methods.replay import Mixed, Replay
 from reproductions.paper.run.weights import NAME, load_changes
 from reproductions.paper.run.work import Workshop
 from tests.properties import assert_same_bits

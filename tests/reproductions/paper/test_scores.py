@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from reproductions.paper.data import DATASETS
 from reproductions.paper.report.published import published
-from reproductions.paper.report.scores import H_SCORES, harmonic, summary
+from reproductions.paper.report.scores import H_SCORES, summary
+from reproductions.shared.scores import harmonic
 
 ROWS = [row for experiment in published().values() for row in experiment.rows.values()]
 percent = st.floats(0, 100)

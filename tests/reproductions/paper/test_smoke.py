@@ -10,8 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from reproductions.__main__ import app
+from reproductions.methods import METHODS
 from reproductions.paper.config import experiment_names
-from reproductions.paper.methods import METHODS
 from reproductions.paper.report.published import published
 
 

@@ -1,0 +1,33 @@
+"""All parameters as one vector: another rule, whose inner products are sums over all of them."""
+
+from torch import Tensor
+
+from torch_mdgd.rules.base import Rule, Weights
+
+
+class Global(Rule):
+    """A rule whose ⟨x, y⟩ is Σ_t ⟨x_t, y_t⟩ over all parameters t, in (6), (7) and (8) alike.
+
+    Args:
+        rule: one that combines gradients and does nothing else, such as ``MDGD()``.
+    """
+
+    def __init__(self, rule: Rule) -> None:
+        self.rule, self.weights = rule, rule.weights
+
+    def needs(self, w: Weights, masked: bool) -> tuple[str, ...]:
+        """The rule's."""
+        return self.rule.needs(w, masked)
+
+    def drift(self, products: Tensor) -> Tensor:
+        """The rule's, of the sums."""
+        return self.rule.drift(_pooled(products))
+
+    def coefficients(self, products: Tensor, w: Weights, masked: bool) -> Tensor:
+        """The rule's, of the sums."""
+        return self.rule.coefficients(_pooled(products), w, masked)
+
+
+def _pooled(products: Tensor) -> Tensor:
+    """The sum of all rows, in place of each."""
+    return products.sum(0, keepdim=True).expand_as(products)

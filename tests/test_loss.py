@@ -1,0 +1,85 @@
+"""The visual loss for those who own no optimizer: the same numbers as the wrapper's."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from tests.properties import assert_same_bits
+from tests.tiny_models import llava, llava_batch, text_batch
+from torch_mdgd import MDGD, MDGDOptimizer, connector, freeze_all_but, last_decoder_layers, mdgd_backward
+from torch_mdgd.loss import Reference, visual_loss
+
+
+def full():
+    model = llava(dropout=0.1).train()
+    return model, freeze_all_but(model, [connector(model), *last_decoder_layers(model, 1)])
+
+
+def lora():
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], lora_dropout=0.1)
+    model = get_peft_model(llava().requires_grad_(False), config).train()
+    return model, [p for p in model.parameters() if p.requires_grad]
+
+
+def move(parameters):
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in parameters:
+            p.add_(0.05 * torch.randn(p.shape, generator=generator))
+
+
+@pytest.mark.parametrize("make", [full, lora])
+@pytest.mark.filterwarnings("ignore:parameter . has changed")
+def test_its_gradient_is_the_wrappers(make):
+    model, parameters = make()
+    reference, optimizer = Reference(model), MDGDOptimizer(torch.optim.SGD(parameters, lr=0.1), MDGD(2.0, 0))
+    assert reference.off == (make is lora)
+    second = copy.deepcopy(model)
+    move(parameters)
+    state = torch.get_rng_state()
+    mdgd_backward(model, optimizer, llava_batch())
+    wanted = [p.grad.clone() for p in parameters]
+    for where in (reference, optimizer, second):
+        optimizer.zero_grad()
+        torch.set_rng_state(state)
+        output, visual = visual_loss(model, llava_batch(), reference=where)
+        (output.loss + 2.0 * visual).backward()
+        scale = max(float(x.abs().max()) for x in wanted)
+        for p, x in zip(parameters, wanted, strict=True):
+            assert (p.grad - x).abs().max() <= 1e-6 * scale
+
+
+@pytest.mark.parametrize("make", [full, lora])
+def test_at_the_reference_it_is_zero_and_the_weights_come_back(make):
+    model, parameters = make()
+    reference = Reference(model)
+    before = [p.detach().clone() for p in parameters]
+    _, visual = visual_loss(model, llava_batch(), reference=reference)
+    assert visual == 0
+    assert_same_bits(parameters, before)
+
+
+def test_text_alone_has_no_visual_loss():
+    model, _ = full()
+    output, visual = visual_loss(model, text_batch(), reference=Reference(model))
+    assert visual == 0
+    assert output.loss > 0
+
+
+def test_adapters_that_have_moved_are_copied():
+    model, parameters = lora()
+    move(parameters)
+    before = [p.detach().clone() for p in parameters]
+    reference = Reference(model)
+    assert not reference.off
+    move(parameters)
+    with reference():
+        assert_same_bits(parameters, before)
+
+
+def test_a_model_without_trained_parameters():
+    with pytest.raises(ValueError, match="no parameter of the model requires gradients"):
+        Reference(llava().requires_grad_(False))

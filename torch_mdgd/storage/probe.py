@@ -1,0 +1,68 @@
+"""Whether an optimizer treats every element of a parameter alike and apart: tried, not taken at its word."""
+
+import copy
+from collections import OrderedDict, defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+# Beyond what optimizers of 8 bits keep in full, and in rows that no block size divides.
+SHAPE = (61, 97)
+STEPS = 3
+RATE = 1e-2
+TOLERANCE = 1e-5
+
+
+def require_elementwise(base: Optimizer) -> None:
+    """Step a copy of the optimizer on a matrix, and on some of its elements as a vector; ``base`` is not touched.
+
+    Raises:
+        TypeError: what becomes of those elements differs, or the optimizer takes no vector, naming it.
+    """
+    name = type(base).__name__
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    draws = [torch.randn(SHAPE, generator=generator, dtype=torch.float32, device="cpu") for _ in range(STEPS + 1)]
+    chosen = torch.arange(draws[0].numel(), device="cpu").view(SHAPE) % 7 == 0
+    for group in base.param_groups:
+        device = group["params"][0].device if group["params"] else torch.device("cpu")
+        start, *gradients = (x.to(device) for x in draws)
+        mask = chosen.to(device)
+        try:
+            matrix = _stepped(base, group, start, [x * mask for x in gradients], mask)
+            vector = _stepped(base, group, start[mask], [x[mask] for x in gradients], mask[mask])
+        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError, KeyError) as error:
+            raise TypeError(
+                f"compact=True gives {name} the selected elements of each parameter as a vector, which it does not "
+                f"take ({error}): use compact=False, the dense mode"
+            ) from error
+        apart = (matrix[mask] - vector).abs().max()
+        if not bool(apart <= TOLERANCE * (start[mask] - vector).abs().max()):
+            raise TypeError(
+                f"compact=True needs an optimizer that treats every element of a parameter alike and apart, which "
+                f"{name} does not: use compact=False, the dense mode"
+            )
+
+
+@torch.no_grad()
+def _stepped(
+    base: Optimizer, group: dict[str, Any], start: Tensor, gradients: Sequence[Tensor], mask: Tensor
+) -> Tensor:
+    """A parameter after some steps, of which only masked elements may move."""
+    twin = copy.copy(base)
+    parameter = nn.Parameter(start.clone())
+    twin.state = defaultdict(dict)
+    settings = {key: copy.deepcopy(value) for key, value in group.items() if key != "params"}
+    twin.param_groups = [{**settings, "lr": RATE, "params": [parameter]}]
+    vars(twin).update({key: OrderedDict() for key in vars(twin) if key.endswith("_hooks")})
+    # Neither a scheduler's, which stands on the instance, nor the one that runs hooks of all optimizers.
+    step: Any = getattr(type(base).step, "__wrapped__", type(base).step)
+    with torch.random.fork_rng(devices=[]):
+        for gradient in gradients:
+            before = parameter.detach().clone()
+            parameter.grad = gradient.clone()
+            step(twin)
+            parameter.copy_(torch.where(mask, parameter, before))
+    return parameter.detach()

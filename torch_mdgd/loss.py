@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from torch_mdgd.models.noise import without_noise

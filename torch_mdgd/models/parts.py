@@ -45,8 +45,8 @@ def connector(model: nn.Module) -> nn.Module:
     found = _beside_the_decoder(inner) or _named(inner)
     if not found:
         raise ValueError(
-            f"connector: nothing stands beside the text decoder of {type(inner).__name__}, and no module is called "
-            f"{' or '.join(CONNECTORS)}; its parts are "
+            f"connector: no module of {type(inner).__name__} is called {' or '.join(CONNECTORS)}, and nothing stands "
+            "beside its text decoder; its parts are "
             + ", ".join(name for name, _ in inner.named_modules() if name and name.count(".") < 2)
         )
     return found[0] if len(found) == 1 else nn.ModuleList(found)

@@ -76,7 +76,7 @@ class Randomness:
 
     def bits(self) -> list[Any]:
         """What is equal for equal states."""
-        states = [state.numpy().tobytes() for state in (self.cpu, *(state for _, state in self.states))]
+        states = [state.cpu().numpy().tobytes() for state in (self.cpu, *(state for _, state in self.states))]
         words = [] if self.numpy_state is None else [self.numpy_state[1].tobytes(), *self.numpy_state[2:]]
         return [*states, self.python, *words]
 

@@ -33,6 +33,8 @@ TOWERS = (
 )
 # In names of what stands beside a text decoder and has nothing to do with pictures that are read.
 NO_PICTURES = ("audio", "speech", "generation", "vqmodel", "action")
+# What holds experts that a router sends tokens to.
+EXPERTS = "experts"
 # In configurations: the token that stands for a piece of a picture or of a film.
 TOKENS = (
     "image_token_id",

@@ -106,6 +106,20 @@ def head_of(module: Any) -> nn.Module | None:
     return head if isinstance(head, nn.Module) else None
 
 
+def token_modules(decoder: nn.Module) -> set[nn.Module]:
+    """The modules of a text decoder that are run on its sequence, without what looks at pictures inside of it."""
+    others = [part for name, part in decoder.named_children() if _holds_tower(name, part)]
+    if others:
+        others += _named(decoder)
+    return set(decoder.modules()) - {module for part in others for module in part.modules()}
+
+
+def head_modules(model: nn.Module) -> set[nn.Module]:
+    """The modules of a model's output embeddings, which make logits of hidden states."""
+    heads = [head for module in model.modules() if (head := head_of(module)) is not None]
+    return {module for head in heads for module in head.modules()}
+
+
 def _holds(module: nn.Module) -> bool:
     return next(module.parameters(), None) is not None
 

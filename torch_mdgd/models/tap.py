@@ -1,6 +1,7 @@
 """The features whose loss is visual forgetting: hidden states at the image tokens, and their alignment (5)."""
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -9,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from torch_mdgd.models.check import replaced_tokens
 from torch_mdgd.models.families import CROSS_ATTENTION, IN_FRONT, MARKS, TOKENS
 from torch_mdgd.models.parts import decoder_layers, text_decoder, unwrap
 from torch_mdgd.models.passes import Pass, known_of, meant
@@ -170,6 +172,36 @@ class VisualTap:
         known.several = known.several if stop else False
         known.stopped = known.stopped or stop
         return self._at_images(passes[0], batch).detach()
+
+    def check(self, model: nn.Module, batch: Batch) -> bool | None:
+        """Whether this tap marks just the tokens that a model of transformers replaces by pictures; a warning if not.
+
+        What enters the decoder is compared with the embedding table, so no name is trusted.
+
+        Args:
+            model: whose tap this is.
+            batch: with pictures.
+
+        Returns:
+            None where it cannot be seen, as in models that scale embeddings on the way.
+        """
+        inner: Any = unwrap(model)
+        training = [m for m in model.modules() if m.training]
+        model.eval()
+        try:
+            found = replaced_tokens(model, self.text_module, inner.get_input_embeddings(), batch)
+        finally:
+            for module in training:
+                module.training = True
+        mask = image_tokens(self, batch)
+        if found is None or torch.equal(found, mask):
+            return None if found is None else True
+        warnings.warn(
+            f"VisualTap: {type(inner).__name__} replaces {int(found.sum())} tokens of this batch by pictures or "
+            f"sounds, and the tap marks {int(mask.sum())}, of which {int((mask & ~found).sum())} are others",
+            stacklevel=2,
+        )
+        return False
 
     def _run(self, model: Callable[..., Any], batch: Batch, stop: bool) -> tuple[Any, list[Pass]]:
         """The model's output, and what each pass of the text module left; stopped after the first, no output."""

@@ -50,9 +50,14 @@ SIZES = {
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "window_size": 16, "num_query_tokens": 2,
     "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,
     "mm_tokens_per_image": 4, "sliding_window": 64, "shared_expert_intermediate_size": 32, "num_image_tokens": 4,
-    "n_group": 1, "topk_group": 1, "vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 8,
+    "latent_query_num": 4, "n_group": 1, "topk_group": 1,
+    "vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 8,
     "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
 }  # fmt: skip
+# What a family asks besides, by the configuration inside.
+ASKED: dict[str, dict[str, int]] = {
+    "llama4_vision_model": {"intermediate_size": 128, "projector_input_dim": 32, "projector_output_dim": 32},
+}
 IMAGE, VIDEO, OTHER = 60, 61, 40
 
 
@@ -77,14 +82,18 @@ def shrink(config: Any, ids: Iterator[int]) -> Any:
                 setattr(config, key, SIZES[key])
             elif "token" in key and key.endswith(("_id", "_index")):
                 setattr(config, key, next(ids))
-        elif key == "rope_parameters" and isinstance(value, dict) and "mrope_section" in value:
-            setattr(config, key, {**value, "mrope_section": [2, 3, 3]})
+        elif key == "rope_parameters" and ("mrope_section" in (value or ()) or "glm" in config.model_type):
+            # A half of what is rotated of each head.
+            half = int(SIZES["head_dim"] * (value.get("partial_rotary_factor") or 1) / 2)
+            setattr(config, key, {**value, "mrope_section": [half // 4, half // 4, half - half // 4 * 2]})
         elif key == "layer_types" and value:
             setattr(config, key, value[-2:])
         elif key == "vision_feature_layers":
             setattr(config, key, [-1, -2])
         elif key in ("deepstack_visual_indexes", "fullatt_block_indexes", "global_attn_indexes"):
             setattr(config, key, [0, 1])
+    for key, size in ASKED.get(config.model_type, {}).items():
+        setattr(config, key, size)
     return config
 
 
@@ -118,14 +127,14 @@ def pictures(name: str, model: Any) -> Iterator[dict[str, Tensor]]:
     flat = torch.randn(2 * 16, 3 * time * patch * patch)
     grids = {"image_grid_thw": torch.tensor([[1, 4, 4]] * 2)}
     extra = {"image_sizes": torch.tensor([[size, size]] * 2)} if "image_sizes" in takes else {}
-    if "image_grid_thw" in takes:
+    if "image_grid_thw" in takes and "image_merge_sizes" not in takes:
         yield {"pixel_values": flat, **grids}
         yield {"pixel_values": flat.view(32, 3, time, patch, patch).squeeze(2), **grids}
         yield {"pixel_values": flat.view(32, 3, time, patch, patch)[:, :, 0].flatten(1), **grids}
         yield {"pixel_values": flat.view(32, 3, time, patch, patch)[None, :, :, 0], **grids}
         yield {"pixel_values": torch.cat([flat, flat], 1), **grids}
-        if "image_merge_sizes" in takes:
-            yield {"pixel_values": flat, **grids, "image_merge_sizes": torch.tensor([2, 2])}
+    if "image_merge_sizes" in takes:
+        yield {"pixel_values": flat, **grids, "image_merge_sizes": torch.tensor([2, 2])}
     if "spatial_shapes" in takes:
         yield {
             "pixel_values": torch.randn(2, 16, 3 * patch * patch), "spatial_shapes": torch.tensor([[4, 4]] * 2),

@@ -130,13 +130,12 @@ class Captures:
         try:
             yield
             gathered = [p.grad for p in parameters]
-            taken = [i for i, p in enumerate(parameters) if gathered[i] is None and _hooked(p)]
-            if taken:
-                raise RuntimeError(
-                    f"capture of {kind}: a hook (register_post_accumulate_grad_hook) took the gradient of parameter "
-                    f"{taken[0]} during the backward pass, as an optimizer that steps there does: remove the hook"
-                )
             if all(x is None for x in gathered):
+                if any(map(_hooked, parameters)):
+                    raise RuntimeError(
+                        f"capture of {kind}: hooks (register_post_accumulate_grad_hook) took every gradient during the "
+                        "backward pass, as an optimizer that steps there does: remove them"
+                    )
                 raise RuntimeError(
                     f"capture of {kind}: no parameter received a gradient. Is anything that the optimizer holds used "
                     "in this loss? (Reentrant gradient checkpointing can drop gradients silently: use_reentrant=False "

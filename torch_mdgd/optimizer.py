@@ -149,6 +149,11 @@ class MDGDOptimizer(Optimizer):
         """The parameters that are trained or have been, in order: those whose φ is held."""
         return [p for p, one in zip(self.parameters, self._storage.trained, strict=True) if one]
 
+    def is_at_reference(self) -> bool:
+        """Whether no trained parameter has left φ, as before the first step; it reads all of them."""
+        parameters, trained = self.parameters, self._storage.trained
+        return not any(bool(self._storage.difference(parameters, i).any()) for i, one in enumerate(trained) if one)
+
     def needs(self, pictures: bool = True) -> tuple[str, ...]:
         """The gradients that the next combine needs: "task", "visual", "reference_task", "reference_visual", in order.
 

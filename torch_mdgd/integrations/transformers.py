@@ -220,8 +220,8 @@ class _Watching(VisualTap):
         self.z = z.detach()
         return output, z
 
-    def features(self, model: Any, batch: Batch) -> Tensor:
-        return self.tap.features(model, batch)
+    def features(self, model: Any, batch: Batch, *, whole: bool = False) -> Tensor:
+        return self.tap.features(model, batch, whole=whole)
 
 
 def _watching(tap: VisualTap | None, model: nn.Module) -> _Watching:

@@ -11,6 +11,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from torch_mdgd.models.families import TOWERS
 from torch_mdgd.models.parts import decoder_layers, text_decoder, unwrap
+from torch_mdgd.models.traces import Randomness
 
 
 @contextmanager
@@ -121,18 +122,10 @@ class _Remembered:
         held = [x for x, _ in self.inputs]
         return len(inputs) == len(held) and _unchanged(self.inputs) and all(map(_same, inputs, held))
 
-    def _fingerprint(self, inputs: list[Any]) -> tuple[bytes, list[int]]:
+    def _fingerprint(self, inputs: list[Any]) -> tuple[list[Any], list[int]]:
         """What a forward pass changes if it is more than a function of its inputs."""
-        devices = {x.device for x in inputs if isinstance(x, Tensor)} | {torch.device("cpu")}
-        random = b"".join(_random_state(device).numpy().tobytes() for device in sorted(devices, key=str))
-        return random, [x._version for x in self.module.buffers()]
-
-
-def _random_state(device: torch.device) -> Tensor:
-    if device.type == "cpu":
-        return torch.get_rng_state()
-    state: Tensor = torch.get_device_module(device).get_rng_state(device)
-    return state
+        devices = {x.device for x in inputs if isinstance(x, Tensor)}
+        return Randomness(devices).bits(), [x._version for x in self.module.buffers()]
 
 
 def _is_plain(x: Any) -> bool:

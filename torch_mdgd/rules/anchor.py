@@ -189,7 +189,7 @@ class Anchor(Around):
 
         def see(layer: Linear, x: Tensor, y: Tensor) -> None:
             kind, key = (layer.in_text, layer.width, x._version), layer.key
-            chosen = rows(x, mask, layer)
+            chosen = rows(x, mask, layer, batch)
             with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
                 # That of q, k and v is one, and of a gate and what it multiplies.
                 if not last or last[0] is not x or last[1] != kind:

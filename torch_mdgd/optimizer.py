@@ -495,7 +495,7 @@ class MDGDOptimizer(Optimizer):
         inner, own = self._storage.save(self.base)
         state = dict(self.rule.state())
         if self.mask is not None and self.mask.refresh is not None:
-            state[AGE] = torch.tensor(self._storage.age)
+            state[AGE] = torch.tensor(self._storage.age, dtype=torch.int64, device="cpu")
         for name, x in state.items():
             each = [x] * len(self._storage) if isinstance(x, Tensor) else x
             own[name] = [x if one else None for x, one in zip(each, self._storage.trained, strict=True)]

@@ -34,7 +34,7 @@ from torch_mdgd.models.linear import (
 )
 from torch_mdgd.parallel import dtensor
 from torch_mdgd.rules.around import Around, Plain
-from torch_mdgd.rules.base import Rule, Weights, lone, require_shapes
+from torch_mdgd.rules.base import Rule, Weights, as_count, lone, nothing, require_shapes
 from torch_mdgd.rules.moments import Covariance, Moments
 
 SUMS, SIZE, SEEN, STEPS = "anchor_sums", "anchor_size", "anchor_seen", "anchor_steps"
@@ -242,7 +242,7 @@ class Anchor(Around):
                 self.answers[key] = torch.zeros_like(self.answers[key])
             self._new, self._new_answers, count = {}, {}, 0
             for batch in batches:
-                mask = torch.zeros(1, dtype=torch.bool) if images is None else images(batch)
+                mask = torch.zeros(1, dtype=torch.bool, device="cpu") if images is None else images(batch)
                 with self._watching(mask, batch):
                     self._model(**{name: x for name, x in batch.items() if name != "labels"})
                 self._take_in([group] if group is not None else [])
@@ -433,11 +433,11 @@ class Anchor(Around):
 
     def state(self) -> dict[str, Tensor | Sequence[Tensor]]:
         """The moments, beside each layer's first parameter, and how far they are made."""
-        sums = [torch.zeros(0) for _ in range(self._count)]
-        sizes = [torch.zeros(0) for _ in range(self._count)]
+        sums = [nothing() for _ in range(self._count)]
+        sizes = [nothing() for _ in range(self._count)]
         for key, moments in self.moments.items():
             sums[key], sizes[key] = moments.sums, torch.cat([moments.size, self.answers[key]])
-        counts = {SEEN: torch.tensor(self.seen), STEPS: torch.tensor(self.steps)}
+        counts = {SEEN: as_count(self.seen), STEPS: as_count(self.steps)}
         return {SUMS: sums, SIZE: sizes, **counts, **super().state()}
 
     def check_state(self, found: Mapping[str, Tensors], parameters: Sequence[Tensor]) -> None:

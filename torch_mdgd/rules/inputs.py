@@ -26,7 +26,7 @@ from torch_mdgd.checks import require_number, require_whole
 from torch_mdgd.kernels import Tensors
 from torch_mdgd.models.parts import text_decoder
 from torch_mdgd.parallel import dtensor
-from torch_mdgd.rules.base import KINDS, Rule, Weights, lone, require_shapes, task_alone
+from torch_mdgd.rules.base import KINDS, Rule, Weights, as_count, lone, nothing, require_shapes, task_alone
 
 AGE, COVARIANCE, BASIS = "inputs_age", "covariance", "basis"
 # How many numbers of covariances are decomposed together.
@@ -288,12 +288,12 @@ class ProtectInputs(Rule):
 
     def state(self) -> dict[str, Tensor | Sequence[Tensor]]:
         """C, and Q with zeros up to the width: of one shape at all times."""
-        nothing = [torch.zeros(0) for _ in range(self._count)]
-        covariances, bases = list(nothing), list(nothing)
+        empty = [nothing() for _ in range(self._count)]
+        covariances, bases = list(empty), list(empty)
         for i, c in self.covariances.items():
             covariances[i] = c.clone()
             bases[i] = nn.functional.pad(self.bases[i], (0, len(c) - self.bases[i].shape[1]))
-        return {COVARIANCE: covariances, BASIS: bases, AGE: torch.tensor(self.age)}
+        return {COVARIANCE: covariances, BASIS: bases, AGE: as_count(self.age)}
 
     def check_state(self, found: Mapping[str, Tensors], parameters: Sequence[Tensor]) -> None:
         """Raise a ValueError if what was protected there is not what is here."""

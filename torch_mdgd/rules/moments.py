@@ -50,7 +50,7 @@ class Moments:
             out.sums = x.T @ x
         elif len(x):
             n = min(len(x), SAMPLE)
-            chosen = x[torch.linspace(0, len(x) - 1, n, device=x.device).round().long()]
+            chosen = x[torch.linspace(0, len(x) - 1, n, dtype=torch.float64, device=x.device).round().long()]
             out.sums = _largest(chosen * (len(x) / n) ** 0.5, 2 * rank)
         return out
 

@@ -220,7 +220,7 @@ class CompactStorage(Storage):
         self.follow(parameters)
         if self.positions is None:
             # So that torch.distributed.checkpoint, which loads what a fresh optimizer has, fails and skips nothing.
-            nowhere = [torch.zeros(0, dtype=torch.int32) if one else None for one in self.trained]
+            nowhere = [torch.zeros(0, dtype=torch.int32, device="cpu") if one else None for one in self.trained]
             return base.state_dict(), {"positions": nowhere}
         inner = base.state_dict()
         positions: list[Tensor | None] = [*self.positions]
@@ -253,7 +253,7 @@ class CompactStorage(Storage):
             self._carry(base, parameters)
             # Before the first step nothing has moved, and no φ is missed.
             return "positions" in found or not inner["state"]
-        positions = [torch.zeros(0, dtype=torch.int32) if x is None else x for x in found["positions"]]
+        positions = [torch.zeros(0, dtype=torch.int32, device="cpu") if x is None else x for x in found["positions"]]
         require_shapes("reference", found["reference"], [x.shape for x in positions])
         for i, (p, x) in enumerate(zip(parameters, positions, strict=True)):
             if x.numel() and not (int(x.min()) >= 0 and int(x.max()) < p.numel()):

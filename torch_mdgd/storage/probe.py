@@ -25,7 +25,7 @@ def require_elementwise(base: Optimizer) -> None:
     name = type(base).__name__
     generator = torch.Generator(device="cpu").manual_seed(0)
     draws = [torch.randn(SHAPE, generator=generator, dtype=torch.float32, device="cpu") for _ in range(STEPS + 1)]
-    chosen = torch.arange(draws[0].numel(), device="cpu").view(SHAPE) % 7 == 0
+    chosen = torch.arange(draws[0].numel(), dtype=torch.int64, device="cpu").view(SHAPE) % 7 == 0
     for group in base.param_groups:
         device = group["params"][0].device if group["params"] else torch.device("cpu")
         start, *gradients = (x.to(device) for x in draws)

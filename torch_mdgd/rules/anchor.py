@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from torch_mdgd.checks import require_number, require_whole
 from torch_mdgd.kernels import Tensors
+from torch_mdgd.kernels.exact import exact
 from torch_mdgd.models.linear import (
     Linear,
     attended_tokens,
@@ -190,7 +191,7 @@ class Anchor(Around):
         def see(layer: Linear, x: Tensor, y: Tensor) -> None:
             kind, key = (layer.in_text, layer.width, x._version), layer.key
             chosen = rows(x, mask, layer)
-            with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            with torch.no_grad(), exact([x.device]):
                 # That of q, k and v is one, and of a gate and what it multiplies.
                 if not last or last[0] is not x or last[1] != kind:
                     last[:] = x, kind, Moments.of(_flat(x, chosen), layer.width, self.rank, self.moments[key].sums)
@@ -409,7 +410,8 @@ class Anchor(Around):
         if not self._phi:
             raise RuntimeError("Anchor.loss: call anchor.hold() before training, when the weights are the reference")
         theta: list[Any] = list(self._places)
-        terms = [self._energy(layer, theta) for layer in self.layers]
+        with exact({p.device for p in theta}):
+            terms = [self._energy(layer, theta) for layer in self.layers]
         total = torch.stack([x.float().to(terms[0].device) for x in terms]).sum()
         return total * (self.weights["strength"] / 2)
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from torch_mdgd.checks import require_number, require_whole
 from torch_mdgd.kernels import Tensors
+from torch_mdgd.kernels.exact import exact
 from torch_mdgd.models.parts import text_decoder
 from torch_mdgd.parallel import dtensor
 from torch_mdgd.rules.base import KINDS, Rule, Weights, as_count, lone, nothing, require_shapes, task_alone
@@ -209,7 +210,8 @@ class ProtectInputs(Rule):
             kind = in_text, i in self._biases, self._on(x.device, i).dtype, x._version
             # Those of q, k and v, and of a gate and what it multiplies, are one.
             if not last or last[0] is not x or last[1] != kind:
-                last[:] = x, kind, *self._products(i, x.detach(), _tokens(x, mask, in_text, name))
+                with exact([x.device]):
+                    last[:] = x, kind, *self._products(i, x.detach(), _tokens(x, mask, in_text, name))
             for held, new in zip((self._sums, self._counts), last[2:], strict=True):
                 held[i] = held[i] + new if i in held else new
 

@@ -231,12 +231,11 @@ class MDGDOptimizer(Optimizer):
         parameters = self._idle("set_reference")
         if self._captures:
             raise RuntimeError("set_reference: gradients are captured for this step; call it before, or zero_grad()")
-        for i, (p, x) in enumerate(zip(parameters, values or parameters, strict=False)):
-            if len(values or parameters) != len(parameters) or x.shape != p.shape:
-                raise ValueError(
-                    f"set_reference: value {i} of {len(values or ())} has shape {tuple(x.shape)}, parameter {i} of "
-                    f"{len(parameters)} {tuple(p.shape)}"
-                )
+        if values is not None and len(values) != len(parameters):
+            raise ValueError(f"set_reference: {len(values)} values for {len(parameters)} parameters")
+        for i, (p, x) in enumerate(zip(parameters, parameters if values is None else values, strict=True)):
+            if x.shape != p.shape:
+                raise ValueError(f"set_reference: value {i} has shape {tuple(x.shape)}, its parameter {tuple(p.shape)}")
         self._storage.renew(parameters, values)
         self._made.began = True
 
@@ -244,8 +243,12 @@ class MDGDOptimizer(Optimizer):
         # The modes of schedule-free optimizers, which change the parameters; there only where base has them.
         base: Any = vars(self).get("base")
         if name in ("train", "eval") and callable(getattr(base, name, None)):
-            return partial(self._storage.switch, base, self.parameters, getattr(base, name))
+            return partial(self._switch, name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def _switch(self, name: str) -> None:
+        base: Any = self.base
+        self._storage.switch(base, self._idle(name), getattr(base, name))
 
     @torch.no_grad()
     def set_gradients(

@@ -14,7 +14,8 @@ def exact(devices: Iterable[torch.device]) -> Iterator[None]:
     On the GPU they may otherwise be TF32's. On CPUs with such instructions they may be bfloat16's.
     """
     kinds = {device.type for device in devices} - {"meta"}
-    products: dict[str, Any] = {"cuda": torch.backends.cuda.matmul, "cpu": torch.backends.mkldnn.matmul}
+    backends: Any = torch.backends
+    products = {"cuda": backends.cuda.matmul, "cpu": backends.mkldnn.matmul}
     with ExitStack() as stack:
         for kind in kinds:
             stack.enter_context(torch.autocast(kind, enabled=False))

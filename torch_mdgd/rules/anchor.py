@@ -164,6 +164,18 @@ class Anchor(Around):
         kind = width, like.dtype, like.device
         return self._empties.setdefault(kind, Moments.empty(width, self.rank, like))
 
+    def _on(self, device: torch.device, key: int) -> Moments:
+        """A layer's moments, where the layer now is."""
+        held = self.moments[key]
+        if held.sums.device != device:
+            moved = held.to(device)
+            # Layers that share an input go on sharing its moments.
+            shared = [other for other, moments in self.moments.items() if moments is held]
+            self.moments |= dict.fromkeys(shared, moved)
+            self.answers |= {other: self.answers[other].to(device) for other in shared}
+            self._covariances = {}
+        return self.moments[key]
+
     # --------------------------------------------------------------------------------------------------------------
     # What enters them.
 
@@ -193,8 +205,9 @@ class Anchor(Around):
             chosen = rows(x, mask, layer)
             with torch.no_grad(), exact([x.device]):
                 # That of q, k and v is one, and of a gate and what it multiplies.
+                like = self._on(x.device, key).sums
                 if not last or last[0] is not x or last[1] != kind:
-                    last[:] = x, kind, Moments.of(_flat(x, chosen), layer.width, self.rank, self.moments[key].sums)
+                    last[:] = x, kind, Moments.of(_flat(x, chosen), layer.width, self.rank, like)
                 answers = _flat(y, chosen).double()
                 size = torch.stack([answers.square().sum(), answers.new_tensor(float(len(answers)))])
                 self._new[key] = self._new[key].plus([last[2]]) if key in self._new else last[2]
@@ -311,6 +324,8 @@ class Anchor(Around):
     ) -> None:
         """Add λ (W − W₀) C to the gradients of the task."""
         super().pull_(g, parameters, difference, w, scale)
+        for layer in self.layers:
+            self._on(parameters[layer.key].device, layer.key)
         if self.seen < self.warmup and (self._new or self._groups):
             self._take_in(self._groups)
             self.seen += 1
@@ -410,6 +425,9 @@ class Anchor(Around):
         if not self._phi:
             raise RuntimeError("Anchor.loss: call anchor.hold() before training, when the weights are the reference")
         theta: list[Any] = list(self._places)
+        for layer in self.layers:
+            self._on(theta[layer.key].device, layer.key)
+        self._phi = [x.to(p.device) for x, p in zip(self._phi, theta, strict=True)]
         with exact({p.device for p in theta}):
             terms = [self._energy(layer, theta) for layer in self.layers]
         total = torch.stack([x.float().to(terms[0].device) for x in terms]).sum()

@@ -92,11 +92,12 @@ class ProtectInputs(Rule):
         refresh: int = 10,
         text_module: nn.Module | None = None,
     ) -> None:
-        if not 0 <= require_number("ProtectInputs: energy", energy) <= 1:
+        self.energy = require_number("ProtectInputs: energy", energy)
+        self.decay = require_number("ProtectInputs: decay", decay)
+        if not 0 <= self.energy <= 1:
             raise ValueError(f"ProtectInputs: energy must lie in [0, 1], got {energy!r}")
-        if not 0 <= require_number("ProtectInputs: decay", decay) < 1:
+        if not 0 <= self.decay < 1:
             raise ValueError(f"ProtectInputs: decay must lie in [0, 1), got {decay!r}")
-        self.energy, self.decay = energy, decay
         self.refresh = require_whole("ProtectInputs: refresh", refresh)
         self.age = 0
         inside = set((text_decoder(model) if text_module is None else text_module).modules())

@@ -54,6 +54,10 @@ class Moments:
             out.sums = _largest(chosen * (len(x) / n) ** 0.5, 2 * rank)
         return out
 
+    def to(self, device: torch.device) -> "Moments":
+        """The same on another device."""
+        return Moments(self.sums.to(device), self.size.to(device), self.rank)
+
     def plus(self, others: Sequence["Moments"]) -> "Moments":
         """The sum; this one alone if a sum is not finite, as of a step that a gradient scaler skips."""
         size = sum((other.size for other in others), start=self.size)

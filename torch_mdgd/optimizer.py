@@ -605,6 +605,8 @@ def _refuse(base: Any) -> None:
         raise TypeError(
             f"{type(base).__name__} evaluates its closure several times a step, each on another gradient: not supported"
         )
+    # Before the state dict is asked for, which ZeRO has not.
+    ranks.refuse_optimizer(base)
     if base.state_dict().keys() != {"state", "param_groups"}:
         raise TypeError(
             f"{type(base).__name__} is an optimizer around another, and its state dict has {sorted(base.state_dict())} "
@@ -613,7 +615,6 @@ def _refuse(base: Any) -> None:
     parameters = [p for group in base.param_groups for p in group["params"]]
     if len(set(parameters)) < len(parameters):
         raise ValueError("base holds a parameter more than once, so its values could not be exchanged in place")
-    ranks.refuse_optimizer(base)
 
 
 def _settings(group: Group, rule: Rule, saved: Group | None = None, compact: bool = False) -> Group:

@@ -151,7 +151,7 @@ class TestUndo:
     def test_another_order_is_refused_and_changes_nothing(self, tmp_path):
         model, (first, second), _ = self.two(tmp_path)
         before = copy.deepcopy(model)
-        with pytest.raises(RuntimeError, match="undo: '.*' does not hold what this delta wrote: undo later"):
+        with pytest.raises(RuntimeError, match=r"undo: '.*' does not hold what this delta wrote: undo later"):
             first.undo()
         assert_same_bits(list(model.parameters()), list(before.parameters()))
         second.undo()

@@ -331,6 +331,9 @@ class _Passes:
         if kind == "visual" and self.ranks.sharded:
             gather_around(self.tap.text_module, self.model)
         held = [p.grad for p in self.strangers]
+        for p in self.strangers:
+            # Not there for autograd to add to, in place.
+            p.grad = None
         # Autocast is for forward passes; around this one it would round what the forward pass did not.
         with torch.autocast(loss.device.type, enabled=False), self.optimizer.capture(kind, scale=scale):
             (weighted if self.scaler is None else self.scaler.scale(weighted)).backward(retain_graph=retain_graph)

@@ -242,12 +242,11 @@ class MDGDOptimizer(Optimizer):
         parameters = self._idle("set_reference")
         if self._captures:
             raise RuntimeError("set_reference: gradients are captured for this step; call it before, or zero_grad()")
-        for i, (p, x) in enumerate(zip(parameters, values or parameters, strict=False)):
-            if len(values or parameters) != len(parameters) or x.shape != p.shape:
-                raise ValueError(
-                    f"set_reference: value {i} of {len(values or ())} has shape {tuple(x.shape)}, parameter {i} of "
-                    f"{len(parameters)} {tuple(p.shape)}"
-                )
+        if values is not None and len(values) != len(parameters):
+            raise ValueError(f"set_reference: {len(values)} values for {len(parameters)} parameters")
+        for i, (p, x) in enumerate(zip(parameters, parameters if values is None else values, strict=True)):
+            if x.shape != p.shape:
+                raise ValueError(f"set_reference: value {i} has shape {tuple(x.shape)}, its parameter {tuple(p.shape)}")
         self._storage.renew(parameters, values)
         self._made.began = True
 
@@ -255,8 +254,12 @@ class MDGDOptimizer(Optimizer):
         # The modes of schedule-free optimizers, which change the parameters; there only where base has them.
         base: Any = vars(self).get("base")
         if name in ("train", "eval") and callable(getattr(base, name, None)):
-            return partial(self._storage.switch, base, self.parameters, getattr(base, name))
+            return partial(self._switch, name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def _switch(self, name: str) -> None:
+        base: Any = self.base
+        self._storage.switch(base, self._idle(name), getattr(base, name))
 
     @torch.no_grad()
     def set_gradients(
@@ -509,7 +512,7 @@ class MDGDOptimizer(Optimizer):
         inner, own = self._storage.save(self.base)
         state = dict(self.rule.state())
         if self.mask is not None and self.mask.refresh is not None:
-            state[AGE] = torch.tensor(self._storage.age)
+            state[AGE] = torch.tensor(self._storage.age, dtype=torch.int64, device="cpu")
         for name, x in state.items():
             each = [x] * len(self._storage) if isinstance(x, Tensor) else x
             own[name] = [x if one else None for x, one in zip(each, self._storage.trained, strict=True)]
@@ -616,6 +619,8 @@ def _refuse(base: Any) -> None:
         raise TypeError(
             f"{type(base).__name__} evaluates its closure several times a step, each on another gradient: not supported"
         )
+    # Before the state dict is asked for, which ZeRO has not.
+    ranks.refuse_optimizer(base)
     if base.state_dict().keys() != {"state", "param_groups"}:
         raise TypeError(
             f"{type(base).__name__} is an optimizer around another, and its state dict has {sorted(base.state_dict())} "
@@ -624,7 +629,6 @@ def _refuse(base: Any) -> None:
     parameters = [p for group in base.param_groups for p in group["params"]]
     if len(set(parameters)) < len(parameters):
         raise ValueError("base holds a parameter more than once, so its values could not be exchanged in place")
-    ranks.refuse_optimizer(base)
 
 
 def _settings(group: Group, rule: Rule, saved: Group | None = None, compact: bool = False) -> Group:

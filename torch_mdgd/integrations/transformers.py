@@ -155,7 +155,8 @@ class MDGDTrainerMixin:
                 # Rows of zeros change no singular value.
                 z = accelerator.gather(accelerator.pad_across_processes(z.contiguous()))
             rank = effective_rank(z) if z is not None and z.numel() and z.isfinite().all() and z.any() else float("nan")
-            find_optimizer(trainer.optimizer).record(effective_rank=torch.tensor(rank))
+            found = torch.tensor(rank, dtype=torch.float64, device="cpu")
+            find_optimizer(trainer.optimizer).record(effective_rank=found)
         self.mdgd_tap.z = None
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

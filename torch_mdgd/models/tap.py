@@ -318,7 +318,7 @@ def _is_one_of(batch: Batch, ids: list[int]) -> Tensor:
     if "input_ids" not in batch:
         raise ValueError(f"VisualTap: the batch has no 'input_ids' to find image tokens in, only {sorted(batch)}")
     tokens: Tensor = batch["input_ids"]
-    return torch.isin(tokens, torch.tensor(ids, device=tokens.device))
+    return torch.isin(tokens, torch.tensor(ids, dtype=torch.int64, device=tokens.device))
 
 
 def _is_marked(batch: Batch, key: str, values: Sequence[int]) -> Tensor:

@@ -140,7 +140,8 @@ def average_(kinds: Sequence[list[Tensor | None]], parameters: Sequence[Tensor],
         parameters: T tensors.
         group: the ranks.
     """
-    here = torch.tensor([[x is not None for x in kind] for kind in kinds], dtype=torch.int32)
+    there = [[x is not None for x in kind] for kind in kinds]
+    here = torch.tensor(there, dtype=torch.int32, device="cpu")
     anywhere = here.to(parameters[0].device)
     torch.distributed.all_reduce(anywhere, torch.distributed.ReduceOp.MAX, group)
     for kind, row in zip(kinds, anywhere.tolist(), strict=True):

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from torch_mdgd.checks import require_number, require_whole
 from torch_mdgd.kernels import Tensors
+from torch_mdgd.kernels.exact import exact
 from torch_mdgd.models.linear import (
     Linear,
     attended_tokens,
@@ -34,7 +35,7 @@ from torch_mdgd.models.linear import (
 )
 from torch_mdgd.parallel import dtensor
 from torch_mdgd.rules.around import Around, Plain
-from torch_mdgd.rules.base import Rule, Weights, lone, require_shapes
+from torch_mdgd.rules.base import Rule, Weights, as_count, lone, nothing, require_shapes
 from torch_mdgd.rules.moments import Covariance, Moments
 
 SUMS, SIZE, SEEN, STEPS = "anchor_sums", "anchor_size", "anchor_seen", "anchor_steps"
@@ -163,6 +164,18 @@ class Anchor(Around):
         kind = width, like.dtype, like.device
         return self._empties.setdefault(kind, Moments.empty(width, self.rank, like))
 
+    def _on(self, device: torch.device, key: int) -> Moments:
+        """A layer's moments, where the layer now is."""
+        held = self.moments[key]
+        if held.sums.device != device:
+            moved = held.to(device)
+            # Layers that share an input go on sharing its moments.
+            shared = [other for other, moments in self.moments.items() if moments is held]
+            self.moments |= dict.fromkeys(shared, moved)
+            self.answers |= {other: self.answers[other].to(device) for other in shared}
+            self._covariances = {}
+        return self.moments[key]
+
     # --------------------------------------------------------------------------------------------------------------
     # What enters them.
 
@@ -190,10 +203,11 @@ class Anchor(Around):
         def see(layer: Linear, x: Tensor, y: Tensor) -> None:
             kind, key = (layer.in_text, layer.width, x._version), layer.key
             chosen = rows(x, mask, layer, batch)
-            with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            with torch.no_grad(), exact([x.device]):
                 # That of q, k and v is one, and of a gate and what it multiplies.
+                like = self._on(x.device, key).sums
                 if not last or last[0] is not x or last[1] != kind:
-                    last[:] = x, kind, Moments.of(_flat(x, chosen), layer.width, self.rank, self.moments[key].sums)
+                    last[:] = x, kind, Moments.of(_flat(x, chosen), layer.width, self.rank, like)
                 answers = _flat(y, chosen).double()
                 size = torch.stack([answers.square().sum(), answers.new_tensor(float(len(answers)))])
                 self._new[key] = self._new[key].plus([last[2]]) if key in self._new else last[2]
@@ -242,7 +256,7 @@ class Anchor(Around):
                 self.answers[key] = torch.zeros_like(self.answers[key])
             self._new, self._new_answers, count = {}, {}, 0
             for batch in batches:
-                mask = torch.zeros(1, dtype=torch.bool) if images is None else images(batch)
+                mask = torch.zeros(1, dtype=torch.bool, device="cpu") if images is None else images(batch)
                 with self._watching(mask, batch):
                     self._model(**{name: x for name, x in batch.items() if name != "labels"})
                 self._take_in([group] if group is not None else [])
@@ -310,6 +324,8 @@ class Anchor(Around):
     ) -> None:
         """Add λ (W − W₀) C to the gradients of the task."""
         super().pull_(g, parameters, difference, w, scale)
+        for layer in self.layers:
+            self._on(parameters[layer.key].device, layer.key)
         if self.seen < self.warmup and (self._new or self._groups):
             self._take_in(self._groups)
             self.seen += 1
@@ -407,7 +423,11 @@ class Anchor(Around):
         if not self._phi:
             raise RuntimeError("Anchor.loss: call anchor.hold() before training, when the weights are the reference")
         theta: list[Any] = list(self._places)
-        terms = [self._energy(layer, theta) for layer in self.layers]
+        for layer in self.layers:
+            self._on(theta[layer.key].device, layer.key)
+        self._phi = [x.to(p.device) for x, p in zip(self._phi, theta, strict=True)]
+        with exact({p.device for p in theta}):
+            terms = [self._energy(layer, theta) for layer in self.layers]
         total = torch.stack([x.float().to(terms[0].device) for x in terms]).sum()
         return total * (self.weights["strength"] / 2)
 
@@ -431,11 +451,11 @@ class Anchor(Around):
 
     def state(self) -> dict[str, Tensor | Sequence[Tensor]]:
         """The moments, beside each layer's first parameter, and how far they are made."""
-        sums = [torch.zeros(0) for _ in range(self._count)]
-        sizes = [torch.zeros(0) for _ in range(self._count)]
+        sums = [nothing() for _ in range(self._count)]
+        sizes = [nothing() for _ in range(self._count)]
         for key, moments in self.moments.items():
             sums[key], sizes[key] = moments.sums, torch.cat([moments.size, self.answers[key]])
-        counts = {SEEN: torch.tensor(self.seen), STEPS: torch.tensor(self.steps)}
+        counts = {SEEN: as_count(self.seen), STEPS: as_count(self.steps)}
         return {SUMS: sums, SIZE: sizes, **counts, **super().state()}
 
     def check_state(self, found: Mapping[str, Tensors], parameters: Sequence[Tensor]) -> None:

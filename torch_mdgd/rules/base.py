@@ -214,6 +214,16 @@ def task_alone(products: Tensor) -> Tensor:
     return out
 
 
+def as_count(n: int) -> Tensor:
+    """A number of steps as a checkpoint holds it: int64, 0 dimensions, on the CPU."""
+    return torch.tensor(n, dtype=torch.int64, device="cpu")
+
+
+def nothing() -> Tensor:
+    """What a checkpoint holds of a parameter of which there is nothing to say: float32, shape (0,), on the CPU."""
+    return torch.zeros(0, dtype=torch.float32, device="cpu")
+
+
 def lone(found: Mapping[str, Tensors], name: str) -> Tensor | None:
     """What was saved once for all parameters; None if it is not there."""
     return next((x for x in found.get(name, ()) if x is not None), None)

@@ -26,10 +26,11 @@ from torch import Tensor, nn
 
 from torch_mdgd.checks import require_number, require_whole
 from torch_mdgd.kernels import Tensors
+from torch_mdgd.kernels.exact import exact
 from torch_mdgd.models.linear import Linear, is_routed, rows, trained_linear_layers, watching
 from torch_mdgd.models.parts import text_decoder
 from torch_mdgd.parallel import dtensor
-from torch_mdgd.rules.base import KINDS, Rule, Weights, lone, require_shapes, task_alone
+from torch_mdgd.rules.base import KINDS, Rule, Weights, as_count, lone, nothing, require_shapes, task_alone
 
 AGE, COVARIANCE, BASIS = "inputs_age", "covariance", "basis"
 # How many numbers of covariances are decomposed together.
@@ -95,11 +96,12 @@ class ProtectInputs(Rule):
         refresh: int = 10,
         text_module: nn.Module | None = None,
     ) -> None:
-        if not 0 <= require_number("ProtectInputs: energy", energy) <= 1:
+        self.energy = require_number("ProtectInputs: energy", energy)
+        self.decay = require_number("ProtectInputs: decay", decay)
+        if not 0 <= self.energy <= 1:
             raise ValueError(f"ProtectInputs: energy must lie in [0, 1], got {energy!r}")
-        if not 0 <= require_number("ProtectInputs: decay", decay) < 1:
+        if not 0 <= self.decay < 1:
             raise ValueError(f"ProtectInputs: decay must lie in [0, 1), got {decay!r}")
-        self.energy, self.decay = energy, decay
         self.refresh = require_whole("ProtectInputs: refresh", refresh)
         self.age = 0
         self._model = model
@@ -204,7 +206,8 @@ class ProtectInputs(Rule):
             kind = layer.in_text, i in self._biases, self._on(x.device, i).dtype, x._version
             # Those of q, k and v, and of a gate and what it multiplies, are one.
             if not last or last[0] is not x or last[1] != kind:
-                last[:] = x, kind, *self._products(i, x.detach(), rows(x, images, layer, batch))
+                with exact([x.device]):
+                    last[:] = x, kind, *self._products(i, x.detach(), rows(x, images, layer, batch))
             for held, new in zip((self._sums, self._counts), last[2:], strict=True):
                 held[i] = held[i] + new if i in held else new
 
@@ -296,12 +299,12 @@ class ProtectInputs(Rule):
 
     def state(self) -> dict[str, Tensor | Sequence[Tensor]]:
         """C, and Q with zeros up to the width: of one shape at all times."""
-        nothing = [torch.zeros(0) for _ in range(self._count)]
-        covariances, bases = list(nothing), list(nothing)
+        empty = [nothing() for _ in range(self._count)]
+        covariances, bases = list(empty), list(empty)
         for i, c in self.covariances.items():
             covariances[i] = c.clone()
             bases[i] = nn.functional.pad(self.bases[i], (0, len(c) - self.bases[i].shape[1]))
-        return {COVARIANCE: covariances, BASIS: bases, AGE: torch.tensor(self.age)}
+        return {COVARIANCE: covariances, BASIS: bases, AGE: as_count(self.age)}
 
     def check_state(self, found: Mapping[str, Tensors], parameters: Sequence[Tensor]) -> None:
         """Raise a ValueError if what was protected there is not what is here."""

@@ -50,9 +50,13 @@ class Moments:
             out.sums = x.T @ x
         elif len(x):
             n = min(len(x), SAMPLE)
-            chosen = x[torch.linspace(0, len(x) - 1, n, device=x.device).round().long()]
+            chosen = x[torch.linspace(0, len(x) - 1, n, dtype=torch.float64, device=x.device).round().long()]
             out.sums = _largest(chosen * (len(x) / n) ** 0.5, 2 * rank)
         return out
+
+    def to(self, device: torch.device) -> "Moments":
+        """The same on another device."""
+        return Moments(self.sums.to(device), self.size.to(device), self.rank)
 
     def plus(self, others: Sequence["Moments"]) -> "Moments":
         """The sum; this one alone if a sum is not finite, as of a step that a gradient scaler skips."""

@@ -93,9 +93,9 @@ class Storage(ABC):
     def step(self, base: Optimizer, parameters: Sequence[Tensor], correct_: Correct | None) -> None:
         """One step of the wrapped optimizer, and the correction of its moves."""
 
+    @abstractmethod
     def switch(self, base: Optimizer, parameters: Sequence[Tensor], mode: Callable[[], Any]) -> None:
-        """Run ``base.train`` or ``base.eval``, which may change parameters."""
-        mode()
+        """Run ``base.train`` or ``base.eval``, which may change parameters; elements outside the mask stay."""
 
     @abstractmethod
     def renew(self, parameters: Sequence[Tensor], values: Sequence[Tensor] | None) -> None:

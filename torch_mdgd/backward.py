@@ -81,13 +81,14 @@ def mdgd_backward(
 
     Raises:
         TypeError: ``optimizer`` is not an :class:`MDGDOptimizer`; a kind of parallelism that is not supported.
-        ValueError: Lightning runs several processes, and the optimizer was not told by ``average_over``.
+        ValueError: a framework runs several processes, the model is not as it has wrapped it, and the optimizer was not
+            told by ``average_over``.
         RuntimeError: the model returns no loss, or no trainable parameter influences z; sharded parameters, and only
             some ranks have image tokens.
     """
     wrapped = find_optimizer(optimizer)
     ranks = Ranks(model, wrapped.averaged_over)
-    ranks.require_averaging(optimizer)
+    ranks.require_averaging(None if optimizer is wrapped else type(optimizer).__name__)
     if ranks.group is not None:
         wrapped.average_over(ranks.group)
     strangers = [] if ranks.sharded else _strangers(model, wrapped, ranks)
@@ -133,7 +134,7 @@ def find_optimizer(optimizer: Optimizer) -> MDGDOptimizer:
         TypeError: there is none.
     """
     inner: Any = optimizer
-    # Lightning's stand-in is an instance too, by a class made for the purpose.
+    # A stand-in may be an instance too, by a class made for the purpose.
     while isinstance(getattr(inner, "optimizer", None), Optimizer):
         inner = inner.optimizer
     if not isinstance(inner, MDGDOptimizer):

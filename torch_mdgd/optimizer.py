@@ -86,7 +86,7 @@ class MDGDOptimizer(Optimizer):
         Optimizer.__setstate__(self, {"base": base})
         self.rule, self.mask = rule, mask
         self._storage = storage
-        # Changed in place and never assigned anew: Lightning calls methods on a stand-in that reads our attributes.
+        # Changed in place and never assigned anew: a framework's stand-in may share them and have our methods.
         self._captures = Captures()
         self._made = _Made()
         self._recorded: dict[str, Tensor] = {}

@@ -286,6 +286,20 @@ class RuleContract:
         with again.reference():
             assert_same_bits(list(model.parameters()), now)
 
+    def test_a_rule_with_state_belongs_to_one_optimizer(self):
+        model = network()
+        optimizer = self.wrap(model)
+        train_step(model, optimizer, 1)
+        held = copy.deepcopy(optimizer.rule.state())
+        for base in (sgd(network().parameters()), optimizer.base):
+            if held:
+                with pytest.raises(ValueError, match="belongs to another optimizer already"):
+                    MDGDOptimizer(base, optimizer.rule)
+            else:
+                MDGDOptimizer(base, optimizer.rule)
+        for name, x in optimizer.rule.state().items():
+            assert_same_bits(*([y] if isinstance(y, Tensor) else y for y in (x, held[name])))
+
 
 def holding(base: torch.optim.Optimizer) -> nn.Module:
     """Linear layers around the matrices among an optimizer's parameters."""

@@ -160,15 +160,6 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit():
     assert_same_bits(list(through.parameters()), list(resumed.parameters()))
 
 
-def test_the_optimizer_of_the_next_task_begins_anew():
-    rule, outcomes = DriftBudget(MDGD(regularize=0), 0.05), []
-    for _ in range(2):
-        model = network()
-        outcomes.append(train(model, MDGDOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), rule), 5))
-    assert outcomes[0] == outcomes[1]
-    assert float(rule.pull) != 1
-
-
 def test_a_state_dict_does_not_change_when_training_goes_on():
     model = network()
     optimizer = wrap(model)

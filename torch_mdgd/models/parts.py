@@ -211,3 +211,11 @@ def decoder_layers(decoder: nn.Module) -> nn.ModuleList:
     if not isinstance(layers, nn.ModuleList):
         raise ValueError(f"the text decoder {type(decoder).__name__} has no ModuleList called 'layers'")
     return layers
+
+
+def has_to_finish(model: nn.Module) -> bool:
+    """Whether a pass that ends at an inner module would leave outer ones in the middle of theirs.
+
+    So it is with modules sharded by ``fully_shard``, offloaded by accelerate, or compiled.
+    """
+    return any(hasattr(m, name) for m in model.modules() for name in ("unshard", "_hf_hook", "_orig_mod"))

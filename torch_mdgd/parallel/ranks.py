@@ -68,23 +68,24 @@ class Ranks:
         """Over which gradients have to be averaged; None where they are summed as they are made, or alone."""
         return self.groups[0] if self.groups and not self.sharded else None
 
-    def require_averaging(self, optimizer: Any) -> None:
-        """Warn that gradients stay this process's own although there are others; refuse it where that is an error.
+    def require_averaging(self, framework: str | None = None) -> None:
+        """Warn that gradients stay this process's own although there are others.
 
         Args:
-            optimizer: what ``mdgd_backward`` was given, which may be Lightning's stand-in.
+            framework: what a framework has put around the optimizer, by name. Such a one keeps processes alike, so that
+                a model which it does not wrap is an error.
 
         Raises:
-            ValueError: Lightning runs several processes, whose gradients nobody averages.
+            ValueError: a framework runs several processes, whose gradients nobody averages.
         """
         if self.groups or not torch.distributed.is_available() or not torch.distributed.is_initialized():
             return
         world = torch.distributed.get_world_size()
-        if world > 1 and getattr(getattr(optimizer, "_strategy", None), "world_size", 1) > 1:
+        if world > 1 and framework is not None:
             raise ValueError(
-                "mdgd_backward: Lightning runs several processes, and the model inside a LightningModule is not what "
-                "DistributedDataParallel wraps, so nobody would average its gradients. With strategy='ddp', call "
-                "self.optimizers().optimizer.average_over(self.trainer.model.process_group) in on_train_start"
+                f"mdgd_backward: {framework} is of a framework that runs {world} processes, and the model is neither "
+                "in DistributedDataParallel nor sharded, so nobody would average its gradients. Pass the model as the "
+                "framework has wrapped it, or call average_over(process_group of that) of the MDGDOptimizer once"
             )
         if world > 1:
             warnings.warn(

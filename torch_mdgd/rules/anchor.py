@@ -104,6 +104,7 @@ class Anchor(Around):
         self._new_answers: dict[int, Tensor] = {}
         self._covariances: dict[int, Covariance] = {}
         self._groups: Sequence[Any] = ()
+        self._agreed = False
         # From how many steps C is made so far; how many steps were combined.
         self.seen = self.steps = 0
         self._places: dict[Any, int] = {}
@@ -116,7 +117,7 @@ class Anchor(Around):
 
     def __getstate__(self) -> dict[str, Any]:
         # A process group belongs to its process.
-        return {**vars(self), "_groups": (), "_new": {}, "_new_answers": {}}
+        return {**vars(self), "_groups": (), "_agreed": False, "_new": {}, "_new_answers": {}}
 
     # --------------------------------------------------------------------------------------------------------------
     # Which layers.
@@ -128,8 +129,6 @@ class Anchor(Around):
             ValueError: there are none, or it belongs to another optimizer already.
         """
         super().attach(parameters, masked)
-        if self._count:
-            raise ValueError("Anchor belongs to another optimizer already: make a new one")
         self._find(parameters)
         if self._pending is not None:
             pending, self._pending = self._pending, None
@@ -236,7 +235,8 @@ class Anchor(Around):
             batches: what the model is called with: pictures of the task under general questions, such as
                 :func:`torch_mdgd.prompts.question_batches` makes, or the task's own batches. A few hundred prompts do.
             images: marks image tokens, for ``tokens="image"``.
-            group: processes that each have batches of their own.
+            group: processes that each have batches of their own, as many on each; without it, all processes have the
+                same batches.
 
         Returns:
             this rule.
@@ -304,6 +304,21 @@ class Anchor(Around):
                 self.answers[key] = self.answers[key] + answers
         self._new, self._new_answers, self._covariances = {}, {}, {}
 
+    def _require_agreement(self) -> None:
+        """Processes that hold different C would pull apart what they keep equal otherwise."""
+        found = [torch.cat([held.size, self.answers[key]]) for key, held in self.moments.items()]
+        sizes = torch.stack([x.to(found[0].device) for x in found])
+        least, most = sizes.clone(), sizes.clone()
+        for group in self._groups:
+            torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN, group)
+            torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX, group)
+        if not torch.allclose(least, most, rtol=1e-3, atol=0):
+            raise RuntimeError(
+                "Anchor: each process was calibrated with batches of its own, so that they would pull differently: "
+                "call calibrate(batches, group=torch.distributed.group.WORLD), or give all of them the same batches"
+            )
+        self._agreed = True
+
     def _covariance(self, layer: Linear) -> Covariance:
         if layer.key not in self._covariances:
             total, count = self.answers[layer.key]
@@ -329,6 +344,8 @@ class Anchor(Around):
         if self.seen < self.warmup and (self._new or self._groups):
             self._take_in(self._groups)
             self.seen += 1
+        if self._groups and not self._agreed:
+            self._require_agreement()
         self.steps += 1
         if self.steps % self.every:
             return
@@ -388,7 +405,7 @@ class Anchor(Around):
         out = []
         for i, matrices in zip(layer.lora or (), modules, strict=True):
             fixed: Any = matrices
-            now, then = (fixed[layer.adapter].weight.detach(),) * 2 if i is None else at_both(i)
+            now, then = (dtensor.whole(fixed[layer.adapter].weight.detach()),) * 2 if i is None else at_both(i)
             out.append((now.to(dtype), then.to(dtype)))
         return out
 
@@ -403,9 +420,13 @@ class Anchor(Around):
 
         Returns:
             this rule, to be calibrated.
+
+        Raises:
+            ValueError: parameters are sharded by ``fully_shard``.
         """
         found = list(self._model.parameters() if parameters is None else parameters)
         trained = [p for p in found if p.requires_grad]
+        dtensor.refuse_sharded("Anchor.hold", trained, "give the rule to an MDGDOptimizer, and call mdgd_backward")
         self.attach(trained, masked=False)
         self._phi = [p.detach().clone() for p in trained]
         self._places = {p: i for i, p in enumerate(trained)}
@@ -454,7 +475,8 @@ class Anchor(Around):
         sums = [nothing() for _ in range(self._count)]
         sizes = [nothing() for _ in range(self._count)]
         for key, moments in self.moments.items():
-            sums[key], sizes[key] = moments.sums, torch.cat([moments.size, self.answers[key]])
+            # Copies: layers share sums, and torch.distributed.checkpoint loads into what is here.
+            sums[key], sizes[key] = moments.sums.clone(), torch.cat([moments.size, self.answers[key]])
         counts = {SEEN: as_count(self.seen), STEPS: as_count(self.steps)}
         return {SUMS: sums, SIZE: sizes, **counts, **super().state()}
 

@@ -50,6 +50,7 @@ class Around(Rule):
     # Each hook as in Rule.
 
     def attach(self, parameters: Sequence[Tensor], masked: bool) -> None:  # noqa: D102
+        super().attach(parameters, masked)
         self.rule.attach(parameters, masked)
 
     def extend(self, parameters: Sequence[Tensor]) -> None:  # noqa: D102

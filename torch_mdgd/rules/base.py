@@ -27,7 +27,8 @@ Weights: TypeAlias = Mapping[str, Tensor]
 class Rule:
     """The base of all rules. A rule of your own overrides :meth:`coefficients`, and what else it needs.
 
-    T is the number of parameters, in the optimizer's order. A rule with state of its own belongs to one optimizer.
+    T is the number of parameters, in the optimizer's order. A rule with a :meth:`state` of its own belongs to one
+    optimizer: another one, as for the next task, needs a new rule.
 
     Attributes:
         weights: names and values of what can be set. The optimizer copies them into every parameter group as
@@ -40,20 +41,28 @@ class Rule:
     weights: Mapping[str, float] = {}
     corrects: bool = False
     measures_one: bool = True
+    _attached = False
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={value:g}' for name, value in self.weights.items())})"
 
     def attach(self, parameters: Sequence[Tensor], masked: bool) -> None:
-        """Called when the optimizer is built.
+        """Called when the optimizer is built. A rule that overrides this calls it, too.
 
         Args:
             parameters: T parameters.
             masked: whether a mask is chosen at some time.
 
         Raises:
-            ValueError: the rule cannot work on these parameters or under a mask.
+            ValueError: the rule cannot work on these parameters or under a mask, or has state and belongs to another
+                optimizer.
         """
+        if self._attached and self.state():
+            raise ValueError(
+                f"{type(self).__name__} belongs to another optimizer already, whose state it holds: make a new one, "
+                "also for the next task; a Trainer that makes several optimizers takes a function of the model"
+            )
+        self._attached = True
 
     def extend(self, parameters: Sequence[Tensor]) -> None:
         """Called when another parameter group was added.

@@ -67,12 +67,6 @@ class DriftBudget(Around):
     def __repr__(self) -> str:
         return f"DriftBudget({self.rule}, {self.budget:g})"
 
-    def attach(self, parameters: Sequence[Tensor], masked: bool) -> None:
-        """Begin anew: another optimizer, such as that of the next task, has not drifted yet."""
-        super().attach(parameters, masked)
-        self._begin()
-        self._sums, self._recorded = None, {}
-
     def saw_features(self, z: Tensor, z_ref: Tensor, average: Callable[[Tensor], Tensor] = lambda x: x) -> None:
         """Take in how far the features of one micro-batch have moved."""
         sums = average(drift_sums(z, z_ref))

@@ -135,10 +135,9 @@ class ProtectInputs(Rule):
         Raises:
             ValueError: there are none, it belongs to another optimizer already, or there is a mask.
         """
-        if self._count:
-            raise ValueError("ProtectInputs belongs to another optimizer already: make a new one")
         if masked:
             raise ValueError("ProtectInputs mixes the elements of a row, and would move some outside a mask: drop one")
+        super().attach(parameters, masked)
         self.extend(parameters)
         if not self.names:
             raise ValueError("ProtectInputs: the optimizer holds the weight of no nn.Linear of the model")

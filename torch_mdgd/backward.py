@@ -281,7 +281,7 @@ class _Passes:
         """What z, of the weights that are in the model, is compared with, so that no rounding is taken for drift."""
 
         def anywhere(here: bool) -> bool:
-            return bool(self.ranks.mean(torch.tensor(float(here), device=z.device)) > 0)
+            return bool(self.ranks.mean(torch.tensor(float(here), dtype=torch.float32, device=z.device)) > 0)
 
         return without_noise(
             z, z_fixed, self.features, self.tap.text_module, unmoved=self.optimizer.is_at_reference, anywhere=anywhere

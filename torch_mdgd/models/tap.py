@@ -328,7 +328,7 @@ def _is_marked(batch: Batch, key: str, values: Sequence[int]) -> Tensor:
         if "input_ids" not in batch:
             raise ValueError(f"VisualTap: the batch has no {key!r} to find image tokens in, only {sorted(batch)}")
         return torch.zeros_like(batch["input_ids"], dtype=torch.bool)
-    return torch.isin(marks.long(), torch.tensor(values, device=marks.device))
+    return torch.isin(marks.long(), torch.tensor(values, dtype=torch.int64, device=marks.device))
 
 
 def _before_the_answer(batch: Batch) -> Tensor:

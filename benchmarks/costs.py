@@ -149,7 +149,7 @@ def parts(model: Any) -> dict[str, list[nn.Module]]:
 class WholeTap(VisualTap):
     """Features from a whole run, as they were taken before the run could be cut short."""
 
-    def features(self, model: Callable[..., Any], batch: Any) -> Tensor:
+    def features(self, model: Callable[..., Any], batch: Any, *, whole: bool = False) -> Tensor:
         with torch.no_grad():
             return self(model, batch)[1]
 

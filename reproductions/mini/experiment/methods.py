@@ -213,7 +213,7 @@ METHODS = {
         Method("fine-tune-low", "AdamW, lower rate", 5e-4),
         Method("mdgd", "MDGD", 2e-3, {"align": 10.0, "regularize": 1.0}),
         Method("align", "AdamW + αv", 2e-3, {"align": 10.0, "regularize": 0.0}),
-        Method("anchor", "AdamW + anchor", 2e-3, anchor=3.0),
+        Method("anchor", "AdamW + anchor", 1e-3, anchor=10.0),
         Method("mdgd-gm", "MDGD-GM, 10 %", 1e-2, {"align": 10.0}, fraction=0.1),
         Method("step", "decoupled step", 1e-3, {"update": "project", "space": "step", "restore": 0.05}),
     )

@@ -174,7 +174,7 @@ def _told_of_the_default(losses: Mapping[str, float]) -> list[str]:
         return []
     worst = max(losses, key=losses.__getitem__)
     return [
-        f"The default strength, {_DEFAULT}, is behind the best that was run in the same row of cell and rate by "
+        f"The default strength, {_DEFAULT}, is behind the best that was run in the same cell at the same rate by "
         f"{fmean(losses.values()):.1f} of H in the mean of {len(losses)}, and by {losses[worst]:.1f} at most ({worst})."
     ]
 

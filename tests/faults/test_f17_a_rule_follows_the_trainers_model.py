@@ -30,9 +30,8 @@ def test_model_init(kind, tmp_path):
         trainer.train()
         rule = find_optimizer(trainer.optimizer).rule
         inner = dict(trainer.model.named_modules())
-        layers = {name: m for _, name, m, _ in rule._layers} if kind is ProtectInputs else {
-            layer.name: layer.module for layer in rule.layers
-        }  # fmt: skip
+        held = rule._layers if kind is ProtectInputs else rule.layers
+        layers = {layer.name: layer.module for layer in held}
         assert layers
         assert all(inner[name] is module for name, module in layers.items())
         seen.append(rule)

@@ -142,7 +142,8 @@ class RuleContract:
             bad = {name: [x.clone() for x in row] for name, row in case.gradients.items()}
             bad[kind][1].view(-1)[place] = value
             d = self.combined(Case(case.parameters, bad), storage)[1]
-            assert not d.isfinite().all()
+            # A rule of g alone never looks at φ.
+            assert not bool(d.isfinite().all())
 
     @pytest.mark.parametrize("dtype", TOLERANCE)
     def test_every_dtype_is_near_the_float64_form(self, storage, dtype):

@@ -181,7 +181,7 @@ def test_a_budget_that_could_set_nothing_is_refused():
     for rule in (MDGD(align=0.0), StepProject(restore=0.1)):
         with pytest.raises(ValueError, match=r"pass a rule with an align above 0, not (MDGD|StepProject)\("):
             DriftBudget(rule, 0.1)
-    with pytest.raises(TypeError, match="rule must be a Rule such as MDGD"):
+    with pytest.raises(TypeError, match="DriftBudget: rule must be a Rule such as MDGD"):
         DriftBudget(0.1, 0.1)
 
 

@@ -222,7 +222,8 @@ class MDGDTrainerMixin:
                 # Rows of zeros change no singular value.
                 z = accelerator.gather(accelerator.pad_across_processes(z.contiguous()))
             rank = effective_rank(z) if z is not None and z.numel() and z.isfinite().all() and z.any() else float("nan")
-            find_optimizer(trainer.optimizer).record(effective_rank=torch.tensor(rank))
+            found = torch.tensor(rank, dtype=torch.float64, device="cpu")
+            find_optimizer(trainer.optimizer).record(effective_rank=found)
         self.mdgd_tap.z = None
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -298,8 +299,8 @@ class _Watching(VisualTap):
         self.z = z.detach()
         return output, z
 
-    def features(self, model: Any, batch: Batch) -> Tensor:
-        return self.tap.features(model, batch)
+    def features(self, model: Any, batch: Batch, *, whole: bool = False) -> Tensor:
+        return self.tap.features(model, batch, whole=whole)
 
 
 def _inside(optimizer: Any) -> MDGDOptimizer | None:

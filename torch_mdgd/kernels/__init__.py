@@ -116,7 +116,7 @@ def top_k_similarity_masks(g: Tensors, v: Tensors, g0: Tensors, a: Tensor | None
         ValueError: k is out of range, or a score is NaN (the message names its parameter).
     """
     if any(map(is_sharded, g)):
-        scale = torch.zeros(len(g), dtype=torch.float64) if a is None else a
+        scale = torch.zeros(len(g), dtype=torch.float64, device="cpu") if a is None else a
         whole = [cast("Sequence[Tensor]", vector) for vector in (g, v, g0)]
         return list(shards.top_k_similarity_masks(whole, scale, k))
     return cast("list[Tensor | None]", backend_module(g, v, g0).top_k_similarity_masks(g, v, g0, a, k))

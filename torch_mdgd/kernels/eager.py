@@ -29,13 +29,13 @@ def inner_products(rows: Sequence[Tensors], columns: Sequence[Tensors]) -> Tenso
     device = next((x.device for vector in (*rows, *columns) for x in vector if x is not None), torch.device("cpu"))
     table = torch.zeros(len(rows[0]), len(rows), len(columns), dtype=torch.float64, device=device)
     # Made once, for the pages of a large buffer cost more to get than the products that go into it.
-    scratch = torch.empty(len(rows) + len(columns) + 1, BLOCK)
+    scratch = torch.empty(len(rows) + len(columns) + 1, BLOCK, dtype=torch.float32, device="cpu")
     for ts, rs, cs in _alike(rows, columns):
         left = [x.reshape(-1) for t in ts for r in rs if (x := rows[r][t]) is not None]
         right = [x.reshape(-1) for t in ts for c in cs if (x := columns[c][t]) is not None]
         products = _exact_products(left, right, len(ts)) if len(ts) > 1 else _products(left, right, scratch)
-        where = torch.tensor(ts)[:, None, None], torch.tensor(rs)[:, None], torch.tensor(cs)
-        table[where] = products.to(device)
+        places = [torch.tensor(x, dtype=torch.int64, device="cpu") for x in (ts, rs, cs)]
+        table[places[0][:, None, None], places[1][:, None], places[2]] = products.to(device)
     return table
 
 
@@ -63,7 +63,8 @@ def _products(left: list[Tensor], right: list[Tensor], scratch: Tensor) -> Tenso
     x = left[0]
     if x.device.type != "cpu" or x.numel() <= SMALL or any(y.dtype == torch.float64 for y in (*left, *right)):
         blocks = zip(_split(left), _split(right), strict=True)
-        return sum((_exact_products(xs, ys, 1) for xs, ys in blocks), start=torch.zeros((), dtype=torch.float64))
+        nothing = torch.zeros((), dtype=torch.float64, device="cpu")
+        return sum((_exact_products(xs, ys, 1) for xs, ys in blocks), start=nothing)
     sums = _fast_products(left, right, scratch)
     suspicious = ~((sums.abs() > TINY) & sums.isfinite())
     if suspicious.any():
@@ -71,7 +72,8 @@ def _products(left: list[Tensor], right: list[Tensor], scratch: Tensor) -> Tenso
             if not suspicious[b].any():
                 continue
             # Nothing underflows where a vector is zero, as all visual gradients are at the first step.
-            zero = torch.tensor([[_is_zero(x) or _is_zero(y) for y in ys] for x in xs]) & (sums[b] == 0)
+            zeros = [[_is_zero(x) or _is_zero(y) for y in ys] for x in xs]
+            zero = torch.tensor(zeros, dtype=torch.bool, device="cpu") & (sums[b] == 0)
             if (suspicious[b] & ~zero).any():
                 sums[b] = _exact_products(xs, ys, 1)[0]
     return sums.sum(0, keepdim=True)
@@ -122,9 +124,11 @@ def combine_(
     # Where looking at the coefficients would wait for them, every sum is float64.
     exact = wide.tolist() if wide.device.type == "cpu" else [True] * len(wide)
     single, double = coefficients.float(), coefficients.double()
+    # Looked at where that waits for nothing.
+    rows = coefficients.tolist() if coefficients.device.type == "cpu" else [[]] * len(coefficients)
     buffers: dict[tuple[torch.dtype, torch.device], Tensor] = {}
     for t, target in enumerate(out):
-        if target is None:
+        if target is None or (masks is None and _is_done(target, vectors, rows[t], t)):
             continue
         row = (double if exact[t] or target.dtype == torch.float64 else single)[t]
         # As Python numbers where that waits for nothing: torch then adds a multiple twice as fast.
@@ -137,6 +141,11 @@ def combine_(
         _combine_flat(flat, [x for x, _ in terms], [c for _, c in terms], mask, buffers[row.dtype, flat.device])
         if not target.is_contiguous():
             target.copy_(flat.view(target.shape))
+
+
+def _is_done(target: Tensor, vectors: Sequence[Tensors], row: Sequence[float], t: int) -> bool:
+    """Whether the sum is the target once, and nothing else."""
+    return vectors[0][t] is target and row[:1] == [1.0] and all(vector[t] is None for vector in vectors[1:])
 
 
 def _combine_flat(

@@ -13,7 +13,7 @@ from torch_mdgd.kernels.types import Tensors
 
 def inner_products(rows: Sequence[Tensors], columns: Sequence[Tensors]) -> Tensor:
     """See :func:`torch_mdgd.kernels.inner_products`."""
-    table = torch.zeros(len(rows[0]), len(rows), len(columns), dtype=torch.float64)
+    table = torch.zeros(len(rows[0]), len(rows), len(columns), dtype=torch.float64, device="cpu")
     for r, row in enumerate(rows):
         for c, column in enumerate(columns):
             for t, (x, y) in enumerate(zip(row, column, strict=True)):

@@ -146,14 +146,14 @@ def _walk(source: Source, masks: list[Tensor]) -> Iterator[tuple[Tensor, Tensor,
     Raises:
         ValueError: a score is NaN.
     """
-    buffers = torch.empty(0)
+    buffers: Tensor | None = None
     for t, mask in enumerate(masks):
         for start in range(0, len(mask), source.block):
             part = mask[start : start + source.block]
             scores = source.read(t, slice(start, start + len(part)))
             if bool(scores.amax().isnan()):
                 raise ValueError(f"{source.names[t]} has a NaN, which has no place in an order")
-            if not len(buffers):
+            if buffers is None:
                 buffers = scores.new_empty(2, source.block)
             yield part, scores, buffers[0, : len(part)], buffers[1, : len(part)]
 
@@ -163,7 +163,7 @@ def _nonzero(flags: Tensor) -> Tensor:
     if len(flags) % 8:
         return flags.nonzero().squeeze(1)
     octets = flags.view(torch.int64).nonzero()
-    positions = (octets * 8 + torch.arange(8, device=flags.device)).flatten()
+    positions = (octets * 8 + torch.arange(8, dtype=torch.int64, device=flags.device)).flatten()
     return positions[flags[positions]]
 
 
@@ -180,11 +180,12 @@ def _largest(scores: Tensor, k: int) -> Tensor:
 
 def _sample(source: Source, masks: list[Tensor], total: int) -> Tensor:
     """One score at a random place in each of SAMPLE equal stretches of the list."""
-    generator = torch.Generator().manual_seed(0)
-    places = torch.arange(SAMPLE, dtype=torch.float64).add_(torch.rand(SAMPLE, generator=generator))
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    within = torch.rand(SAMPLE, generator=generator, dtype=torch.float32, device="cpu")
+    places = torch.arange(SAMPLE, dtype=torch.float64, device="cpu").add_(within)
     places = (places * (total / SAMPLE)).long().clamp_(max=total - 1)
     ends = list(itertools.accumulate(mask.numel() for mask in masks))
-    cuts = torch.searchsorted(places, torch.tensor(ends)).tolist()
+    cuts = torch.searchsorted(places, torch.tensor(ends, dtype=torch.int64, device="cpu")).tolist()
     parts = []
     for t, (first, last) in enumerate(itertools.pairwise([0, *cuts])):
         start = ends[t] - masks[t].numel()

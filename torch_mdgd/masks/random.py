@@ -32,7 +32,7 @@ class Random(Mask):
 
     def choose(self, parameters: Sequence[Tensor], gradients: ScoreInputs | None) -> list[Tensor]:
         """A mask for these parameters."""
-        generator = torch.Generator().manual_seed(self.seed)
-        draws = (torch.rand(p.shape, generator=generator, dtype=torch.float64) for p in parameters)
+        generator = torch.Generator(device="cpu").manual_seed(int(self.seed))
+        draws = (torch.rand(p.shape, generator=generator, dtype=torch.float64, device="cpu") for p in parameters)
         scores = [dtensor.shard_like(x, p) for x, p in zip(draws, parameters, strict=True)]
         return kernels.top_k_masks(scores, kept(self.fraction, parameters))

@@ -81,7 +81,7 @@ def as_shard(part: Tensor, like: Tensor) -> Tensor:
 
 def indices(like: Tensor) -> Tensor:
     """Where the numbers of this rank's part stand in the whole tensor, flattened: int64, shape (numel of the part,)."""
-    whole = torch.arange(like.numel(), device=like.device).view(like.shape)
+    whole = torch.arange(like.numel(), dtype=torch.int64, device=like.device).view(like.shape)
     index: Tensor = local([shard_like(whole, like)])[0].reshape(-1)
     return index
 

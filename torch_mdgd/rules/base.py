@@ -34,10 +34,13 @@ class Rule:
         weights: names and values of what can be set. The optimizer copies them into every parameter group as
             ``mdgd_<name>``; a group may hold its own value, and a schedule may change it.
         corrects: whether :meth:`correct_` is called after each step of the wrapped optimizer.
+        measures_one: whether :meth:`coefficients` reads ⟨g, g⟩ where g is the only gradient. Where it does not, the
+            table holds NaN, and a step saves a pass over g.
     """
 
     weights: Mapping[str, float] = {}
     corrects: bool = False
+    measures_one: bool = True
     _attached = False
 
     def __repr__(self) -> str:
@@ -123,7 +126,7 @@ class Rule:
         Args:
             g: T gradients; None for a parameter that has none.
             parameters: T parameters.
-            difference: θ − φ of parameter t; of a sharded parameter, this process's shard.
+            difference: θ − φ of parameter t, a new tensor; of a sharded parameter, this process's shard.
             w: the weights, on the CPU.
             scale: the loss scale that g carries.
         """
@@ -218,6 +221,16 @@ def task_alone(products: Tensor) -> Tensor:
     out = torch.zeros(products.shape[:2], dtype=products.dtype, device=products.device)
     out[:, 0] = 1
     return out
+
+
+def as_count(n: int) -> Tensor:
+    """A number of steps as a checkpoint holds it: int64, 0 dimensions, on the CPU."""
+    return torch.tensor(n, dtype=torch.int64, device="cpu")
+
+
+def nothing() -> Tensor:
+    """What a checkpoint holds of a parameter of which there is nothing to say: float32, shape (0,), on the CPU."""
+    return torch.zeros(0, dtype=torch.float32, device="cpu")
 
 
 def lone(found: Mapping[str, Tensors], name: str) -> Tensor | None:

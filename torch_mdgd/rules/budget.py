@@ -20,7 +20,7 @@ from torch import Tensor
 from torch_mdgd.checks import require_number, require_whole
 from torch_mdgd.kernels import Tensors, ratio
 from torch_mdgd.rules.around import Around
-from torch_mdgd.rules.base import Rule, Weights, lone
+from torch_mdgd.rules.base import Rule, Weights, as_count, lone
 
 PULL, STRENGTH, RATIO, AGE = "drift_pull", "drift_strength", "drift_ratio", "drift_age"
 SPAN = 4.0
@@ -58,10 +58,10 @@ class DriftBudget(Around):
         self._recorded: dict[str, Tensor] = {}
 
     def _begin(self) -> None:
-        self.pull = torch.ones((), dtype=torch.float64)
+        self.pull = torch.ones((), dtype=torch.float64, device="cpu")
         # s · q · ‖g‖ / ‖v‖ of the last step, and ‖g‖ / ‖v‖ of the last that measured it; how many steps ago it did.
-        self.strength = torch.zeros((), dtype=torch.float64)
-        self.ratio = torch.zeros((), dtype=torch.float64)
+        self.strength = torch.zeros((), dtype=torch.float64, device="cpu")
+        self.ratio = torch.zeros((), dtype=torch.float64, device="cpu")
         self.age = 0
 
     def __repr__(self) -> str:
@@ -121,7 +121,7 @@ class DriftBudget(Around):
         """S, and the rule's own; between measurements the ratio and the strength too."""
         own = {PULL: self.pull}
         if self.measure_every > 1:
-            own |= {STRENGTH: self.strength, RATIO: self.ratio, AGE: torch.tensor(self.age)}
+            own |= {STRENGTH: self.strength, RATIO: self.ratio, AGE: as_count(self.age)}
         return {**own, **super().state()}
 
     def load_state(self, found: Mapping[str, Tensors], parameters: Sequence[Tensor]) -> None:

@@ -19,12 +19,11 @@ Inner products are of each parameter by itself. A projection on a zero vector re
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from torch_mdgd.checks import require_whole
 from torch_mdgd.kernels import Tensors
-from torch_mdgd.rules.base import KINDS, Rule, Weights, agreement, checked, lone, task_alone
+from torch_mdgd.rules.base import KINDS, Rule, Weights, agreement, as_count, checked, lone, task_alone
 
 AGE = "lazy_age"
 
@@ -43,6 +42,8 @@ class MDGD(Rule):
     Raises:
         ValueError: an argument is out of range, naming it; ``every`` above 1 with ``regularize`` above 0.
     """
+
+    measures_one = False
 
     def __init__(self, align: float = 1.0, regularize: float = 1.0, every: int = 1) -> None:
         self.weights = checked(MDGD, align=align, regularize=regularize)
@@ -82,7 +83,7 @@ class MDGD(Rule):
 
     def state(self) -> dict[str, Tensor | Sequence[Tensor]]:
         """How many steps were combined, if v is not taken at each."""
-        return {AGE: torch.tensor(self.age % self.every)} if self.every > 1 else {}
+        return {AGE: as_count(self.age % self.every)} if self.every > 1 else {}
 
     def load_state(self, found: Mapping[str, Tensors], parameters: Sequence[Tensor]) -> None:
         """The opposite of :meth:`state`."""

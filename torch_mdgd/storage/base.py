@@ -67,12 +67,12 @@ class Storage(ABC):
         """Hold all where the parameters are: moved, sharded or unfrozen since the last call, as by accelerate."""
 
     @abstractmethod
-    def exchange_(self, parameters: Sequence[Tensor]) -> None:
-        """Swap θ and φ."""
+    def exchange_(self, parameters: Sequence[Tensor], places: bool = False) -> None:
+        """Swap θ and φ; with ``places`` their places in memory, where they have such."""
 
     @abstractmethod
     def difference(self, parameters: Sequence[Tensor], t: int) -> Tensor:
-        """θ − φ of a trained parameter; of a sharded one, this process's shard."""
+        """θ − φ of a trained parameter, a new tensor; of a sharded one, this process's shard."""
 
     @abstractmethod
     def choose(self, masks: Tensors, base: Optimizer, parameters: Sequence[Tensor]) -> None:
@@ -93,9 +93,9 @@ class Storage(ABC):
     def step(self, base: Optimizer, parameters: Sequence[Tensor], correct_: Correct | None) -> None:
         """One step of the wrapped optimizer, and the correction of its moves."""
 
+    @abstractmethod
     def switch(self, base: Optimizer, parameters: Sequence[Tensor], mode: Callable[[], Any]) -> None:
-        """Run ``base.train`` or ``base.eval``, which may change parameters."""
-        mode()
+        """Run ``base.train`` or ``base.eval``, which may change parameters; elements outside the mask stay."""
 
     @abstractmethod
     def renew(self, parameters: Sequence[Tensor], values: Sequence[Tensor] | None) -> None:

@@ -76,8 +76,8 @@ class CompactStorage(Storage):
             self.reference = [x.to(d) for x, d in zip(self.reference, devices, strict=True)]
 
     @torch.no_grad()
-    def exchange_(self, parameters: Sequence[Tensor]) -> None:
-        """Swap θ and φ where they can differ."""
+    def exchange_(self, parameters: Sequence[Tensor], places: bool = False) -> None:
+        """Swap θ and φ where they can differ; they have no places that could be swapped."""
         self.follow(parameters)
         all_or_none(_swap_, zip(self._parts(parameters), self.positions or (), self.reference, strict=False))
         forget_casts()
@@ -94,7 +94,9 @@ class CompactStorage(Storage):
     def renew(self, parameters: Sequence[Tensor], values: Sequence[Tensor] | None) -> None:
         """Inside the mask; outside it θ is φ, so new values there are refused."""
         self.follow(parameters)
-        for t, (p, at) in enumerate(zip(self._parts(parameters), self.positions or (), strict=False)):
+        renewed = []
+        for t, p in enumerate(self._parts(parameters)):
+            at = _nowhere(p.device) if self.positions is None else self.positions[t]
             new = _take(p, at)
             if values is not None:
                 given = dtensor.local([dtensor.shard_like(values[t], parameters[t], p.dtype)])[0]
@@ -102,14 +104,16 @@ class CompactStorage(Storage):
                 _put_(given, at, _take(p, at))
                 if not torch.equal(given, p):
                     raise ValueError(f"set_reference: value {t} differs from the parameter outside the compact mask")
-            self.reference[t] = new
+            renewed.append(new)
+        if self.positions is not None:
+            self.reference = renewed
 
     @torch.no_grad()
     def choose(self, masks: Tensors, base: Optimizer, parameters: Sequence[Tensor]) -> None:
         """Once. What the wrapped optimizer already holds of other elements is dropped."""
         parts = self._parts(parameters)
         self.positions = [
-            torch.zeros(0, dtype=torch.int32, device=p.device) if mask is None else _positions(mask)
+            _nowhere(p.device) if mask is None else _positions(mask)
             for p, mask in zip(parts, dtensor.local(masks), strict=True)
         ]
         self.reference = [_take(p, at) for p, at in zip(parts, self.positions, strict=True)]
@@ -194,7 +198,9 @@ class CompactStorage(Storage):
             # Whole numbers, as of a model in 4 bits, are never trained.
             leaf = nn.Parameter(x, requires_grad=x.is_floating_point() or x.is_complex())
             # Also of no elements: a parameter counts its steps, as in the dense mode.
-            leaf.grad = None if grad is None else _take(grad, at)
+            if grad is not None:
+                leaf.grad_dtype = grad.dtype
+                leaf.grad = _take(grad, at)
             leaves.append(leaf)
         self._exchange_keys(base, parameters, leaves)
         try:
@@ -220,8 +226,7 @@ class CompactStorage(Storage):
         self.follow(parameters)
         if self.positions is None:
             # So that torch.distributed.checkpoint, which loads what a fresh optimizer has, fails and skips nothing.
-            nowhere = [torch.zeros(0, dtype=torch.int32) if one else None for one in self.trained]
-            return base.state_dict(), {"positions": nowhere}
+            return base.state_dict(), {"positions": [_nowhere() if one else None for one in self.trained]}
         inner = base.state_dict()
         positions: list[Tensor | None] = [*self.positions]
         reference: list[Tensor | None] = [*self.reference]
@@ -239,7 +244,8 @@ class CompactStorage(Storage):
         """Without positions there, the present mask stays."""
         if "reference" in found and "positions" not in found:
             raise ValueError("the state dict was saved with compact=False: build the MDGDOptimizer so, too")
-        divided = any(dtensor.is_sharded(x) for entry in inner["state"].values() for x in entry.values())
+        entries = [entry for entry in inner["state"].values() if isinstance(entry, dict)]
+        divided = any(dtensor.is_sharded(x) for entry in entries for x in entry.values())
         if divided and "positions" in found:
             raise ValueError(
                 "the state dict of a compact run was divided over processes by what loaded it, as full_state_dict=True "
@@ -253,7 +259,7 @@ class CompactStorage(Storage):
             self._carry(base, parameters)
             # Before the first step nothing has moved, and no φ is missed.
             return "positions" in found or not inner["state"]
-        positions = [torch.zeros(0, dtype=torch.int32) if x is None else x for x in found["positions"]]
+        positions = [_nowhere() if x is None else x for x in found["positions"]]
         require_shapes("reference", found["reference"], [x.shape for x in positions])
         for i, (p, x) in enumerate(zip(parameters, positions, strict=True)):
             if x.numel() and not (int(x.min()) >= 0 and int(x.max()) < p.numel()):
@@ -278,6 +284,10 @@ class CompactStorage(Storage):
         return True
 
 
+def _nowhere(device: torch.device | str = "cpu") -> Tensor:
+    return torch.zeros(0, dtype=torch.int32, device=device)
+
+
 def _positions(mask: Tensor) -> Tensor:
     index = mask.reshape(-1).nonzero().squeeze(1)
     return index.to(torch.int32) if mask.numel() <= torch.iinfo(torch.int32).max else index
@@ -295,11 +305,11 @@ def _take(x: Tensor, positions: Tensor) -> Tensor:
 
 def _put_(x: Tensor, positions: Tensor, values: Tensor) -> None:
     values = values.detach()
+    # Unlike put_, both are there in deterministic mode too.
     if x.is_contiguous():
-        # Unlike put_, there in deterministic mode too.
         x.detach().view(-1).index_copy_(0, positions.long(), values)
     else:
-        x.put_(positions.long(), values)
+        x.detach().index_put_(torch.unravel_index(positions.long(), x.shape), values)
 
 
 def _gathered(positions: Tensor, state: dict[Any, Any], like: Tensor) -> tuple[Tensor, dict[Any, Any]]:

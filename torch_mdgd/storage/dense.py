@@ -1,6 +1,6 @@
 """φ and the mask at full size: what any optimizer, elementwise or not, can be wrapped with."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -58,10 +58,10 @@ class DenseStorage(Storage):
                 if self.masks is not None and mask is not None:
                     self.masks[t] = dtensor.shard_like(mask, p)
 
-    def exchange_(self, parameters: Sequence[Tensor]) -> None:
+    def exchange_(self, parameters: Sequence[Tensor], places: bool = False) -> None:
         """Swap each trained parameter with its copy."""
         self.follow(parameters)
-        exchange_(parameters, self.reference)
+        exchange_(parameters, self.reference, places)
         self.swapped = not self.swapped
 
     def difference(self, parameters: Sequence[Tensor], t: int) -> Tensor:
@@ -116,6 +116,16 @@ class DenseStorage(Storage):
             restore_outside_(*zip(*moved, strict=True)) if moved else None
         if correct_ is not None:
             correct_(live, before)
+
+    def switch(self, base: Optimizer, parameters: Sequence[Tensor], mode: Callable[[], Any]) -> None:
+        """Inside the mask."""
+        self.follow(parameters)
+        held = [
+            (p, snapshot(p), mask) for p, mask in zip(parameters, self.masks or (), strict=False) if mask is not None
+        ]
+        mode()
+        if held:
+            restore_outside_(*zip(*held, strict=True))
 
     def save(self, base: Optimizer) -> tuple[dict[str, Any], dict[str, Tensors]]:
         """φ and the mask, or a place for it."""

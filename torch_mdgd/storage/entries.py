@@ -87,7 +87,7 @@ def load_distributed(state_dict: dict[str, Any], checkpoint_id: str | os.PathLik
         if chosen and isinstance(entry, dict) and f"{PREFIX}positions" in entry:
             value = entry.get(path[-1])
             if isinstance(found, TensorStorageMetadata):
-                value = torch.empty(found.size, dtype=found.properties.dtype)
+                value = torch.empty(found.size, dtype=found.properties.dtype, device="cpu")
             saved.setdefault(id(entry), (entry, {}))[1][path[-1]] = value
     for entry, values in saved.values():
         # What else a fresh optimizer has there is of a parameter in which nothing was selected.

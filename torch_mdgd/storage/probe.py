@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from torch_mdgd.kernels.exact import exact
+
 # Beyond what optimizers of 8 bits keep in full, and in rows that no block size divides.
 SHAPE = (61, 97)
 STEPS = 3
@@ -25,15 +27,16 @@ def require_elementwise(base: Optimizer) -> None:
     name = type(base).__name__
     generator = torch.Generator(device="cpu").manual_seed(0)
     draws = [torch.randn(SHAPE, generator=generator, dtype=torch.float32, device="cpu") for _ in range(STEPS + 1)]
-    chosen = torch.arange(draws[0].numel(), device="cpu").view(SHAPE) % 7 == 0
+    chosen = torch.arange(draws[0].numel(), dtype=torch.int64, device="cpu").view(SHAPE) % 7 == 0
     for group in base.param_groups:
-        device = group["params"][0].device if group["params"] else torch.device("cpu")
+        device = next((p.device for p in group["params"] if p.device.type != "meta"), torch.device("cpu"))
         start, *gradients = (x.to(device) for x in draws)
         mask = chosen.to(device)
         try:
-            matrix = _stepped(base, group, start, [x * mask for x in gradients], mask)
-            vector = _stepped(base, group, start[mask], [x[mask] for x in gradients], mask[mask])
-        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError, KeyError) as error:
+            with exact([device]), device:
+                matrix = _stepped(base, group, start, [x * mask for x in gradients], mask)
+                vector = _stepped(base, group, start[mask], [x[mask] for x in gradients], mask[mask])
+        except Exception as error:
             raise TypeError(
                 f"compact=True gives {name} the selected elements of each parameter as a vector, which it does not "
                 f"take ({error}): use compact=False, the dense mode"
@@ -59,6 +62,10 @@ def _stepped(
     vars(twin).update({key: OrderedDict() for key in vars(twin) if key.endswith("_hooks")})
     # Neither a scheduler's, which stands on the instance, nor the one that runs hooks of all optimizers.
     step: Any = getattr(type(base).step, "__wrapped__", type(base).step)
+    mode: Any = getattr(twin, "train", None)
+    if callable(mode):
+        # That of schedule-free optimizers, without which they do not step.
+        mode()
     with torch.random.fork_rng(devices=[]):
         for gradient in gradients:
             before = parameter.detach().clone()

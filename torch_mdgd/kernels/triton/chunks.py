@@ -88,14 +88,18 @@ def _group(
     first: list[int],
     device: torch.device,
 ) -> Group:
-    places = torch.tensor([t for t, _ in members])
-    count = torch.tensor([counts[t] for t, _ in members])
-    row = torch.repeat_interleave(torch.arange(len(members)), count)
-    within = torch.arange(len(row)) - (count.cumsum(0) - count)[row]
-    tiles = torch.stack([row, within * TILE, torch.tensor(first)[places][row] + within], dim=1)
-    addresses = torch.tensor([order for _, order in members])
-    tables = (addresses, torch.tensor([numels[t] for t, _ in members]), places, tiles)
+    places = _whole([t for t, _ in members])
+    count = _whole([counts[t] for t, _ in members])
+    row = torch.repeat_interleave(_whole(range(len(members))), count)
+    within = _whole(range(len(row))) - (count.cumsum(0) - count)[row]
+    tiles = torch.stack([row, within * TILE, _whole(first)[places][row] + within], dim=1)
+    addresses = _whole([order for _, order in members])
+    tables = (addresses, _whole([numels[t] for t, _ in members]), places, tiles)
     return Group(pattern, codes, aligned, *upload(tables, device))
+
+
+def _whole(numbers: Sequence[int] | Sequence[list[int]]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")
 
 
 def upload(tables: Sequence[Tensor], device: torch.device) -> list[Tensor]:

@@ -58,7 +58,7 @@ def _products(
     ends = list(accumulate(chunks.tile_counts(numels), initial=0))
     partial = torch.zeros(ends[-1], R * C, dtype=torch.float64, device=device)
     out = torch.empty(parameters, R, C, dtype=torch.float64, device=device)
-    (bounds,) = chunks.upload([torch.tensor(ends)], device)
+    (bounds,) = chunks.upload([torch.tensor(ends, dtype=torch.int64, device="cpu")], device)
     with chunks.on_device(device):
         for group in chunks.groups(parts, numels, device):
             _products_kernel[(len(group.tiles),)](

@@ -61,7 +61,7 @@ def _select(
     device = masks[0].device
     lists = chunks.groups([[m.view(-1), *tensors] for m, tensors in zip(masks, parts, strict=True)], numels, device)
     # The bits known of the threshold, and how many numbers are wanted among those that share them.
-    state = torch.tensor([0, k]).to(device)
+    state = torch.tensor([0, k], dtype=torch.int64, device="cpu").to(device)
     bins = torch.zeros(1 << DIGIT, dtype=torch.int64, device=device)
     nan = torch.zeros(len(masks), dtype=torch.int64, device=device)
     ties = torch.zeros(sum(chunks.tile_counts(numels)), dtype=torch.int64, device=device)

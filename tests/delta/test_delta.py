@@ -72,7 +72,8 @@ def test_size_is_values_and_positions(tmp_path: Path) -> None:
     path = tmp_path / "d.safetensors"
     moved = save_delta(model, path, fine_tune(model))
     assert moved >= 0.099 * n
-    assert path.stat().st_size <= 1.02 * 0.1 * n * (4 + 4)
+    buffers = sum(x.numel() * x.element_size() for x in model.buffers())
+    assert path.stat().st_size <= 1.02 * 0.1 * n * (4 + 4) + buffers
 
 
 def test_another_base_is_refused(tmp_path: Path) -> None:
@@ -115,15 +116,22 @@ def test_a_cut_or_changed_file_is_refused_and_named(tmp_path: Path) -> None:
     assert same(base, make_model(torch.float32))
 
 
-def test_fingerprint_sees_every_bit_and_name() -> None:
+def test_fingerprint_sees_every_bit_and_name_of_parameters_and_of_large_buffers() -> None:
     model = make_model(torch.float32)
+    model.register_buffer("table", torch.zeros(65_537))
+    model.register_buffer("scratch", torch.zeros(65_537), persistent=False)
     found = {fingerprint(model)}
-    for name in model.state_dict():
+    seen = [*dict(model.named_parameters()), "table"]
+    for name in [*model.state_dict(), "scratch"]:
         changed = copy.deepcopy(model)
-        x = changed.state_dict()[name]
+        x = {**changed.state_dict(), "scratch": changed.scratch}[name]
         x[(-1,) * x.dim()] += 1
-        found.add(fingerprint(changed))
-    assert len(found) == 1 + len(model.state_dict())
+        new = fingerprint(changed)
+        assert (new in found) == (name not in seen), name
+        found.add(new)
+    assert len(found) == 1 + len(seen)
+    renamed = nn.ModuleDict({"a": model})
+    assert fingerprint(renamed) not in found
     assert fingerprint(model.to(torch.bfloat16)) not in found
 
 

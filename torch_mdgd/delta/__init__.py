@@ -1,0 +1,6 @@
+"""A fine-tune as a file: the numbers that changed and where they stand. ``docs/delta.md`` describes the format."""
+
+from torch_mdgd.delta.model import AppliedDelta, apply_delta, save_delta
+from torch_mdgd.delta.names import fingerprint
+
+__all__ = ["AppliedDelta", "apply_delta", "fingerprint", "save_delta"]

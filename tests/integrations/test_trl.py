@@ -6,6 +6,7 @@ import torch
 pytest.importorskip("trl")
 
 import datasets
+from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
@@ -154,10 +155,14 @@ def pairs(rows):
     return both
 
 
-def preferred(kind, folder, **options):
-    """With a second model as DPO's own reference."""
+def preferred(kind, folder, lora, **options):
+    """DPO's own reference is a second model, or this one in a pass without adapters and without gradients."""
     model = llava()
     trainable(model)
+    if lora:
+        options["peft_config"] = LoraConfig(r=2, target_modules=r".*language_model.*(q_proj|v_proj|down_proj)")
+    else:
+        options["ref_model"] = llava()
     args = DPOConfig(
         output_dir=folder, max_steps=3, per_device_train_batch_size=2, learning_rate=0.05, report_to=[], use_cpu=True,
         bf16=False, disable_tqdm=True, save_strategy="no", logging_steps=1, gradient_checkpointing=False, seed=3,
@@ -166,16 +171,17 @@ def preferred(kind, folder, **options):
     texts = {"prompt": ["w3 w4"] * ROWS, "chosen": ["w5"] * ROWS, "rejected": ["w6"] * ROWS}
     rows = datasets.Dataset.from_dict({"i": list(range(ROWS)), **texts})
     trainer = kind(
-        model=model, ref_model=llava(), args=args, train_dataset=rows, data_collator=pairs,
+        model=model, args=args, train_dataset=rows, data_collator=pairs,
         processing_class=tokenizer(), **options,
     )  # fmt: skip
     trainer.train()
     return trainer
 
 
-def test_dpo_with_a_second_model_as_its_reference(tmp_path):
-    plain = preferred(DPOTrainer, tmp_path)
-    wrapped = preferred(MDGDDPOTrainer, tmp_path, rule=MDGD(align=0.0, regularize=0.0))
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_pass_of_dpos_own_reference_is_not_taken_for_the_taps(lora, tmp_path):
+    plain = preferred(DPOTrainer, tmp_path, lora)
+    wrapped = preferred(MDGDDPOTrainer, tmp_path, lora, rule=MDGD(align=0.0, regularize=0.0))
     assert_same_bits(list(wrapped.model.parameters()), list(plain.model.parameters()))
     seen = [entry["visual_loss"] for entry in wrapped.state.log_history if "visual_loss" in entry]
     assert seen[0] == 0 < min(seen[1:])

@@ -140,7 +140,8 @@ def comparison(found: Mapping[str, Sequence[Result]]) -> str:
     more = {words: [a[name] - b[name] for a, b in pairs] for name, words in measures.items()}
     told = ", ".join(f"{words} {_signed(values)}" for words, values in more.items())
     verdict = "better" if fmean(more["H"]) > 0 else "worse"
-    return f"The anchor does {verdict} than αv by H here: {told}, on the same seed{'s' if len(pairs) > 1 else ''}."
+    sentence = f"The anchor does {verdict} than αv by H here: {told}, on the same seed{'s' if len(pairs) > 1 else ''}."
+    return sentence + (" All seeds are measured by the same examples: ± is of training alone." if len(pairs) > 1 else "")
 
 
 def _signed(differences: Sequence[float]) -> str:

@@ -13,7 +13,7 @@ from torch_mdgd.kernels.exact import exact
 
 # Beyond what optimizers of 8 bits keep in full, and in rows that no block size divides.
 SHAPE = (61, 97)
-# What clips a step by the size of a whole parameter, or of a whole gradient, does so at some of these and not at others.
+# What clips a step by the size of a whole parameter or gradient does so at some of these and not at others.
 SIZES = (1.0, 1 / 32)
 GROWTH = (1.0, 4.0, 16.0, 0.25)
 RATE = 1e-2

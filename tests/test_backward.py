@@ -19,7 +19,8 @@ def test_equals_the_version_by_hand_with_dropout(name, kind):
     model, phi, optimizer = drifted(rule=rule(name))
     batch = double_batch()
     roles = by_hand(model, phi, batch, kind)
-    loss = mdgd_backward(model, optimizer, batch, alignment=kind)
+    # One backward pass of both losses rounds otherwise, since norms sum in float32.
+    loss = mdgd_backward(model, optimizer, batch, alignment=kind, separate=True)
     assert_close(grads(optimizer), expected(roles, optimizer.parameters, **FORMS[name]), roles)
     assert max(float(x.abs().max()) for x in roles[1] if x is not None) > 1e-4
     assert not loss.requires_grad
@@ -30,7 +31,7 @@ def test_equals_the_version_by_hand_under_a_mask():
     for _ in range(2):
         batch = double_batch()
         roles = by_hand(model, phi, batch)
-        mdgd_backward(model, optimizer, batch)
+        mdgd_backward(model, optimizer, batch, separate=True)
         masks = [entry["mdgd_mask"] for entry in optimizer.state_dict()["state"].values()]
         assert_close(grads(optimizer), expected(roles, optimizer.parameters, masks=masks), roles)
         optimizer.step()
@@ -68,19 +69,20 @@ def test_fact_1_the_first_step_has_no_drift_at_all_with_dropout_on(form, padded,
 
 
 @pytest.mark.parametrize(
-    ("form", "forwards", "backwards"), [("published", 3, 4), ("unregularized", 2, 2), ("project", 2, 2)]
+    ("form", "forwards", "backwards", "heads"),
+    [("published", 3, 4, 2), ("unregularized", 2, 1, 1), ("project", 2, 2, 1)],
 )
-def test_number_of_passes(form, forwards, backwards):
+def test_number_of_passes(form, forwards, backwards, heads):
     model, _, optimizer = drifted(rule=rule(form))
     seen = []
-    model.lm_head.register_forward_hook(lambda *args: seen.append("forward"))
+    model.model.language_model.register_forward_hook(lambda *args: seen.append("forward"))
     optimizer.parameters[-1].register_post_accumulate_grad_hook(lambda p: seen.append("head"))
     optimizer.parameters[0].register_post_accumulate_grad_hook(lambda p: seen.append("backward"))
     mdgd_backward(model, optimizer, double_batch())
     assert seen.count("forward") == forwards
     assert seen.count("backward") == backwards
     # The head is not on the way to z.
-    assert seen.count("head") == backwards // 2
+    assert seen.count("head") == heads
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -10,7 +10,7 @@ from tests.passes import by_hand, double_batch, drifted, grads, trainable
 from tests.properties import assert_close, assert_same_bits, expected
 from tests.tiny_models import llava, llava_batch
 from torch_mdgd import MDGDOptimizer, Project, TopK, mdgd_backward
-from torch_mdgd.backward import _Randomness
+from torch_mdgd.models.traces import Randomness
 
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable:FutureWarning")
@@ -103,7 +103,7 @@ def test_the_random_state_of_every_device_of_a_model_is_rewound(monkeypatch):
         set_rng_state = staticmethod(lambda state, device: states.update({str(device): state}))
 
     monkeypatch.setattr(torch, "get_device_module", lambda device: Generators)
-    random = _Randomness(map(torch.device, ("cpu", "meta", "cuda:0", "cuda:1")))
+    random = Randomness(map(torch.device, ("cpu", "meta", "cuda:0", "cuda:1")))
     states.update({"cuda:0": 7, "cuda:1": 7})
     random.rewind()
     assert states == {"cuda:0": 3, "cuda:1": 5}

@@ -55,11 +55,18 @@ def test_a_step_that_failed_half_way_can_be_tried_again(at):
         class Failing(VisualTap):
             calls = 0
 
-            def __call__(self, model, batch):
+            def count(self):
                 self.calls += 1
                 if self.calls == at:
                     raise MemoryError
+
+            def __call__(self, model, batch):
+                self.count()
                 return super().__call__(model, batch)
+
+            def features(self, model, batch, **options):
+                self.count()
+                return super().features(model, batch, **options)
 
         if fails:
             now = [p.detach().clone() for p in optimizer.parameters]

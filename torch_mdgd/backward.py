@@ -1,7 +1,7 @@
 """The passes of one training step, in place of ``loss.backward()``."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -10,7 +10,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torch_mdgd.models.families import PICTURES
-from torch_mdgd.models.tap import Batch, VisualTap, visual_alignment_loss
+from torch_mdgd.models.noise import without_noise
+from torch_mdgd.models.passes import loss_of
+from torch_mdgd.models.tap import Batch, VisualTap, image_tokens, visual_alignment_loss
+from torch_mdgd.models.traces import Traces
 from torch_mdgd.models.vision_cache import reuse_frozen_parts
 from torch_mdgd.optimizer import MDGDOptimizer
 from torch_mdgd.parallel.ranks import Ranks, gather_around
@@ -78,16 +81,17 @@ def mdgd_backward(
 
     Raises:
         TypeError: ``optimizer`` is not an :class:`MDGDOptimizer`; a kind of parallelism that is not supported.
-        ValueError: Lightning runs several processes, and the optimizer was not told by ``average_over``.
+        ValueError: a framework runs several processes, the model is not as it has wrapped it, and the optimizer was not
+            told by ``average_over``.
         RuntimeError: the model returns no loss, or no trainable parameter influences z; sharded parameters, and only
             some ranks have image tokens.
     """
     wrapped = find_optimizer(optimizer)
     ranks = Ranks(model, wrapped.averaged_over)
-    ranks.require_averaging(optimizer)
+    ranks.require_averaging(None if optimizer is wrapped else type(optimizer).__name__)
     if ranks.group is not None:
         wrapped.average_over(ranks.group)
-    strangers = [] if ranks.sharded else _strangers(model, wrapped)
+    strangers = [] if ranks.sharded else _strangers(model, wrapped, ranks)
     tap = tap or VisualTap.for_model(model)
     passes = _Passes(model, wrapped, batch, tap, loss, alignment, scaler, ranks)
     passes.strangers = strangers
@@ -114,6 +118,10 @@ def mdgd_backward(
         raise
     if visual_loss is not None:
         wrapped.record(visual_loss=ranks.mean(visual_loss * share))
+    if combine and needs == KINDS[:1]:
+        # Of earlier micro-batches, which could not know that no picture would follow.
+        for kind in [kind for kind in wrapped.captured if kind.startswith("reference")]:
+            del wrapped.captured[kind]
     if combine:
         wrapped.combine()
     return task_loss
@@ -126,7 +134,7 @@ def find_optimizer(optimizer: Optimizer) -> MDGDOptimizer:
         TypeError: there is none.
     """
     inner: Any = optimizer
-    # Lightning's stand-in is an instance too, by a class made for the purpose.
+    # A stand-in may be an instance too, by a class made for the purpose.
     while isinstance(getattr(inner, "optimizer", None), Optimizer):
         inner = inner.optimizer
     if not isinstance(inner, MDGDOptimizer):
@@ -146,9 +154,11 @@ def _warn_of_unmarked_pictures(batch: Batch) -> None:
         )
 
 
-def _strangers(model: nn.Module, optimizer: MDGDOptimizer) -> list[nn.Parameter]:
+def _strangers(model: nn.Module, optimizer: MDGDOptimizer, ranks: Ranks) -> list[nn.Parameter]:
     """Trained parameters of the model that are not the optimizer's, with a warning if there are any."""
     own = set(optimizer.parameters)
+    if not any(p.requires_grad and p not in own for p in ranks.parameters):
+        return []
     found = {name: p for name, p in model.named_parameters() if p.requires_grad and p not in own}
     if found:
         warnings.warn(
@@ -179,58 +189,67 @@ class _Passes:
     ) -> None:
         self.model, self.optimizer, self.batch, self.ranks = model, optimizer, batch, ranks
         self.tap, self.loss, self.alignment, self.scaler = tap, loss, alignment, scaler
-        self.images = tap.mask(batch)
-        self.random = _Randomness({p.device for p in model.parameters()})
+        self.images = image_tokens(tap, batch)
+        self.traces = Traces(model)
+        # Outer modules of accelerate's offloading, of torch.compile and of fully_shard have to finish their pass.
+        self.whole = ranks.sharded or any("_hf_hook" in vars(m) or "_orig_mod" in m._modules for m in ranks.modules)
+        # What replaces a module's forward, as a CUDA graph does, may hold addresses; accelerate's autocast does not.
+        own = any("forward" in vars(m) and "_original_forward" not in vars(m) for m in ranks.modules)
+        compiled = any(vars(m).get("_compiled_call_impl") is not None for m in ranks.modules)
+        self.places = not (self.whole or own or compiled)
 
     def one_at_a_time(self, reference: bool, pictures: bool, reduce: bool) -> tuple[Tensor, Tensor]:
         """Task loss and L_v; every graph is used up before values are exchanged."""
         z_reference = None
         if reference:
             z = self.features() if pictures else None
-            with self.optimizer.reference(self.model):
+            with self.optimizer.reference(self.model), self.traces.aside():
                 task_loss, z_reference = self.forward()
+                z = None if z is None else self.comparable(z_reference, z)
                 self.both_gradients(task_loss, z_reference, z, "reference_visual")
             z_reference = z_reference.detach()
             del task_loss
             if reduce:
                 self.optimizer.reduce_reference()
         elif pictures:
-            with self.optimizer.reference(self.model):
-                z_reference = self.features()
+            z_reference = self.features_at_reference()
         with self.optimizer.rule.observe(self.images, self.batch):
             task_loss, z = self.forward()
-            if pictures and z_reference is not None:
-                self.optimizer.rule.saw_features(z, z_reference, self.ranks.mean)
-            visual_loss = self.both_gradients(task_loss, z, z_reference if pictures else None, "visual")
+        if not pictures:
+            z_reference = None
+        if z_reference is not None:
+            if not reference:
+                z_reference = self.comparable(z, z_reference)
+            self.optimizer.rule.saw_features(z, z_reference, self.ranks.mean)
+        visual_loss = self.both_gradients(task_loss, z, z_reference, "visual")
         return task_loss.detach(), visual_loss
 
     def jointly(self, alpha: float, pictures: bool) -> tuple[Tensor, Tensor]:
         """Task loss and L_v, from one backward pass of L + αL_v."""
-        z_reference = None
-        if pictures:
-            with self.optimizer.reference(self.model):
-                z_reference = self.features()
+        z_reference = self.features_at_reference() if pictures else None
         with self.optimizer.rule.observe(self.images, self.batch):
             task_loss, z = self.forward()
-            visual_loss = visual_alignment_loss(z, z if z_reference is None else z_reference, self.alignment)
-            total = task_loss * self.weights["task"]
-            if z_reference is not None:
-                self.optimizer.rule.saw_features(z, z_reference, self.ranks.mean)
-                total = total + visual_loss * (alpha * self.weights["visual"])
-            self.backward("joint", total)
+        if z_reference is not None:
+            z_reference = self.comparable(z, z_reference)
+        visual_loss = visual_alignment_loss(z, z if z_reference is None else z_reference, self.alignment)
+        total = task_loss * self.weights["task"]
+        if z_reference is not None:
+            self.optimizer.rule.saw_features(z, z_reference, self.ranks.mean)
+            total = total + visual_loss * (alpha * self.weights["visual"])
+        self.backward("joint", total)
         return task_loss.detach(), visual_loss.detach()
 
     def task_alone(self) -> Tensor:
         """Task loss, from one forward and one backward pass."""
         with self.optimizer.rule.observe(self.images, self.batch):
-            task_loss = _loss_of(self.run()[0])
-            self.backward("task", task_loss)
+            task_loss = _require_loss(self.run()[0])
+        self.backward("task", task_loss)
         return task_loss.detach()
 
     @contextmanager
     def sparing(self, reuse: bool) -> Iterator[None]:
         """Nothing is computed inside that no pass needs: no cache of keys and values, no frozen part twice."""
-        found = {id(c): c for m in self.model.modules() if (c := getattr(m, "config", None)) is not None}
+        found = {id(c): c for m in self.ranks.modules if (c := vars(m).get("config")) is not None}
         configs = [c for c in found.values() if getattr(c, "use_cache", None) is True]
         for config in configs:
             config.use_cache = False
@@ -242,11 +261,31 @@ class _Passes:
                 config.use_cache = True
 
     def features(self) -> Tensor:
-        """Z, without a graph: no further than the text module, where the outer modules allow it."""
-        modules = list(self.model.modules())
-        whole = self.ranks.sharded or any(hasattr(m, "_hf_hook") or hasattr(m, "_orig_mod") for m in modules)
-        with torch.no_grad():
-            return self.run()[1] if whole else self.tap.features(self.prepared(), self.batch)
+        """Z, without a graph and without a trace: no further than the text module, where the outer modules allow it."""
+        run = self.prepared()
+
+        def again(**inputs: Any) -> Any:
+            # Where it is not known how often the loss runs the model, it may be called twice.
+            self.traces.start.rewind()
+            return run(**inputs)
+
+        options = {"whole": True} if self.whole else {}
+        with self.traces.aside(), torch.no_grad():
+            return self.tap.features(run if self.loss is None else again, self.batch, **options)
+
+    def features_at_reference(self) -> Tensor:
+        with self.optimizer.reference(self.model, places=self.places):
+            return self.features()
+
+    def comparable(self, z: Tensor, z_fixed: Tensor) -> Tensor:
+        """What z, of the weights that are in the model, is compared with, so that no rounding is taken for drift."""
+
+        def anywhere(here: bool) -> bool:
+            return bool(self.ranks.mean(torch.tensor(float(here), dtype=torch.float32, device=z.device)) > 0)
+
+        return without_noise(
+            z, z_fixed, self.features, self.tap.text_module, unmoved=self.optimizer.is_at_reference, anywhere=anywhere
+        )
 
     def both_gradients(
         self, task_loss: Tensor, z: Tensor, z_fixed: Tensor | None, kind: Literal["visual", "reference_visual"]
@@ -256,14 +295,16 @@ class _Passes:
         if z_fixed is None:
             self.optimizer.set_gradients(**{kind: [None] * len(self.optimizer.parameters)})
         else:
-            self.backward("visual", visual_loss, retain_graph=True)
+            # What gradient checkpointing runs again for it is run again for the next.
+            with self.traces.aside(begin=False):
+                self.backward("visual", visual_loss, retain_graph=True)
         self.backward("task", task_loss)
         return visual_loss.detach()
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Task loss and z, with their graph."""
         output, z = self.run()
-        loss = _loss_of(output)
+        loss = _require_loss(output)
         if z.numel() and not z.requires_grad:
             raise RuntimeError(
                 "mdgd_backward: no trainable parameter influences the hidden states at image tokens: train something "
@@ -273,8 +314,7 @@ class _Passes:
         return loss, z
 
     def prepared(self) -> Callable[..., Any]:
-        """What is run, with the random numbers of all passes."""
-        self.random.rewind()
+        """What is run."""
         loss: Any = self.loss
         return self.model if loss is None else lambda **inputs: loss(inputs)
 
@@ -302,23 +342,8 @@ class _Passes:
             p.grad = x
 
 
-def _loss_of(output: Any) -> Tensor:
-    loss = output if isinstance(output, Tensor) else getattr(output, "loss", None)
+def _require_loss(output: Any) -> Tensor:
+    loss = loss_of(output)
     if loss is None:
         raise RuntimeError("mdgd_backward: the model returned no loss; does the batch have labels?")
     return loss
-
-
-class _Randomness:
-    """The state of the random generators, of the CPU's and of these devices', when a step began."""
-
-    def __init__(self, devices: Iterable[torch.device]) -> None:
-        self.cpu = torch.get_rng_state()
-        # Parameters that are offloaded have the device "meta" meanwhile.
-        drawing = [device for device in devices if device.type not in ("cpu", "meta")]
-        self.states = [(device, torch.get_device_module(device).get_rng_state(device)) for device in drawing]
-
-    def rewind(self) -> None:
-        torch.set_rng_state(self.cpu)
-        for device, state in self.states:
-            torch.get_device_module(device).set_rng_state(state, device)

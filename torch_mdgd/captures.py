@@ -1,7 +1,7 @@
 """The gradients captured for one step, by kind, and how they get there from ``.grad``."""
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -119,7 +119,9 @@ class Captures:
                 f"capture of {kind}: loss scale {scale} differs from {self.scale}, that of this step so far"
             )
         self._open(kind, parameters)
-        if any(map(_hooked, parameters)):
+        hooked = [i for i, p in enumerate(parameters) if _hooked(p)]
+        taken: list[int] = []
+        if hooked:
             warnings.warn(
                 "a parameter has a hook (register_post_accumulate_grad_hook): it sees the gradient of each backward "
                 "pass, and not d, which combine() makes of them",
@@ -127,14 +129,15 @@ class Captures:
             )
         assign(parameters, self.gradients.get(kind) or [None] * len(parameters))
         self.recording, self.scale = True, scale
+        # After all others of their parameters.
+        handles = [parameters[i].register_post_accumulate_grad_hook(_note_taken(i, taken)) for i in hooked]
         try:
             yield
             gathered = [p.grad for p in parameters]
-            taken = [i for i, p in enumerate(parameters) if gathered[i] is None and _hooked(p)]
             if taken:
                 raise RuntimeError(
                     f"capture of {kind}: a hook (register_post_accumulate_grad_hook) took the gradient of parameter "
-                    f"{taken[0]} during the backward pass, as an optimizer that steps there does: remove the hook"
+                    f"{min(taken)} during the backward pass, as an optimizer that steps there does: remove the hook"
                 )
             if all(x is None for x in gathered):
                 raise RuntimeError(
@@ -149,6 +152,8 @@ class Captures:
             self.clear()
             raise
         finally:
+            for handle in handles:
+                handle.remove()
             self.recording = False
             assign(parameters, [None] * len(parameters))
 
@@ -181,6 +186,14 @@ def refuse_stray(parameters: Sequence[Tensor]) -> None:
 def _hooked(parameter: Tensor) -> bool:
     """Whether hooks see its gradient as soon as a backward pass has made it."""
     return bool(getattr(parameter, "_post_accumulate_grad_hooks", None))
+
+
+def _note_taken(i: int, taken: list[int]) -> Callable[[Tensor], None]:
+    def note(parameter: Tensor) -> None:
+        if parameter.grad is None:
+            taken.append(i)
+
+    return note
 
 
 def assign(parameters: Sequence[Tensor], gradients: Tensors) -> None:

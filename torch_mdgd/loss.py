@@ -10,7 +10,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from torch_mdgd.models.noise import without_noise
+from torch_mdgd.models.parts import has_to_finish
+from torch_mdgd.models.passes import known_of
 from torch_mdgd.models.tap import Batch, VisualTap, visual_alignment_loss
+from torch_mdgd.models.traces import Traces
 from torch_mdgd.optimizer import MDGDOptimizer
 
 
@@ -56,6 +60,8 @@ def visual_loss(
 
     ``output, visual = visual_loss(model, batch, reference=reference)``, then ``(output.loss + α * visual).backward()``,
     gives d = g + αv of :class:`torch_mdgd.rules.MDGD` with ``regularize=0``. A pass at φ without a graph comes first.
+    In several processes L_v is of each one's own image tokens: the mean of their means, where ``mdgd_backward`` takes
+    that over all tokens. With ``fully_shard`` every process has to have pictures, or none.
 
     Args:
         model: called as ``model(**batch)``.
@@ -68,20 +74,30 @@ def visual_loss(
         the model's output, and L_v, a float32 scalar with its graph; 0 without image tokens.
     """
     tap = tap or VisualTap.for_model(model)
-    state = torch.get_rng_state()
+    # Dropout must not make a difference.
+    traces = Traces(model)
     if isinstance(reference, nn.Module):
         there = VisualTap.for_model(reference, tap.layers)
-        z_reference = there.features(reference, batch)
+        known_of(there.text_module).other_kernels = known_of(tap.text_module).other_kernels
+        with traces.aside():
+            z_reference = _features(there, reference, batch)
     else:
         at_reference: AbstractContextManager[Any] = (
             reference() if isinstance(reference, Reference) else reference.reference(model)
         )
-        with at_reference:
-            z_reference = tap.features(model, batch)
-    # Dropout must not make a difference.
-    torch.set_rng_state(state)
+        with at_reference, traces.aside():
+            z_reference = _features(tap, model, batch)
     output, z = tap(model, batch)
-    return output, visual_alignment_loss(z, z_reference, alignment)
+
+    def again() -> Tensor:
+        with traces.aside():
+            return _features(tap, model, batch)
+
+    return output, visual_alignment_loss(z, without_noise(z, z_reference, again, tap.text_module), alignment)
+
+
+def _features(tap: VisualTap, model: nn.Module, batch: Batch) -> Tensor:
+    return tap.features(model, batch, whole=True) if has_to_finish(model) else tap.features(model, batch)
 
 
 def _begins_as_nothing(model: nn.Module) -> bool:

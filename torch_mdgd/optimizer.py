@@ -86,7 +86,7 @@ class MDGDOptimizer(Optimizer):
         Optimizer.__setstate__(self, {"base": base})
         self.rule, self.mask = rule, mask
         self._storage = storage
-        # Changed in place and never assigned anew: Lightning calls methods on a stand-in that reads our attributes.
+        # Changed in place and never assigned anew: a framework's stand-in may share them and have our methods.
         self._captures = Captures()
         self._made = _Made()
         self._recorded: dict[str, Tensor] = {}
@@ -149,6 +149,11 @@ class MDGDOptimizer(Optimizer):
         """The parameters that are trained or have been, in order: those whose φ is held."""
         return [p for p, one in zip(self.parameters, self._storage.trained, strict=True) if one]
 
+    def is_at_reference(self) -> bool:
+        """Whether no trained parameter has left φ, as before the first step; it reads all of them."""
+        parameters, trained = self.parameters, self._storage.trained
+        return not any(bool(self._storage.difference(parameters, i).any()) for i, one in enumerate(trained) if one)
+
     def needs(self, pictures: bool = True) -> tuple[str, ...]:
         """The gradients that the next combine needs: "task", "visual", "reference_task", "reference_visual", in order.
 
@@ -197,22 +202,28 @@ class MDGDOptimizer(Optimizer):
         return self._captures.record(f"reference_{kind}" if self._storage.swapped else kind, self.parameters, scale)
 
     @contextmanager
-    def reference(self, model: nn.Module | None = None) -> Iterator[None]:
+    def reference(self, model: nn.Module | None = None, *, places: bool = False) -> Iterator[None]:
         """The reference φ is in the parameters here; θ comes back bit for bit, also after an exception.
 
         Run forward and backward inside: autograd refuses a backward pass across the exchange. If ``fully_shard`` has
         sharded the parameters, pass the model: it drops what it gathered of them.
+
+        Args:
+            model: that holds the parameters.
+            places: let θ and φ swap places in memory where they can, and not their contents, which takes no time. For
+                passes through modules that look up their parameters anew: a CUDA graph, or a view of a parameter that
+                somebody keeps, goes on seeing θ.
         """
         if self._storage.swapped or self._captures.recording:
             raise RuntimeError("reference: already inside reference() or capture()")
         parameters = self.parameters
         self._warn_of_moved(parameters)
         with ranks.resharded(parameters, model):
-            self._storage.exchange_(parameters)
+            self._storage.exchange_(parameters, places)
             try:
                 yield
             finally:
-                self._storage.exchange_(parameters)
+                self._storage.exchange_(parameters, places)
 
     @torch.no_grad()
     def set_reference(self, values: Sequence[Tensor] | None = None) -> None:
@@ -318,19 +329,14 @@ class MDGDOptimizer(Optimizer):
 
     def _combine(self, parameters: list[Tensor]) -> None:
         self._storage.follow(parameters)
-        needs = self.needs(pictures=not self._captures.empty("visual"))
-        self._captures.require(needs)
+        self._captures.require(self.needs(pictures=not self._captures.empty("visual")))
         refuse_stray(parameters)
-        if needs == KINDS[:1]:
-            # Of earlier micro-batches, which could not know that no picture would follow.
-            for kind in (*KINDS[2:], REFERENCE):
-                self._captures.gradients.pop(kind, None)
         if all(kind in self._captures.gradients for kind in KINDS[2:]):
             self.reduce_reference()
         joint = JOINT in self._captures.gradients
         step = self._captures.close(parameters)
         self._warn_of_idle_groups(step)
-        products = kernels.inner_products(step.gradients)
+        products = self._products(step)
         self._made.begin(None if joint else products)
         if self._mask_is_due():
             self._choose_mask(parameters, step, products)
@@ -344,6 +350,14 @@ class MDGDOptimizer(Optimizer):
         self._storage.combine_(step.d, step.gradients, coefficients)
         self._made.d = [None if x is None else x.to(_grad_dtype(p)) for p, x in zip(parameters, step.d, strict=True)]
         assign(parameters, self._made.d)
+
+    def _products(self, step: Step) -> Tensor:
+        """The table of inner products; NaN for a lone gradient, where neither the rule nor a mask reads it."""
+        if len(step.gradients) > 1 or self.rule.measures_one or self._mask_is_due():
+            return kernels.inner_products(step.gradients)
+        first = next((x for x in step.task if x is not None), None)
+        device = torch.device("cpu") if first is None else first.device
+        return torch.full((len(step.task), 1, 1), float("nan"), dtype=torch.float64, device=device)
 
     @_disable_dynamo
     @torch.no_grad()

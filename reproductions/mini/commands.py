@@ -70,16 +70,27 @@ def demo(
     seeds: Annotated[
         str, typer.Option(help="Seeds of the batches, separated by commas; several give mean ± deviation.")
     ] = "0",
+    methods: Annotated[
+        str,
+        typer.Option(
+            help="Which, separated by commas, beside the pre-trained model and plain AdamW: fine-tune-low, mdgd, "
+            "align, anchor (these by default), mdgd-gm, step."
+        ),
+    ] = "",
     steps: Steps = 300,
     examples: Examples = 200,
 ) -> None:
-    """Fine-tune with and without MDGD and show what is forgotten: under 4 minutes on two cores."""
+    """Fine-tune with and without help and show what is forgotten: under 4 minutes on two cores."""
     from reproductions.mini import demo as demonstration
+    from reproductions.mini.experiment.methods import METHODS
+    from reproductions.mini.experiment.study import require_known
 
+    names = methods.split(",") if methods else demonstration.DEFAULT
     with _refused():
+        require_known("method", names, METHODS)
         numbers = _seeds(seeds)
         demonstration.require_test_seeds(numbers)
-    demonstration.demo(output, target, numbers, steps, examples, _console())
+    demonstration.demo(output, target, numbers, steps, examples, _console(), names)
 
 
 @app.command()
@@ -153,6 +164,40 @@ def leads(
     from reproductions.mini.experiment.study import Size
 
     leading.leads(output, Size(steps or None, batch, examples), _console(), workers or None)
+
+
+@app.command()
+def strength(
+    output: Annotated[
+        Path, typer.Option(help="Folder for the results; those that are there are not run again.")
+    ] = Path("runs/mini/strength"),
+    cells: Annotated[str, typer.Option(help="Which cells, separated by commas; all five by default.")] = "",
+    strengths: Annotated[
+        str, typer.Option(help="Which strengths, and forms such as absolute-0.01; all by default.")
+    ] = "",
+    factors: Annotated[str, typer.Option(help="Of the cells' learning rates.")] = "1,0.5,2",
+    seeds: Annotated[str, typer.Option(help="Of those that settings are chosen with.")] = "100,101",
+    workers: Annotated[int, typer.Option(min=0, help="Processes of one thread each; 0 for one a core.")] = 0,
+    steps: Annotated[int, typer.Option(min=0, help="Steps of each fine-tuning; 0 for each target's own.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Examples a step.")] = 16,
+    examples: Annotated[int, typer.Option(min=1, help="Validation examples a task.")] = 150,
+) -> None:
+    """Measure which strength of the anchor carries over, on validation examples: about 5 core hours."""
+    from reproductions.mini.experiment import strength as measuring
+    from reproductions.mini.experiment.study import Size, require_known
+
+    places, forms = cells.split(",") if cells else list(measuring.PLACES), strengths.split(",")
+    rates = {f"{factor:g}": factor for factor in measuring.FACTORS}
+    with _refused():
+        require_known("cell", places, measuring.PLACES)
+        require_known("strength", forms if strengths else (), measuring.FORMS)
+        require_known("factor", factors.split(","), rates)
+        numbers = _seeds(seeds)
+        measuring.require_tuning_seeds(numbers)
+    measuring.strength(
+        output, places, forms if strengths else list(measuring.FORMS), [rates[x] for x in factors.split(",")],
+        numbers, Size(steps or None, batch, examples), _console(), workers or None,
+    )  # fmt: skip
 
 
 Results = Annotated[Path, typer.Option(help="Folder of the study's results; they need not be complete.")]

@@ -1,4 +1,4 @@
-"""The demo: fine-tune the small LLaVA with and without MDGD, and see what each still sees, in a table and a figure."""
+"""The demo: fine-tune the small LLaVA with and without help, and see what each still sees, in a table and a figure."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,13 +34,18 @@ COLOURS = {
     "align": "#56B4E9",
     "mdgd-gm": "#CC79A7",
     "step": "#009E73",
+    "anchor": "#7A4FBF",
 }
+ALWAYS = ("zero-shot", "fine-tune")
+"""What forgetting is seen by."""
+DEFAULT = (*ALWAYS, "fine-tune-low", "mdgd", "align", "anchor")
 SHOWN = 4
 
 
-def runs(target: str, seeds: Sequence[int], steps: int, examples: int) -> list[Run]:
+def runs(target: str, seeds: Sequence[int], steps: int, examples: int, names: Sequence[str] = DEFAULT) -> list[Run]:
     """One run a method and seed, on test examples; the longest first, so that the cores finish together."""
-    order = ("mdgd", "step", "align", "mdgd-gm", "fine-tune", "fine-tune-low")
+    longest_first = ("mdgd", "step", "mdgd-gm", "align", "anchor", "fine-tune", "fine-tune-low")
+    order = [name for name in longest_first if name in {*names, *ALWAYS}]
     trained = [Run(METHODS[name], target, "test", seed, steps, examples) for seed in seeds for name in order]
     return [*trained, Run(PRETRAINED, target, "test", 0, 0, examples)]
 
@@ -53,9 +58,24 @@ def require_test_seeds(seeds: Sequence[int]) -> None:
 
 
 def demo(
-    folder: Path, target: str, seeds: Sequence[int], steps: int, examples: int, console: Console
+    folder: Path,
+    target: str,
+    seeds: Sequence[int],
+    steps: int,
+    examples: int,
+    console: Console,
+    names: Sequence[str] = DEFAULT,
 ) -> dict[str, list[Result]]:
     """Run the demo; writes `results.jsonl`, `demo.json`, `demo.md` and `demo.png` to the folder.
+
+    Args:
+        folder: for these; what `results.jsonl` holds is not run again.
+        target: what is fine-tuned on.
+        seeds: of the batches.
+        steps: of each fine-tuning.
+        examples: that measure each task.
+        console: for progress and the table.
+        names: of `METHODS`; those of `ALWAYS` come without being named.
 
     Returns:
         for each method its results, one a seed, in the order of `METHODS`.
@@ -65,8 +85,8 @@ def demo(
         FloatingPointError: a loss is not finite.
     """
     require_test_seeds(seeds)
-    found: dict[str, list[Result]] = {name: [] for name in METHODS}
-    wanted = runs(target, seeds, steps, examples)
+    found: dict[str, list[Result]] = {name: [] for name in METHODS if name in {*names, *ALWAYS}}
+    wanted = runs(target, seeds, steps, examples, names)
     for run, result in zip(wanted, execute_all(wanted, folder / "results.jsonl", console), strict=True):
         if "failed" in result:
             raise FloatingPointError(result["failed"])
@@ -75,7 +95,10 @@ def demo(
     console.print(scores)
     if len(seeds) > 1:
         console.print(f"mean ± standard deviation over seeds {', '.join(map(str, seeds))}")
-    (folder / "demo.md").write_text(markdown(scores))
+    told = comparison(found)
+    if told:
+        console.print(told, soft_wrap=True)
+    (folder / "demo.md").write_text("\n".join([markdown(scores), *([told + "\n"] if told else [])]), encoding="utf-8")
     (folder / "demo.json").write_text(json.dumps(found, indent=1))
     draw_demo(found, target, folder / "demo.png")
     console.print(f"wrote {folder / 'demo.png'} and {folder / 'demo.json'}", soft_wrap=True)
@@ -86,8 +109,8 @@ def table(found: Mapping[str, Sequence[Result]], target: str) -> Table:
     """Percentages of exact matches, with the restricted score behind a slash where it differs."""
     out = Table(title=f"fine-tuned on {target}: exact match of generated answers, % / restricted to the task's answers")
     out.add_column("")
-    for results in found.values():
-        out.add_column(results[0]["label"], justify="right")
+    for name in found:
+        out.add_column(METHODS[name].label, justify="right")
 
     def row(name: str, cells: Iterable[str], section: bool = False) -> None:
         out.add_row(name, *cells, end_section=section)
@@ -102,8 +125,26 @@ def table(found: Mapping[str, Sequence[Result]], target: str) -> Table:
     for name in methods[0][0]["effective_rank"]:
         row(f"effective rank, {name}", (spread(results, "effective_rank", name) for results in methods))
     row("numbers trained", (f"{results[0]['trained']:,}" for results in methods))
-    row("seconds of training", (f"{fmean(r['seconds'] for r in results):.0f}" for results in methods))
+    times = [[r.get("processor_seconds", None if r["trained"] else 0.0) for r in results] for results in methods]
+    if None not in {time for of_method in times for time in of_method}:
+        row("processor seconds of training", (f"{fmean(cast(Any, of_method)):.0f}" for of_method in times))
     return out
+
+
+def comparison(found: Mapping[str, Sequence[Result]]) -> str:
+    """What the anchor has more than αv, or less, on the same seeds; empty without both."""
+    if not {"anchor", "align"} <= found.keys():
+        return ""
+    pairs = list(zip(found["anchor"], found["align"], strict=True))
+    measures = {"H": "H", "T": "T", "P": "P", "P_restricted": "P restricted"}
+    more = {words: [a[name] - b[name] for a, b in pairs] for name, words in measures.items()}
+    told = ", ".join(f"{words} {_signed(values)}" for words, values in more.items())
+    verdict = "better" if fmean(more["H"]) > 0 else "worse"
+    return f"The anchor does {verdict} than αv by H here: {told}, on the same seed{'s' if len(pairs) > 1 else ''}."
+
+
+def _signed(differences: Sequence[float]) -> str:
+    return f"{fmean(differences):+.1f}" + (f" ± {stdev(differences):.1f}" if len(differences) > 1 else "")
 
 
 def markdown(scores: Table) -> str:
@@ -147,7 +188,7 @@ def draw_demo(found: Mapping[str, Sequence[Result]], target: str, path: Path) ->
         _answers(picture, text, example, answers, results)
     _bars(figure.add_subplot(below[0, 0]), found, target)
     _ranks(figure.add_subplot(below[0, 1]), found)
-    figure.suptitle(f"What is forgotten by fine-tuning on {target}, and what MDGD saves", fontsize=13)
+    figure.suptitle(f"What is forgotten by fine-tuning on {target}, and what is saved", fontsize=13)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -193,7 +234,7 @@ def _bars(axis: Axes, found: Mapping[str, Sequence[Result]], target: str) -> Non
     for i, (method, results) in enumerate(found.items()):
         places = [column + (i - (len(found) - 1) / 2) * width for column in range(len(columns))]
         scores = [[r["P"] if task is None else r["exact"][task] for r in results] for _, task in columns]
-        axis.bar(places, [fmean(s) for s in scores], width, label=results[0]["label"], color=COLOURS[method])
+        axis.bar(places, [fmean(s) for s in scores], width, label=METHODS[method].label, color=COLOURS[method])
         if len(results) > 1:
             points = [(place, score) for place, seeds in zip(places, scores, strict=True) for score in seeds]
             axis.plot(*zip(*points, strict=True), ".", color="0.2", markersize=2.5)
@@ -211,7 +252,7 @@ def _bars(axis: Axes, found: Mapping[str, Sequence[Result]], target: str) -> Non
 def _ranks(axis: Axes, found: Mapping[str, Sequence[Result]]) -> None:
     ranks = [fmean(r["effective_rank"]["scenes"] for r in results) for results in found.values()]
     axis.barh(range(len(found)), ranks, color=[COLOURS[method] for method in found])
-    axis.set_yticks(range(len(found)), [results[0]["label"] for results in found.values()])
+    axis.set_yticks(range(len(found)), [METHODS[name].label for name in found])
     axis.invert_yaxis()
     axis.bar_label(axis.containers[0], fmt="%.1f", padding=3)  # type: ignore[arg-type]
     axis.set_title("effective rank of the\nvisual features, scenes", fontsize=10)

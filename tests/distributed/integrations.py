@@ -21,8 +21,9 @@ from transformers import TrainingArguments
 
 from tests import accelerate_state
 from tests.distributed import setups
+from tests.passes import wrap
 from tests.tiny_models import llava, llava_batch
-from torch_mdgd import MDGDOptimizer, StepProject, TopK, mdgd_backward
+from torch_mdgd import MDGD, Anchor, MDGDOptimizer, StepProject, TopK, mdgd_backward
 from torch_mdgd.backward import find_optimizer
 from torch_mdgd.integrations.lightning import MDGDModuleMixin
 from torch_mdgd.integrations.transformers import MDGDTrainer
@@ -31,6 +32,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "published": {},
     "compact": {"mask": TopK(0.2), "compact": True},
     "step": {"rule": StepProject(restore=0.1)},
+    "anchor and lazy": {
+        "rule": lambda model: Anchor(model, 0.5, rank=None, warmup=2, rule=MDGD(0.5, regularize=0, every=2))
+    },
 }
 # Steps of two micro-batches, of four rows over all ranks.
 STEPS, MICRO_BATCHES, CLIP = 3, 2, 0.05
@@ -76,7 +80,13 @@ def collate(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def trainer(
-    world: int, folder: Path, settings: str, dropout: float = 0.0, resume: str | None = None, **more: Any
+    world: int,
+    folder: Path,
+    settings: str,
+    dropout: float = 0.0,
+    resume: str | None = None,
+    diagnose_every: int | None = None,
+    **more: Any,
 ) -> dict[str, Any]:
     with accelerate_state.fresh():
         model = llava(dropout=dropout).double()
@@ -95,6 +105,7 @@ def trainer(
         found = MDGDTrainer(
             model=model, args=TrainingArguments(**{**arguments, **more}), train_dataset=rows(), data_collator=collate,
             optimizers=(sgd(model), None), **SETTINGS[settings], alignment="mse", effective_rank_steps=1,
+            diagnose_every=diagnose_every,
         )  # fmt: skip
         found.train(resume_from_checkpoint=resume)
         kept = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
@@ -104,7 +115,8 @@ def trainer(
 
 def resumed_trainer(folder: Path, settings: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Uninterrupted, and gone on with after two steps."""
-    more = {"dropout": 0.2, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    # What was measured last before a checkpoint is not in it.
+    more = {"dropout": 0.2, "max_steps": 4, "save_strategy": "steps", "save_steps": 2, "diagnose_every": 1}
     whole = trainer(2, folder, settings, **more)
     return whole, trainer(2, folder, settings, **more, resume=str(folder / "checkpoint-2"))
 
@@ -123,7 +135,7 @@ def accelerated(rank: int, world: int, settings: str, lora: bool) -> dict[str, A
     with accelerate_state.fresh():
         accelerator = Accelerator(cpu=True, gradient_accumulation_steps=MICRO_BATCHES)
         net = adapted() if lora else setups.tiny_llava()
-        optimizer = MDGDOptimizer(sgd(net), **SETTINGS[settings])
+        optimizer = wrap(sgd(net), net, **SETTINGS[settings])
         model, optimizer = accelerator.prepare(net, optimizer)
         for step in range(STEPS * MICRO_BATCHES):
             with accelerator.accumulate(model):
@@ -154,7 +166,7 @@ class Automatic(MDGDModuleMixin, LightningModule):
         self.model, self.settings = setups.tiny_llava().train(), SETTINGS[settings]
 
     def configure_optimizers(self) -> MDGDOptimizer:
-        return MDGDOptimizer(sgd(self.model), **self.settings)
+        return wrap(sgd(self.model), self.model, **self.settings)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         return self.mdgd_backward(self.model, batch, alignment="mse")

@@ -27,7 +27,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.distributed import checkpoints, integrations, rules, setups
+from tests.distributed import checkpoints, integrations, losses, rules, setups
 from torch_mdgd import Given, Magnitude, MDGDOptimizer, Project, Random, kernels, mdgd_backward
 from torch_mdgd.delta import apply_delta, save_delta
 from torch_mdgd.parallel import dtensor
@@ -74,6 +74,7 @@ def run(rank: int, folder: Path) -> None:
     for name in ("ddp", "fsdp"):
         case(f"example, {name}", example, name, folder)
     rules.run(case, folder, rank, WORLD)
+    losses.run(case, error, rank, WORLD)
     with_libraries(case, folder, rank)
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()

@@ -84,7 +84,7 @@ def state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
             out[f"state {i} {key}"] = setups.whole(torch.as_tensor(value))
     for i, group in enumerate(saved["param_groups"]):
         for key, value in group.items():
-            if key.startswith("mdgd_") and isinstance(value, int | float | Tensor):
+            if key.startswith("mdgd_") and isinstance(value, float | Tensor):
                 out[f"group {i} {key}"] = torch.as_tensor(value)
     return out
 

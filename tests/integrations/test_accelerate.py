@@ -7,11 +7,13 @@ import torch
 from accelerate import Accelerator
 
 from tests import accelerate_state
-from tests.passes import trainable
+from tests.passes import trainable, wrap
 from tests.properties import assert_same_bits
 from tests.tiny_models import llava, llava_batch
-from torch_mdgd import MDGDOptimizer, TopK, VisualTap, mdgd_backward
+from torch_mdgd import MDGD, Anchor, MDGDOptimizer, TopK, VisualTap, mdgd_backward
 from torch_mdgd.backward import find_optimizer
+
+pytestmark = pytest.mark.filterwarnings("ignore:Anchor holds linear layers")
 
 
 @pytest.fixture(autouse=True)
@@ -20,10 +22,17 @@ def fresh_state():
         yield
 
 
+def anchored(model):
+    """Calibrated with batches of its own, and v at each second step."""
+    batches = [{name: x for name, x in llava_batch(20).items() if name != "labels"}]
+    return Anchor(model, 0.5, rank=4, rule=MDGD(0.5, regularize=0, every=2)).calibrate(batches)
+
+
 SETTINGS = {
     "published": {},
     "refreshed": {"mask": TopK(0.2, refresh=2)},
     "compact": {"mask": TopK(0.2), "compact": True},
+    "anchor and lazy": {"rule": anchored},
 }
 
 
@@ -32,7 +41,7 @@ def make(accelerator, settings, scheduled=True, factor=1.0):
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(factor)
-    optimizer = MDGDOptimizer(torch.optim.AdamW(trainable(model), lr=0.02), **settings)
+    optimizer = wrap(torch.optim.AdamW(trainable(model), lr=0.02), model, **settings)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step)) if scheduled else None
     return accelerator.prepare(model, optimizer, *([scheduler] if scheduled else []))
 
@@ -64,7 +73,7 @@ def test_a_prepared_loop_is_the_loop_without_accelerate_bit_for_bit(name, precis
     run(accelerator, model, optimizer, scheduler, range(6))
 
     plain = llava(dropout=0.2).train()
-    inner = MDGDOptimizer(torch.optim.AdamW(trainable(plain), lr=0.02), **SETTINGS[name])
+    inner = wrap(torch.optim.AdamW(trainable(plain), lr=0.02), plain, **SETTINGS[name])
     schedule = torch.optim.lr_scheduler.LambdaLR(inner, lambda step: 1 / (1 + step))
     for seed in range(6):
         torch.manual_seed(seed)
@@ -124,6 +133,9 @@ class Overflowing(VisualTap):
                 (z if self.name == "visual" else output.loss).register_hook(lambda grad: grad * float("inf"))
             self.calls += 1
         return output, z
+
+    def features(self, model, batch, **options):
+        return self.tap.features(model, batch, **options)
 
 
 @pytest.mark.parametrize("settings", [{}, {"mask": TopK(0.2)}], ids=["published", "mask chosen"])

@@ -9,27 +9,36 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
-from tests.passes import trainable
+from tests.passes import trainable, wrap
 from tests.properties import assert_same_bits
 from tests.tiny_models import llava, llava_batch
-from torch_mdgd import MDGDOptimizer, StepProject, TopK, VisualTap, mdgd_backward, visual_alignment_loss
+from torch_mdgd import MDGD, Anchor, StepProject, TopK, VisualTap, mdgd_backward, visual_alignment_loss
 from torch_mdgd.backward import find_optimizer
 from torch_mdgd.integrations.lightning import MDGDModuleMixin
 from torch_mdgd.rules.base import KINDS
 
+
+def anchored(model):
+    """Calibrated with batches of its own, and v at each second step."""
+    batches = [{name: x for name, x in llava_batch(20).items() if name != "labels"}]
+    return Anchor(model, 0.5, rank=4, rule=MDGD(0.5, regularize=0, every=2)).calibrate(batches)
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:Anchor holds linear layers")
 # Steps over five batches: with two micro-batches a step the last has one.
 BATCHES = [llava_batch(seed) for seed in range(5)]
 SETTINGS = {
     "published": {},
     "compact": {"mask": TopK(0.2), "compact": True},
     "step": {"rule": StepProject(restore=0.1)},
+    "anchor and lazy": {"rule": anchored},
 }
 
 
 def make_optimizer(model, settings):
     """With None the plain optimizer."""
     optimizer = torch.optim.AdamW(trainable(model), lr=0.02)
-    optimizer = optimizer if settings is None else MDGDOptimizer(optimizer, **settings)
+    optimizer = optimizer if settings is None else wrap(optimizer, model, **settings)
     return optimizer, LambdaLR(optimizer, lambda step: 1 / (1 + step))
 
 
@@ -236,6 +245,24 @@ def test_resumed_is_uninterrupted_bit_for_bit(name, kind, tmp_path):
     fit(resumed, tmp_path, epochs=2, resume=tmp_path / "half.ckpt")
     assert resumed.calls == (whole.calls - len(BATCHES) if kind is Module else 0)
     assert_same_bits(weights(resumed.model), weights(whole.model))
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"), [({}, []), ({"separate": True}, range(5)), ({"diagnose_every": 2}, [0, 2, 4])]
+)
+def test_options_reach_mdgd_backward(options, wanted, tmp_path):
+    """One backward pass a step, and a second one where g and v are taken apart."""
+    counted = []
+
+    class Asking(Module):
+        def training_step(self, batch, batch_idx):
+            return self.mdgd_backward(self.model, batch, **options)
+
+    module = Asking({"rule": MDGD(0.5, regularize=0)})
+    norm = module.model.model.language_model.norm
+    norm.register_full_backward_hook(lambda *_: counted.append(module.trainer.global_step))
+    fit(module, tmp_path)
+    assert counted == sorted([*range(5), *wanted])
 
 
 def test_the_optimizer_knows_what_its_stand_in_was_told(tmp_path):

@@ -8,13 +8,15 @@ from torch.optim.lr_scheduler import LambdaLR
 from tests.passes import trainable, wrap
 from tests.properties import assert_same_bits
 from tests.tiny_models import llava, llava_batch
-from torch_mdgd import MDGD, DriftBudget, ProtectInputs, TopK, mdgd_backward
+from torch_mdgd import MDGD, Anchor, DriftBudget, ProtectInputs, TopK, mdgd_backward
 from torch_mdgd.integrations.lightning import MDGDModuleMixin
 
+pytestmark = pytest.mark.filterwarnings("ignore:Anchor holds linear layers")
 BATCHES = [llava_batch(seed) for seed in range(6)]
 SETTINGS = {
     "budget": {"rule": lambda model: DriftBudget(MDGD(), 0.05)},
     "inputs": {"rule": lambda model: ProtectInputs(model, refresh=3)},
+    "anchor in the making": {"rule": lambda model: Anchor(model, 0.5, warmup=3)},
     "refreshed": {"mask": TopK(0.2, refresh=3)},
     "compact": {"mask": TopK(0.2), "compact": True},
 }

@@ -9,9 +9,10 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 from tests.passes import trainable
 from tests.properties import assert_same_bits
 from tests.tiny_models import llava, llava_batch, text_batch
-from torch_mdgd import MDGD, DriftBudget, MDGDOptimizer, ProtectInputs, StepProject, TopK, mdgd_backward
+from torch_mdgd import MDGD, Anchor, DriftBudget, MDGDOptimizer, ProtectInputs, StepProject, TopK, mdgd_backward
 from torch_mdgd.backward import find_optimizer
 from torch_mdgd.integrations.transformers import MDGDTrainer, MDGDTrainerMixin, load_weights
+from torch_mdgd.loss import Reference, visual_loss
 
 # d = g: what is left is the Trainer.
 OFF = {"rule": MDGD(align=0.0, regularize=0.0)}
@@ -176,10 +177,13 @@ RESUMED = {
     "step": {"rule": StepProject(restore=0.05)},
     "budget": {"rule": lambda model: DriftBudget(MDGD(), 0.05)},
     "inputs": {"rule": ProtectInputs},
+    "lazy": {"rule": lambda model: MDGD(0.5, regularize=0, every=3)},
+    "anchor": {"rule": lambda model: calibrated(model)},
+    "anchor in the making": {"rule": lambda model: Anchor(model, 0.5, warmup=3)},
 }
 
 
-@pytest.mark.filterwarnings("error:the state dict holds no reference")
+@pytest.mark.filterwarnings("error:the state dict holds no reference", "ignore:Anchor holds linear layers")
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(name, tmp_path):
     settings = RESUMED[name]
@@ -305,6 +309,7 @@ def test_a_mixin_for_trainers_that_count_in_compute_loss(settings, tmp_path):
     assert ours._metrics["train"]["loss"] == pytest.approx(plain._metrics["train"]["loss"])
 
 
+@pytest.mark.filterwarnings("ignore:.*is called again")
 def test_a_second_train_call_does_not_wrap_again(tmp_path):
     trainer = train(MDGDTrainer, tmp_path, max_steps=1, settings={"rule": MDGD(align=0.5)})
     first = find_optimizer(trainer.optimizer)
@@ -326,3 +331,88 @@ def test_an_optimizer_of_ones_own_is_wrapped_and_a_wrapped_one_kept(tmp_path):
         found = find_optimizer(trainer.optimizer)
         assert found.base is base
         assert found.param_groups[0]["mdgd_align"] == 0.25
+
+
+# The rules of one backward pass, and the anchor.
+
+
+def calibrated(model, every=2):
+    """With batches of its own, and v at one step of so many."""
+    batches = [{name: x for name, x in llava_batch(seed).items() if name != "labels"} for seed in (20, 21)]
+    return Anchor(model, 0.5, rule=MDGD(0.5, regularize=0, every=every)).calibrate(batches)
+
+
+def passes(trainer):
+    """The steps of all backward passes through the decoder's last norm."""
+    counted = []
+    norm = trainer.model.model.language_model.norm
+    norm.register_full_backward_hook(lambda *_: counted.append(trainer.state.global_step))
+    return counted
+
+
+@pytest.mark.filterwarnings("ignore:Anchor holds linear layers")
+def test_the_loss_form_in_a_plain_trainer_is_the_mdgd_trainer(tmp_path):
+    """Of SGD and a smooth L_v, which do not enlarge rounding."""
+
+    class LossForm(Trainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.reference, self.anchor = Reference(self.model), calibrated(self.model).hold()
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            inputs = {**inputs, "num_items_in_batch": num_items_in_batch}
+            output, visual = visual_loss(model, inputs, reference=self.reference, alignment="mse")
+            # The loss is over all micro-batches already; a mean over them is not.
+            rest = 0.5 * visual + self.anchor.loss()
+            return output.loss + rest / self.current_gradient_accumulation_steps
+
+    more = {"optim": "sgd", "gradient_accumulation_steps": 2, "learning_rate": 0.1, "max_grad_norm": 0}
+    ours = train(
+        MDGDTrainer, tmp_path, settings={"rule": lambda model: calibrated(model, every=1), "alignment": "mse"}, **more
+    )
+    plain = train(LossForm, tmp_path, **more)
+    assert ours.state.log_history[1]["visual_loss"] > 0
+    moved = 0.0
+    for x, y, start in zip(weights(ours), weights(plain), llava().parameters(), strict=True):
+        assert (x - y).abs().max() <= 1e-6 * (1 + y.abs().max())
+        moved = max(moved, float((x - start).detach().abs().max()))
+    assert moved > 0.01
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_the_effective_rank_of_one_backward_pass_is_that_of_two(accumulated, tmp_path):
+    ranks = []
+    for separate in (False, True):
+        settings = {"rule": MDGD(0.5, regularize=0), "effective_rank_steps": 1, "separate": separate}
+        trainer = train(MDGDTrainer, tmp_path, settings=settings, gradient_accumulation_steps=accumulated, optim="sgd")
+        ranks.append([entry["effective_rank"] for entry in trainer.state.log_history if "effective_rank" in entry])
+    assert len(ranks[0]) == 3
+    assert ranks[0] == pytest.approx(ranks[1], rel=1e-4)
+    assert min(ranks[0]) > 1
+
+
+MEASURED = {
+    # Of 12 steps the second backward pass is taken at these.
+    "separate": ({"separate": True}, 1, range(12)),
+    "never": ({"diagnose_every": 0}, 1, []),
+    "every fifth": ({"diagnose_every": 5}, 1, [4, 9]),
+    "no more often than every tenth": ({}, 1, [9]),
+    "at steps that are logged": ({}, 4, [11]),
+    "at all that are logged": ({}, 12, [11]),
+}
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_when_g_and_v_are_taken_apart(name, tmp_path):
+    settings, logging_steps, wanted = MEASURED[name]
+    model = llava()
+    trainable(model)
+    trainer = MDGDTrainer(
+        model=model, args=arguments(tmp_path, max_steps=12, logging_steps=logging_steps), train_dataset=dataset(),
+        rule=MDGD(0.5, regularize=0), **settings,
+    )  # fmt: skip
+    counted = passes(trainer)
+    trainer.train()
+    assert counted == sorted([*range(12), *wanted])
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert ("cos_task_visual" in logged[-1]) == bool(wanted)

@@ -11,7 +11,7 @@ from tests.properties import assert_same_bits
 from tests.tiny_models import llava, llava_batch
 from torch_mdgd import MDGDOptimizer, connector, freeze_all_but, last_decoder_layers, mdgd_backward
 from torch_mdgd.models.parts import unwrap
-from torch_mdgd.models.vision_cache import frozen_vision_parts, reuse_frozen_vision
+from torch_mdgd.models.vision_cache import frozen_vision_parts, reuse_frozen_parts
 
 
 def prepared(model):
@@ -58,7 +58,7 @@ def test_another_batch_is_computed_anew():
     model = llava()
     model.requires_grad_(False)
     wanted = [model(**llava_batch(seed)).logits for seed in (1, 2)]
-    with reuse_frozen_vision(model):
+    with reuse_frozen_parts(model):
         for seed in (1, 1, 2, 1):
             assert_same_bits([model(**llava_batch(seed)).logits], [wanted[seed - 1]])
 
@@ -87,7 +87,7 @@ def test_a_tower_that_is_more_than_a_function_of_its_inputs_is_run_every_time(ch
     runs = []
     original = tower[0].forward
     tower[0].forward = lambda x: runs.append(None) or original(x)
-    with reuse_frozen_vision(model):
+    with reuse_frozen_parts(model):
         for _ in range(2):
             model["vision_tower"](x)
     assert len(runs) == 2
@@ -97,7 +97,7 @@ def test_an_output_that_was_written_to_is_not_used_again():
     model = nn.ModuleDict({"visual": nn.Linear(4, 4)}).requires_grad_(False)
     x = torch.randn(3, 4)
     wanted = model["visual"](x)
-    with reuse_frozen_vision(model):
+    with reuse_frozen_parts(model):
         model["visual"](x).zero_()
         assert_same_bits([model["visual"](x)], [wanted])
         x.mul_(2)
@@ -108,16 +108,16 @@ def test_forward_is_restored_after_an_exception():
     model = llava().requires_grad_(False)
     tower = unwrap(model).model.vision_tower
     tower.forward = own = tower.forward
-    with pytest.raises(AttributeError, match="shape"), reuse_frozen_vision(model):
+    with pytest.raises(AttributeError, match="shape"), reuse_frozen_parts(model):
         tower(pixel_values=1)
     assert vars(tower)["forward"] is own
     del tower.forward
-    with pytest.raises(AttributeError, match="shape"), reuse_frozen_vision(model):
+    with pytest.raises(AttributeError, match="shape"), reuse_frozen_parts(model):
         tower(pixel_values=1)
     assert "forward" not in vars(tower)
 
 
 def test_a_model_without_a_tower_is_left_alone():
     model = nn.Linear(2, 2)
-    with reuse_frozen_vision(model):
+    with reuse_frozen_parts(model):
         assert "forward" not in vars(model)

@@ -129,6 +129,31 @@ def test_layers_that_share_an_input_share_its_moments():
     assert held["q_proj"] is not held["o_proj"]
 
 
+def memory(anchor):
+    """Numbers in the storages under everything of matrix size that it holds."""
+    held = [*anchor.moments.values(), *anchor._covariances.values()]
+    found = [x for one in held for x in vars(one).values() if isinstance(x, torch.Tensor) and x.dim() == 2]
+    return sum({x.data_ptr(): x.untyped_storage().nbytes() // x.element_size() for x in found}.values())
+
+
+def test_what_is_held_is_two_ranks_of_rows_for_each_distinct_input():
+    model, parameters = full()
+    anchor = Anchor(model, 0.5, rank=2).calibrate(BATCHES)
+    optimizer = MDGDOptimizer(sgd(parameters), anchor)
+    widths = {id(anchor.moments[layer.key]): layer.width for layer in anchor.layers}
+    for s in range(2):
+        mdgd_backward(model, optimizer, batch(seed=s))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert len(anchor._covariances) == len(anchor.layers)
+    assert memory(anchor) == 2 * 2 * sum(widths.values())
+    # Layers that share their moments share them after a checkpoint too.
+    again, others = full()
+    resumed = Anchor(again, 0.5, rank=2)
+    MDGDOptimizer(sgd(others), resumed).load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert memory(resumed) == memory(anchor)
+
+
 def test_one_forward_and_one_backward_pass_and_no_pull_at_the_reference():
     model, parameters = full()
     twin = copy.deepcopy(model)

@@ -1,6 +1,7 @@
 """The value exchange with the reference: θ comes back bit for bit, whatever happens inside."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -81,6 +82,46 @@ def test_backward_across_the_exchange_is_refused_by_autograd():
     loss = layer(layer(torch.ones(1, 3))).sum()
     with optimizer.reference():
         pass
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_places_are_swapped_and_no_number_moves():
+    model = model_with_awkward_numbers()
+    start = copies(model)
+    optimizer = moved(model)
+    now, addresses = copies(model), [p.data_ptr() for p in model.parameters()]
+    held = [x.data_ptr() for x in optimizer._storage.reference]
+    for error in (False, True):
+        with pytest.raises(ZeroDivisionError) if error else nullcontext(), optimizer.reference(places=True):
+            assert_same_bits(list(model.parameters()), start)
+            assert [p.data_ptr() for p in model.parameters()] == held
+            assert 1 / (not error)
+        assert_same_bits(list(model.parameters()), now)
+        assert [p.data_ptr() for p in model.parameters()] == addresses
+
+
+def test_places_with_company_keep_their_addresses():
+    """Whoever holds the buffer, or another view of it, sees φ too."""
+    buffer = torch.arange(8.0)
+    p, alone = nn.Parameter(buffer[2:5]), nn.Parameter(torch.zeros(2))
+    optimizer = MDGDOptimizer(torch.optim.SGD([p, alone], lr=0.1))
+    optimizer.set_reference([torch.full((3,), -1.0), torch.ones(2)])
+    address = p.data_ptr()
+    with optimizer.reference(places=True):
+        assert buffer.tolist() == [0, 1, -1, -1, -1, 5, 6, 7]
+        assert alone.tolist() == [1, 1]
+        assert p.data_ptr() == address
+    assert buffer.tolist() == list(range(8))
+    assert alone.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("places", [False, True])
+def test_backward_across_an_exchange_is_refused_in_both_ways(places):
+    layer = nn.Linear(3, 3)
+    optimizer = MDGDOptimizer(torch.optim.SGD(layer.parameters(), lr=0.1))
+    with optimizer.reference(places=places):
+        loss = layer(layer(torch.ones(1, 3))).sum()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 

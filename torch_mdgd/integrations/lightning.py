@@ -19,8 +19,9 @@ class MDGDModuleMixin:
     With ``strategy="ddp"`` the update is that of one process with all ranks' batches; each rank returns its own loss.
 
     Manual optimization needs no mixin: :func:`~torch_mdgd.mdgd_backward` takes what ``self.optimizers()`` returns. In
-    several processes it asks for one call of ``average_over``, since it sees the model without what Lightning wraps
-    around it.
+    several processes it sees the model without what Lightning wraps around it, and asks for one call in
+    ``on_train_start``: with ``strategy="ddp"``,
+    ``self.optimizers().optimizer.average_over(self.trainer.model.process_group)``.
 
     Raises:
         TypeError: a class that puts this behind Lightning's module.

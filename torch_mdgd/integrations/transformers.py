@@ -1,8 +1,9 @@
 """``MDGDTrainer``: the Trainer of transformers, with the passes of MDGD in its training step."""
 
 import copy
-from collections.abc import Callable
-from contextlib import nullcontext
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -18,6 +19,20 @@ from torch_mdgd.rules.base import Rule
 
 # What TRL's trainers count in every call of compute_loss; it is called once for each forward pass.
 COUNTERS = ("_metrics", "_total_train_tokens")
+# How often g and v are taken apart for the log, at most, unless it is said.
+SPARING = 10
+
+NO_REFERENCE = (
+    "MDGDTrainer: the checkpoint has no optimizer state (save_only_model), so φ is the fine-tuned weights in it, not "
+    "those that training began with. Save the state too; or hand over an optimizer that was wrapped before they were "
+    "loaded, optimizers=(MDGDOptimizer(base, rule), None); or call set_reference(values) of the MDGDOptimizer in a "
+    "callback's on_train_begin, with a value for each of its parameters, in their order"
+)
+AGAIN = (
+    "MDGDTrainer: train() is called again with the optimizer of the first call, so φ is still the weights before that, "
+    "unless a checkpoint brings its own. For a next task make a new trainer, or call "
+    "find_optimizer(trainer.optimizer).set_reference() of torch_mdgd.backward"
+)
 
 
 class MDGDTrainerMixin:
@@ -30,6 +45,8 @@ class MDGDTrainerMixin:
 
     In several processes (DistributedDataParallel, by torchrun or accelerate) the update is that of one process with all
     ranks' batches, and so are diagnostics.
+
+    The training steps of the Trainers behind this one are run, and may count or time; their backward pass is replaced.
 
     With each of the Trainer's training logs go :attr:`MDGDOptimizer.diagnostics` of its last step (``visual_loss`` of
     its last micro-batch), by their names.
@@ -46,6 +63,10 @@ class MDGDTrainerMixin:
         alignment: the form of L_v (5).
         effective_rank_steps: add the effective rank (4) of z to the log, measured every so many steps; 0 for never. It
             takes a singular value decomposition of a matrix (image tokens in the micro-batch, hidden).
+        separate: as of :func:`~torch_mdgd.mdgd_backward`.
+        diagnose_every: after how many steps g and v are taken apart, for ``cos_task_visual`` and ``visual_to_task`` of
+            the log, where one backward pass would do; 0 for never. If None, at steps that are logged, and no more often
+            than every tenth.
         **kwargs: the Trainer's own.
 
     Raises:
@@ -69,6 +90,8 @@ class MDGDTrainerMixin:
         tap: VisualTap | None = None,
         alignment: Literal["l1", "mse"] = "l1",
         effective_rank_steps: int = 0,
+        separate: bool = False,
+        diagnose_every: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -78,16 +101,19 @@ class MDGDTrainerMixin:
         self.mdgd_tap = _watching(tap, trainer.model)
         self.mdgd_alignment: Literal["l1", "mse"] = alignment
         self.effective_rank_steps = effective_rank_steps
+        self.mdgd_separate, self.diagnose_every = separate, diagnose_every
+        self._began_before = False
+        # Whether φ was taken by create_optimizer, which follows the weights of a checkpoint.
+        self._wrapped_after_loading = False
         _refuse_unsupported(trainer)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The Trainer's optimizer, wrapped once."""
         trainer: Any = super()
         optimizer: Any = trainer.create_optimizer(*args, **kwargs)
-        inner = optimizer
-        while not isinstance(inner, MDGDOptimizer) and hasattr(inner, "optimizer"):
-            inner = inner.optimizer
-        if not isinstance(inner, MDGDOptimizer):
+        inner = _inside(optimizer)
+        self._wrapped_after_loading = inner is None
+        if inner is None:
             rule: Any = self.mdgd_rule
             if rule is not None and not isinstance(rule, Rule):
                 rule = rule(self.model)  # type: ignore[attr-defined]
@@ -99,52 +125,93 @@ class MDGDTrainerMixin:
             raise ValueError(
                 "MDGDTrainer: the optimizer is an MDGDOptimizer already: leave out rule and mask, or pass its base"
             )
+        elif self._began_before:
+            warnings.warn(AGAIN, stacklevel=2)
+        self._began_before = True
         wrapped: torch.optim.Optimizer = optimizer
         return wrapped
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """All passes over one micro-batch; d is in ``.grad`` after the last of a step."""
+        """The Trainer's own, with all passes over one micro-batch; d is in ``.grad`` after the last of a step.
+
+        Raises:
+            RuntimeError: the training step of a Trainer behind this one has a backward pass of its own.
+        """
         trainer: Any = self
-        model.train()
-        if callable(getattr(trainer.optimizer, "train", None)):
-            trainer.optimizer.train()
-        batch = trainer._prepare_inputs(inputs)
+        parent: Any = super()
+        forward, context = trainer.compute_loss, trainer.compute_loss_context_manager
+        losses: list[Tensor] = []
+
+        def compute_loss(model: nn.Module, inputs: Any, *_: Any, num_items_in_batch: Any = None, **__: Any) -> Tensor:
+            if losses:
+                raise RuntimeError(f"{type(self).__name__}: its training step calls compute_loss more than once")
+            losses.append(self._passes(model, inputs, num_items_in_batch, forward, context))
+            return losses[0]
+
+        def backward(*_: Any, **__: Any) -> None:
+            if not losses:
+                raise RuntimeError(
+                    f"{type(self).__name__}: its training step has a backward pass of its own, on no loss of "
+                    "compute_loss, whose gradients nobody would capture: use that Trainer without this mixin, with "
+                    "mdgd_backward or torch_mdgd.loss in its place"
+                )
+
+        # The passes enter the context one by one.
+        replaced = {"compute_loss": compute_loss, "compute_loss_context_manager": nullcontext}
+        with _replaced(self, **replaced), _replaced(trainer.accelerator, backward=backward):
+            out: Tensor = parent.training_step(model, inputs, num_items_in_batch)
+        self._measure_rank(trainer)
+        return out
+
+    def _passes(self, model: nn.Module, batch: Batch, num_items: Any, forward: Any, context: Any) -> Tensor:
+        """All passes over one micro-batch; returns what ``compute_loss`` does."""
+        trainer: Any = self
         micro_batches = trainer.current_gradient_accumulation_steps
         normalised = getattr(trainer, "loss_is_scaled_for_ga", None)
         if normalised is None:
             normalised = trainer.compute_loss_func is not None or (
-                trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
+                trainer.model_accepts_loss_kwargs and num_items is not None
             )
         counters = copy.deepcopy({name: getattr(self, name) for name in COUNTERS if hasattr(self, name)})
+        found: list[Tensor] = []
 
         def loss(batch: Batch) -> Tensor:
             # The last forward pass is the one at θ: what it counts stays.
             for name, value in counters.items():
                 setattr(self, name, copy.deepcopy(value))
-            with trainer.compute_loss_context_manager():
-                out: Tensor = trainer.compute_loss(model, dict(batch), num_items_in_batch=num_items_in_batch)
+            with context():
+                out: Tensor = forward(model, dict(batch), num_items_in_batch=num_items)
+            found[:] = [out.detach()]
             return out if normalised else out / micro_batches
 
-        with getattr(self, "maybe_activation_offload_context", nullcontext()):
-            out = mdgd_backward(
-                model,
-                trainer.optimizer,
-                batch,
-                tap=self.mdgd_tap,
-                loss=loss,
-                alignment=self.mdgd_alignment,
-                visual_weight=1 / micro_batches,
-                scaler=trainer.accelerator.scaler,
-                combine=trainer.accelerator.sync_gradients,
-            )
-        self._measure_rank(trainer)
-        return out
+        mdgd_backward(
+            model,
+            trainer.optimizer,
+            batch,
+            tap=self.mdgd_tap,
+            loss=loss,
+            alignment=self.mdgd_alignment,
+            visual_weight=1 / micro_batches,
+            scaler=trainer.accelerator.scaler,
+            combine=trainer.accelerator.sync_gradients,
+            separate=self.mdgd_separate or self._is_measured(trainer),
+        )
+        return found[0]
+
+    def _is_measured(self, trainer: Any) -> bool:
+        """Whether g and v are taken apart for the log of this step."""
+        every = self.diagnose_every
+        if every is None:
+            logged = max(1, int(trainer.state.logging_steps or 1))
+            every = -(-SPARING // logged) * logged
+        return every > 0 and (trainer.state.global_step + 1) % every == 0
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log, with diagnostics if this is about training."""
         trainer: Any = self
-        if "loss" in logs:
-            logs = {**logs, **find_optimizer(trainer.optimizer).diagnostics}
+        wrapped = _inside(trainer.optimizer)
+        if "loss" in logs and wrapped is not None:
+            logs = {**logs, **wrapped.diagnostics}
         parent: Any = super()
         parent.log(logs, *args, **kwargs)
 
@@ -158,6 +225,17 @@ class MDGDTrainerMixin:
             found = torch.tensor(rank, dtype=torch.float64, device="cpu")
             find_optimizer(trainer.optimizer).record(effective_rank=found)
         self.mdgd_tap.z = None
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        parent: Any = super()
+        trainer: Any = self
+        wrapped, before = find_optimizer(trainer.optimizer), self._wrapped_after_loading
+        loaded: list[Any] = []
+        handle = wrapped.register_load_state_dict_post_hook(loaded.append)
+        parent._load_optimizer_and_scheduler(checkpoint)
+        handle.remove()
+        if checkpoint is not None and before and not loaded:
+            warnings.warn(NO_REFERENCE, stacklevel=2)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         trainer: Any = self
@@ -221,8 +299,28 @@ class _Watching(VisualTap):
         self.z = z.detach()
         return output, z
 
-    def features(self, model: Any, batch: Batch) -> Tensor:
-        return self.tap.features(model, batch)
+    def features(self, model: Any, batch: Batch, *, whole: bool = False) -> Tensor:
+        return self.tap.features(model, batch, whole=whole)
+
+
+def _inside(optimizer: Any) -> MDGDOptimizer | None:
+    """The MDGDOptimizer inside what accelerate has put around it, if there is one."""
+    while not isinstance(optimizer, MDGDOptimizer) and hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer if isinstance(optimizer, MDGDOptimizer) else None
+
+
+@contextmanager
+def _replaced(owner: Any, **attributes: Any) -> Iterator[None]:
+    """The owner has these attributes here."""
+    before = {name: vars(owner)[name] for name in attributes if name in vars(owner)}
+    vars(owner).update(attributes)
+    try:
+        yield
+    finally:
+        for name in attributes:
+            del vars(owner)[name]
+        vars(owner).update(before)
 
 
 def _watching(tap: VisualTap | None, model: nn.Module) -> _Watching:

@@ -1,5 +1,6 @@
 """The linear layers that an optimizer trains, plain and LoRA's, and which of their inputs stand at which tokens."""
 
+import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_mdgd.models.parts import text_decoder
+from torch_mdgd.models.families import EXPERTS
+from torch_mdgd.models.parts import head_modules, text_decoder, token_modules
 
 
 @dataclass(eq=False)
@@ -19,6 +21,8 @@ class Linear:
         name: of its module in the model.
         module: whose input is x.
         in_text: whether x has a row for each token of the text decoder's sequence.
+        head: whether it makes logits, and may see a part of the sequence alone.
+        after: whether the text decoder had been run when it was last run, as before a head of one's own.
         weight: where W stands among the optimizer's parameters; None if it is not trained.
         bias: where b stands.
         lora: where A and B stand; None for a plain layer.
@@ -34,6 +38,8 @@ class Linear:
     lora: tuple[int | None, int | None] | None = None
     adapter: str = ""
     width: int = 0
+    head: bool = False
+    after: bool = False
 
     @property
     def key(self) -> int:
@@ -49,34 +55,51 @@ class Linear:
 
 
 def trained_linear_layers(
-    model: nn.Module, places: dict[Any, int], text_module: nn.Module | None = None, parts: Sequence[nn.Module] = ()
+    model: nn.Module,
+    places: dict[Any, int],
+    text_module: nn.Module | None = None,
+    parts: Sequence[nn.Module] = (),
+    *,
+    adapters: bool = True,
 ) -> list[Linear]:
     """The linear layers of a model that hold one of an optimizer's parameters, in the model's order.
+
+    Experts that a router sends tokens to are left out: what enters them tells nothing of its place in the sequence.
 
     Args:
         model: also inside DistributedDataParallel, torch.compile or a PeftModel.
         places: where parameters stand in the optimizer.
         text_module: the decoder; that of a model of transformers if None.
         parts: only layers inside these; all if empty.
+        adapters: take LoRA's two matrices for one layer; else each is a plain layer of its own.
 
     Raises:
         ValueError: a LoRA layer that is not a sum W₀x + s·BAx (DoRA), naming it.
     """
-    inside = set((text_decoder(model) if text_module is None else text_module).modules())
+    inside = token_modules(text_decoder(model) if text_module is None else text_module)
+    heads = head_modules(model)
     wanted = {m for part in parts for m in part.modules()}
     found: list[Linear] = []
     for name, module in model.named_modules():
-        if parts and module not in wanted:
+        if (parts and module not in wanted) or is_routed(name):
             continue
         if isinstance(module, nn.Linear):
             weight, bias = places.get(module.weight), places.get(module.bias)
             if weight is not None or bias is not None:
                 width = module.weight.shape[1] + (bias is not None)
                 found.append(Linear(name, module, module in inside, weight, bias, width=width))
-        elif hasattr(module, "base_layer") and isinstance(getattr(module, "lora_A", None), nn.ModuleDict):
+        elif adapters and hasattr(module, "base_layer") and isinstance(getattr(module, "lora_A", None), nn.ModuleDict):
             found += _adapters(name, module, places, module in inside)
+    for layer in found:
+        layer.head = layer.module in heads
+        layer.in_text = layer.in_text or layer.head
     matrices = {i for layer in found for i in layer.lora or ()}
     return [layer for layer in found if layer.weight is None or layer.weight not in matrices]
+
+
+def is_routed(name: str) -> bool:
+    """Whether a module or parameter belongs to experts that a router sends tokens to."""
+    return EXPERTS in name.split(".")
 
 
 def _adapters(name: str, module: Any, places: dict[Any, int], in_text: bool) -> Iterator[Linear]:
@@ -97,43 +120,85 @@ def uncovered(model: nn.Module, places: dict[Any, int], layers: Collection[Linea
 
 
 @contextmanager
-def watching(layers: Sequence[Linear], see: Any) -> Iterator[None]:
+def watching(layers: Sequence[Linear], see: Any, text_module: nn.Module | None = None) -> Iterator[set[Linear]]:
     """Inside, ``see(layer, x, y)`` is called with what enters a layer, and what it makes of it.
 
     Not when gradient checkpointing runs it again.
+
+    Args:
+        layers: those to watch.
+        see: called for each of their runs.
+        text_module: the decoder, for ``layer.after``.
+
+    Yields:
+        the layers that were run so far.
     """
+    called: set[Linear] = set()
+    state = {"after": False}
 
     def hook(layer: Linear) -> Any:
         def call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
             if torch._C._current_graph_task_id() == -1:
+                called.add(layer)
+                layer.after = state["after"]
                 see(layer, args[0] if args else next(iter(kwargs.values())), y)
 
         return call
 
     handles = [layer.module.register_forward_hook(hook(layer), with_kwargs=True) for layer in layers]
+    if text_module is not None:
+        handles.append(text_module.register_forward_pre_hook(lambda *args: state.update(after=False)))
+        handles.append(text_module.register_forward_hook(lambda *args: state.update(after=True)))
     try:
-        yield
+        yield called
     finally:
         for handle in handles:
             handle.remove()
 
 
-def rows(x: Tensor, mask: Tensor, layer: Linear) -> Tensor | None:
-    """Which of a layer's inputs are at marked tokens, bool of shape (batch, tokens); None for all of them.
+def rows(x: Tensor, mask: Tensor, layer: Linear, batch: Any = None) -> Tensor | None:
+    """Which of a layer's inputs are at marked tokens: bool, one for each row of the input; None for all of them.
 
-    A layer outside the text decoder sees pictures alone, or has a sequence of its own.
+    A layer outside the text decoder sees pictures alone, or has a sequence of its own, unless it is run behind the
+    decoder and what enters it has a row for each token. The head may be run on a part
+    of the sequence, which the batch tells by ``logits_to_keep``; where it does not, no row is marked, with a warning.
 
     Raises:
         ValueError: a layer of the decoder sees another sequence than that of the mask.
     """
     if not layer.in_text:
-        return None
-    if x.shape[:-1] == mask.shape or (x.dim() == 2 and len(x) == mask.numel()):
+        return mask if layer.after and _fits(x, mask) else None
+    if _fits(x, mask):
         return mask
+    if layer.head:
+        kept = _kept(mask, batch)
+        if kept is not None and _fits(x, kept):
+            return kept
+        warnings.warn(
+            f"{layer.name} is run on a part of the sequence, and the batch has no 'logits_to_keep' that says on which: "
+            "what enters it is not counted",
+            stacklevel=2,
+        )
+        return torch.zeros(x.shape[:-1], dtype=torch.bool, device=x.device)
     raise ValueError(
         f"the mask has shape {tuple(mask.shape)}, the input of {layer.name} {tuple(x.shape)}: the model changed the "
         "sequence, so its tokens need a mask of their own"
     )
+
+
+def _fits(x: Tensor, mask: Tensor) -> bool:
+    """Whether rows are tokens: as they are, one behind the other, or with dimensions of 1 as in latent attention."""
+    if x.dim() == 2 and len(x) == mask.numel():
+        return True
+    return [n for n in x.shape[:-1] if n != 1] == [n for n in mask.shape if n != 1]
+
+
+def _kept(mask: Tensor, batch: Any) -> Tensor | None:
+    """The mask at the tokens whose logits a batch asks for: the last so many, or those of these indices."""
+    keep = None if batch is None else batch.get("logits_to_keep")
+    if isinstance(keep, int):
+        return mask[:, -keep:]
+    return mask[:, keep.to(mask.device)] if isinstance(keep, Tensor) and keep.dim() == 1 else None
 
 
 def prompt_tokens(batch: Any) -> Tensor:

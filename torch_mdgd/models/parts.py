@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from torch_mdgd.models.families import CONNECTORS
+from torch_mdgd.models.families import CONNECTORS, NO_PICTURES, PICTURES, TOWERS
 
 
 def last_decoder_layers(model: nn.Module, n: int) -> list[nn.Module]:
@@ -26,7 +26,10 @@ def last_decoder_layers(model: nn.Module, n: int) -> list[nn.Module]:
 
 
 def connector(model: nn.Module) -> nn.Module:
-    """What maps the vision tower's features into the text decoder: found by name, see ``models.families``.
+    """What maps the vision tower's features into the text decoder.
+
+    That is what stands beside the text decoder and is no vision tower, embedding table, head, nor for sound or for
+    making pictures; and what has a name of ``models.families.CONNECTORS``, such as a merger inside the tower.
 
     Args:
         model: a vision-language model, as it is or in DistributedDataParallel.
@@ -36,16 +39,89 @@ def connector(model: nn.Module) -> nn.Module:
         ``image_newline`` of LLaVA-NeXT, is not part of it.
 
     Raises:
-        ValueError: no module has such a name.
+        ValueError: there is none.
     """
     inner = unwrap(model)
-    found = [part for name, part in inner.named_modules() if name.rpartition(".")[2] in CONNECTORS]
+    found = _beside_the_decoder(inner) or _named(inner)
     if not found:
         raise ValueError(
-            f"connector: no module of {type(inner).__name__} is called {' or '.join(CONNECTORS)}; its parts are "
+            f"connector: no module of {type(inner).__name__} is called {' or '.join(CONNECTORS)}, and nothing stands "
+            "beside its text decoder; its parts are "
             + ", ".join(name for name, _ in inner.named_modules() if name and name.count(".") < 2)
         )
     return found[0] if len(found) == 1 else nn.ModuleList(found)
+
+
+def _beside_the_decoder(inner: nn.Module) -> list[nn.Module]:
+    """The connectors in the smallest part that holds the decoder and something else besides."""
+    try:
+        decoder = text_decoder(inner)
+    except (TypeError, ValueError):
+        return []
+    if getattr(inner.config, "is_encoder_decoder", False):
+        return []
+    embeddings: Any = getattr(decoder, "get_input_embeddings", lambda: None)
+    table = embeddings()
+    owners = [module for module in inner.modules() if module is not decoder and decoder in set(module.modules())]
+    for owner in reversed(owners):
+        passed_over = {id(x) for x in (decoder, table, head_of(owner)) if x is not None}
+        others = [
+            (name, module)
+            for name, module in owner.named_children()
+            if _holds(module) and not any(id(part) in passed_over for part in module.modules())
+        ]
+        if others:
+            return [m for n, m in others if not any(word in n for word in NO_PICTURES) and not _holds_tower(n, m)]
+    return []
+
+
+def _named(inner: nn.Module) -> list[nn.Module]:
+    """The modules with a connector's name, none inside another."""
+    found: dict[str, nn.Module] = {}
+    for name, module in inner.named_modules():
+        inside = any(name.startswith(f"{other}.") for other in found)
+        if name.rpartition(".")[2] in CONNECTORS and _holds(module) and not inside:
+            found[name] = module
+    return list(found.values())
+
+
+def _holds_tower(name: str, module: nn.Module) -> bool:
+    return any(is_tower(f"{name}.{inner}".rstrip("."), part) for inner, part in module.named_modules())
+
+
+def is_tower(name: str, module: nn.Module) -> bool:
+    """Whether a module looks at pictures: by its last name, or by what it says of its input."""
+    named = name.rpartition(".")[2] in TOWERS
+    return named or (hasattr(module, "config") and getattr(module, "main_input_name", None) in PICTURES)
+
+
+def head_of(module: Any) -> nn.Module | None:
+    """The output embedding of a module of transformers, which makes logits of hidden states; None without one."""
+    if not hasattr(module, "get_output_embeddings"):
+        return None
+    try:
+        head = module.get_output_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    return head if isinstance(head, nn.Module) else None
+
+
+def token_modules(decoder: nn.Module) -> set[nn.Module]:
+    """The modules of a text decoder that are run on its sequence, without what looks at pictures inside of it."""
+    others = [part for name, part in decoder.named_children() if _holds_tower(name, part)]
+    if others:
+        others += _named(decoder)
+    return set(decoder.modules()) - {module for part in others for module in part.modules()}
+
+
+def head_modules(model: nn.Module) -> set[nn.Module]:
+    """The modules of a model's output embeddings, which make logits of hidden states."""
+    heads = [head for module in model.modules() if (head := head_of(module)) is not None]
+    return {module for head in heads for module in head.modules()}
+
+
+def _holds(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
 
 
 def freeze_all_but(model: nn.Module, modules: Iterable[nn.Module]) -> list[nn.Parameter]:
@@ -92,8 +168,12 @@ def unwrap(model: nn.Module) -> nn.Module:
 def text_decoder(model: nn.Module) -> nn.Module:
     """The module of a model of transformers that returns the last hidden states of its text, after the final norm.
 
+    ``get_decoder()`` is followed to its end, and a decoder that comes with a head around it, whose output would be
+    logits, is opened: its largest child that is no head.
+
     Raises:
         TypeError: not a model of transformers.
+        ValueError: nothing but a head is inside.
     """
     inner: Any = unwrap(model)
     if not (hasattr(inner, "config") and hasattr(inner, "get_decoder")):
@@ -101,11 +181,24 @@ def text_decoder(model: nn.Module) -> nn.Module:
             f"{type(inner).__name__} is not a model of transformers: it has no config and get_decoder(). Name the "
             "modules yourself, as in VisualTap(text_module, mask)"
         )
-    # A decoder may come with a head around it, whose output is logits.
-    while (decoder := inner.get_decoder()) is not inner:
-        inner = decoder
-    found: nn.Module = inner
-    return found
+    found: Any = _last_decoder(inner)
+    while (head := head_of(found)) is not None:
+        rest = [child for child in found.children() if child is not head and not isinstance(child, nn.Embedding)]
+        largest = max(rest, key=lambda child: sum(p.numel() for p in child.parameters()), default=head)
+        if largest is head or isinstance(largest, nn.ModuleList):
+            raise ValueError(
+                f"the text decoder {type(found).__name__} has a head, so its output is logits, and no part without "
+                "one; name the modules yourself, as in VisualTap(text_module, mask)"
+            )
+        found = _last_decoder(largest)
+    decoder: nn.Module = found
+    return decoder
+
+
+def _last_decoder(module: Any) -> Any:
+    while hasattr(module, "get_decoder") and (decoder := module.get_decoder()) is not module:
+        module = decoder
+    return module
 
 
 def decoder_layers(decoder: nn.Module) -> nn.ModuleList:
@@ -118,3 +211,11 @@ def decoder_layers(decoder: nn.Module) -> nn.ModuleList:
     if not isinstance(layers, nn.ModuleList):
         raise ValueError(f"the text decoder {type(decoder).__name__} has no ModuleList called 'layers'")
     return layers
+
+
+def has_to_finish(model: nn.Module) -> bool:
+    """Whether a pass that ends at an inner module would leave outer ones in the middle of theirs.
+
+    So it is with modules sharded by ``fully_shard``, offloaded by accelerate, or compiled.
+    """
+    return any(hasattr(m, name) for m in model.modules() for name in ("unshard", "_hf_hook", "_orig_mod"))

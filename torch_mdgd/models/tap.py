@@ -1,13 +1,19 @@
 """The features whose loss is visual forgetting: hidden states at the image tokens, and their alignment (5)."""
 
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from torch_mdgd.models.families import TOKENS, WITHOUT_IMAGE_TOKENS
+from torch_mdgd.models.check import replaced_tokens
+from torch_mdgd.models.families import CROSS_ATTENTION, IN_FRONT, MARKS, TOKENS
 from torch_mdgd.models.parts import decoder_layers, text_decoder, unwrap
+from torch_mdgd.models.passes import Pass, known_of, meant
 
 Batch = Mapping[str, Any]
 BUILD_IT = "build VisualTap(text_module, mask) yourself, from a module and a function that marks image tokens"
@@ -40,6 +46,7 @@ class VisualTap:
         if not self.layers:
             raise ValueError("VisualTap: layers is empty; name at least one, such as -1")
         self._places = [_place(text_module, layer) for layer in self.layers]
+        self._looks_away = False
 
     @classmethod
     def for_model(cls, model: nn.Module, layers: int | Sequence[int] = -1) -> "VisualTap":
@@ -54,16 +61,31 @@ class VisualTap:
             ValueError: a family without image tokens in its decoder's sequence; or no such layer.
         """
         inner: Any = unwrap(model)
-        decoder = text_decoder(model)
-        name, config = type(inner).__name__, inner.config
-        if config.model_type in WITHOUT_IMAGE_TOKENS:
-            raise ValueError(f"VisualTap: {name} has no image tokens: {WITHOUT_IMAGE_TOKENS[config.model_type]}")
-        if config.is_encoder_decoder or config.get_text_config().is_encoder_decoder:
-            raise ValueError(f"VisualTap: the image tokens of {name} are in its encoder; {BUILD_IT}")
-        ids = [getattr(config, key) for key in TOKENS if isinstance(getattr(config, key, None), int)]
-        if not ids:
-            raise ValueError(f"VisualTap: the configuration of {name} names no image token; {BUILD_IT}")
-        return cls(decoder, lambda batch: _is_one_of(batch, ids), layers)
+        name = type(inner).__name__
+        config: Any = getattr(inner, "config", None)
+        family = getattr(config, "model_type", None)
+        if family in CROSS_ATTENTION:
+            raise ValueError(
+                f"VisualTap: {name} has no image tokens: it attends to pictures from outside its token sequence"
+            )
+        if family in IN_FRONT:
+            raise ValueError(
+                f"VisualTap: {name} puts pictures in front of its tokens, where none stands for them: {BUILD_IT} of "
+                "the longer sequence"
+            )
+        if family and (config.is_encoder_decoder or config.get_text_config().is_encoder_decoder):
+            raise ValueError(
+                f"VisualTap: the image tokens of {name} are in its encoder: build VisualTap(encoder, mask) yourself, "
+                "from the encoder of its language model, such as model.get_encoder(), and a function that marks image "
+                "tokens"
+            )
+        decoder, ids = text_decoder(model), _token_ids([config])
+        if ids:
+            return cls(decoder, partial(_is_one_of, ids=ids), layers)
+        for key, values in MARKS.items():
+            if key in inspect.signature(inner.forward).parameters:
+                return cls(decoder, partial(_is_marked, key=key, values=values), layers)
+        raise ValueError(f"VisualTap: the configuration of {name} names no image token; {BUILD_IT}")
 
     def last_image_token(self) -> "VisualTap":
         """This tap at the last image token of each sample alone: its visual feature, for analysis.
@@ -80,40 +102,120 @@ class VisualTap:
         """
         return VisualTap(self.text_module, lambda batch: _last(_before_the_answer(batch)), self.layers)
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Passes of the model inside are not about the batch's pictures, as that on a blank picture: no z is of them.
+
+        For a loss whose gradient goes through several passes.
+        """
+        before, self._looks_away = self._looks_away, True
+        try:
+            yield
+        finally:
+            self._looks_away = before
+
     def __call__(self, model: Callable[..., Any], batch: Batch) -> tuple[Any, Tensor]:
         """Run ``model(**batch)``.
+
+        If this runs the text module several times, z is of the pass that the loss's gradient goes through.
 
         Returns:
             the model's output, and z of shape (layers × image tokens in the batch, hidden) with its graph.
 
         Raises:
-            RuntimeError: the text module was not run.
+            RuntimeError: the text module was not run; or it was run several times, and the loss's gradient goes
+                through several of these passes, or there is none.
             ValueError: the mask does not fit the hidden states.
+            TypeError: the mask is no bool tensor.
         """
-        return self._run(model, batch, stop=False)
+        output, passes = self._run(model, batch, stop=False)
+        known = known_of(self.text_module)
+        stopped, known.stopped = known.stopped, False
+        known.several = known.several or len(passes) > 1
+        index = meant(passes, output)
+        if index and stopped:
+            raise RuntimeError(
+                "VisualTap: the loss ran the text module several times, which it did not before, and the features at "
+                "the reference are of its first pass, not of the one that carries the gradient. This is known from now "
+                "on: run the step again"
+            )
+        return output, self._at_images(passes[index], batch)
 
-    def features(self, model: Callable[..., Any], batch: Batch) -> Tensor:
-        """Z alone, without a graph: the model is run no further than its text module, so without head and loss.
+    def features(self, model: Callable[..., Any], batch: Batch, *, whole: bool = False) -> Tensor:
+        """Z alone, without a graph, and of no more of the model than is needed for it.
 
-        The same numbers as z of a whole run, bit for bit. Not for a model whose outer modules have to finish their
-        pass, as those sharded by ``fully_shard`` or offloaded by accelerate, nor for a compiled one.
+        The same numbers as z of a whole run, bit for bit. The model is left behind its text module, before head and
+        loss, as soon as one call is known to run it once. A model whose passes without gradients are known to give
+        other numbers is run with them.
+
+        Args:
+            model: a module, or a function that runs one.
+            batch: its inputs.
+            whole: run it to the end: for a model whose outer modules have to finish their pass, as those sharded by
+                ``fully_shard`` or offloaded by accelerate, and for a compiled one.
 
         Raises:
-            RuntimeError: the text module was not run.
+            RuntimeError: as for a call.
             ValueError: the mask does not fit the hidden states.
+            TypeError: the mask is no bool tensor.
         """
-        with torch.no_grad():
-            return self._run(model, batch, stop=True)[1]
+        known = known_of(self.text_module)
+        if known.several:
+            with torch.enable_grad():
+                return self(model, batch)[1].detach()
+        stop = not whole and (known.several is False or isinstance(model, nn.Module))
+        with torch.set_grad_enabled(bool(known.other_kernels)):
+            passes = self._run(model, batch, stop)[1]
+        if len(passes) > 1:
+            known.several = True
+            return self.features(model, batch)
+        known.several = known.several if stop else False
+        known.stopped = known.stopped or stop
+        return self._at_images(passes[0], batch).detach()
 
-    def _run(self, model: Callable[..., Any], batch: Batch, stop: bool) -> tuple[Any, Tensor]:
-        mask = self.mask(batch)
-        seen: dict[int, Tensor] = {}
+    def check(self, model: nn.Module, batch: Batch) -> bool | None:
+        """Whether this tap marks just the tokens that a model of transformers replaces by pictures; a warning if not.
+
+        What enters the decoder is compared with the embedding table, so no name is trusted.
+
+        Args:
+            model: whose tap this is.
+            batch: with pictures.
+
+        Returns:
+            None where it cannot be seen, as in models that scale embeddings on the way.
+        """
+        inner: Any = unwrap(model)
+        training = [m for m in model.modules() if m.training]
+        model.eval()
+        try:
+            found = replaced_tokens(model, self.text_module, inner.get_input_embeddings(), batch)
+        finally:
+            for module in training:
+                module.training = True
+        mask = image_tokens(self, batch)
+        if found is None or torch.equal(found, mask):
+            return None if found is None else True
+        warnings.warn(
+            f"VisualTap: {type(inner).__name__} replaces {int(found.sum())} tokens of this batch by pictures or "
+            f"sounds, and the tap marks {int(mask.sum())}, of which {int((mask & ~found).sum())} are others",
+            stacklevel=2,
+        )
+        return False
+
+    def _run(self, model: Callable[..., Any], batch: Batch, stop: bool) -> tuple[Any, list[Pass]]:
+        """The model's output, and what each pass of the text module left; stopped after the first, no output."""
+        passes: list[dict[int, Tensor]] = []
 
         def hook(place: int, from_input: bool) -> Callable[[nn.Module, Any, Any], None]:
             def keep(module: nn.Module, args: Any, output: Any) -> None:
+                if self._looks_away:
+                    return
+                if not passes or place in passes[-1]:
+                    passes.append({})
                 hidden = args if from_input else output
-                seen[place] = hidden if isinstance(hidden, Tensor) else hidden[0]
-                if stop and len(seen) == len(handles):
+                passes[-1][place] = hidden if isinstance(hidden, Tensor) else hidden[0]
+                if stop and len(passes[-1]) == len(handles):
                     raise _Seen
 
             return keep
@@ -129,19 +231,37 @@ class VisualTap:
         finally:
             for handle in handles:
                 handle.remove()
-        if len(seen) < len(handles):
+        complete: list[Pass] = [one for one in passes if len(one) == len(handles)]
+        if not complete:
             raise RuntimeError(
                 f"VisualTap: the model did not run its text module {type(self.text_module).__name__}; or it is "
                 "compiled and ran before without the tap's hooks, which torch.compile does not look for again: set "
                 "torch._dynamo.config.skip_nnmodule_hook_guards = False before its first call"
             )
-        for hidden in seen.values():
+        return output, complete
+
+    def _at_images(self, one: Pass, batch: Batch) -> Tensor:
+        mask = image_tokens(self, batch)
+        for hidden in one.values():
             if mask.shape != hidden.shape[:2]:
                 raise ValueError(
                     f"VisualTap: the mask has shape {tuple(mask.shape)}, the hidden states {tuple(hidden.shape)}: the "
                     "model changed the sequence, so its image tokens need a mask function of their own"
                 )
-        return output, torch.cat([seen[place][mask.to(seen[place].device)] for place in range(len(handles))])
+        return torch.cat([one[place][mask.to(one[place].device)] for place in range(len(one))])
+
+
+def image_tokens(tap: VisualTap, batch: Batch) -> Tensor:
+    """A tap's mask of a batch, bool of shape (batch, tokens).
+
+    Raises:
+        TypeError: it is no bool tensor: one of integers would select rows by their numbers.
+    """
+    mask = tap.mask(batch)
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"VisualTap: the mask must be a bool tensor, true at image tokens, got {got}")
+    return mask
 
 
 class _Seen(BaseException):
@@ -186,11 +306,29 @@ def _place(text_module: nn.Module, layer: int) -> tuple[nn.Module, bool]:
     return blocks[max(index - 1, 0)], index == 0
 
 
+def _token_ids(configs: Sequence[Any]) -> list[int]:
+    """What these configurations name as tokens of pictures or films; if nothing, what those inside them name."""
+    values = [getattr(config, key, None) for config in configs for key in TOKENS]
+    ids = sorted({x for x in values if isinstance(x, int) and not isinstance(x, bool) and x >= 0})
+    inside = [x for config in configs for x in vars(config).values() if hasattr(x, "model_type")]
+    return ids if ids or not inside else _token_ids(inside)
+
+
 def _is_one_of(batch: Batch, ids: list[int]) -> Tensor:
     if "input_ids" not in batch:
         raise ValueError(f"VisualTap: the batch has no 'input_ids' to find image tokens in, only {sorted(batch)}")
     tokens: Tensor = batch["input_ids"]
     return torch.isin(tokens, torch.tensor(ids, dtype=torch.int64, device=tokens.device))
+
+
+def _is_marked(batch: Batch, key: str, values: Sequence[int]) -> Tensor:
+    """What a batch marks by itself; nothing if it does not, as one of text alone."""
+    marks: Tensor | None = batch.get(key)
+    if marks is None:
+        if "input_ids" not in batch:
+            raise ValueError(f"VisualTap: the batch has no {key!r} to find image tokens in, only {sorted(batch)}")
+        return torch.zeros_like(batch["input_ids"], dtype=torch.bool)
+    return torch.isin(marks.long(), torch.tensor(values, dtype=torch.int64, device=marks.device))
 
 
 def _before_the_answer(batch: Batch) -> Tensor:

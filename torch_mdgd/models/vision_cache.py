@@ -11,6 +11,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from torch_mdgd.models.families import TOWERS
 from torch_mdgd.models.parts import decoder_layers, text_decoder, unwrap
+from torch_mdgd.models.traces import Randomness
 
 
 @contextmanager
@@ -36,12 +37,17 @@ def reuse_frozen_parts(model: nn.Module, exchanged: Collection[Tensor] = ()) -> 
 
 def frozen_vision_parts(model: nn.Module, exchanged: Collection[Tensor] = ()) -> list[nn.Module]:
     """The largest modules of the vision tower that hold parameters, none of them trained or exchanged."""
-    towers: dict[str, nn.Module] = {}
-    for name, module in unwrap(model).named_modules():
-        inside = any(name.startswith(f"{tower}.") for tower in towers)
-        if name.rpartition(".")[2] in TOWERS and not inside:
-            towers[name] = module
-    return [part for tower in towers.values() for part in _frozen(tower, {id(p) for p in exchanged})]
+    moved = {id(p) for p in exchanged}
+    return [part for tower in dict.fromkeys(_towers(unwrap(model))) for part in _frozen(tower, moved)]
+
+
+def _towers(module: nn.Module) -> Iterator[nn.Module]:
+    """The outermost ones."""
+    for name, child in module.named_children():
+        if name in TOWERS:
+            yield child
+        else:
+            yield from _towers(child)
 
 
 def _frozen(module: nn.Module, exchanged: set[int]) -> Iterator[nn.Module]:
@@ -62,8 +68,13 @@ def _first_frozen_layers(model: nn.Module, exchanged: Collection[Tensor]) -> lis
 
 
 def _is_frozen(module: nn.Module, exchanged: set[int]) -> bool:
-    parameters = list(module.parameters())
-    return bool(parameters) and not any(p.requires_grad or id(p) in exchanged for p in parameters)
+    # The first that is trained ends the walk.
+    count = 0
+    for p in module.parameters():
+        if p.requires_grad or id(p) in exchanged:
+            return False
+        count += 1
+    return bool(count)
 
 
 @contextmanager
@@ -111,18 +122,10 @@ class _Remembered:
         held = [x for x, _ in self.inputs]
         return len(inputs) == len(held) and _unchanged(self.inputs) and all(map(_same, inputs, held))
 
-    def _fingerprint(self, inputs: list[Any]) -> tuple[bytes, list[int]]:
+    def _fingerprint(self, inputs: list[Any]) -> tuple[list[Any], list[int]]:
         """What a forward pass changes if it is more than a function of its inputs."""
-        devices = {x.device for x in inputs if isinstance(x, Tensor)} | {torch.device("cpu")}
-        random = b"".join(_random_state(device).numpy().tobytes() for device in sorted(devices, key=str))
-        return random, [x._version for x in self.module.buffers()]
-
-
-def _random_state(device: torch.device) -> Tensor:
-    if device.type == "cpu":
-        return torch.get_rng_state()
-    state: Tensor = torch.get_device_module(device).get_rng_state(device)
-    return state
+        devices = {x.device for x in inputs if isinstance(x, Tensor)}
+        return Randomness(devices).bits(), [x._version for x in self.module.buffers()]
 
 
 def _is_plain(x: Any) -> bool:

@@ -6,7 +6,7 @@ of each rank's part of the batch are averaged before they are combined, which is
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeAlias
 
@@ -38,15 +38,22 @@ class Ranks:
         model: in DistributedDataParallel, with ``fully_shard`` applied, or of this process alone.
         group: processes that each have such a model of their own, kept equal by averaging its gradients.
 
+    Attributes:
+        modules: of the model.
+        parameters: of the model; one that modules share is there several times.
+
     Raises:
         TypeError: a kind of parallelism that is not supported.
         ValueError: DistributedDataParallel with ``static_graph=True``.
     """
 
     def __init__(self, model: nn.Module, group: Group | None = None) -> None:
-        refuse_model(model)
-        self.ddp = next((m for m in model.modules() if isinstance(m, DistributedDataParallel)), None)
-        mesh: Any = next((getattr(p, "device_mesh", None) for p in model.parameters() if is_sharded(p)), None)
+        # Walked through once: on a model of many small modules a walk takes as long as some of them.
+        self.modules = list(model.modules())
+        self.parameters = [p for m in self.modules for p in m._parameters.values() if p is not None]
+        _refuse_modules(self.modules)
+        self.ddp = next((m for m in self.modules if isinstance(m, DistributedDataParallel)), None)
+        mesh: Any = next((getattr(p, "device_mesh", None) for p in self.parameters if is_sharded(p)), None)
         self.sharded = mesh is not None
         self.groups: list[Group] = [mesh.get_group(dim) for dim in range(mesh.ndim)] if self.sharded else []
         if self.ddp is not None:
@@ -61,23 +68,24 @@ class Ranks:
         """Over which gradients have to be averaged; None where they are summed as they are made, or alone."""
         return self.groups[0] if self.groups and not self.sharded else None
 
-    def require_averaging(self, optimizer: Any) -> None:
-        """Warn that gradients stay this process's own although there are others; refuse it where that is an error.
+    def require_averaging(self, framework: str | None = None) -> None:
+        """Warn that gradients stay this process's own although there are others.
 
         Args:
-            optimizer: what ``mdgd_backward`` was given, which may be Lightning's stand-in.
+            framework: what a framework has put around the optimizer, by name. Such a one keeps processes alike, so that
+                a model which it does not wrap is an error.
 
         Raises:
-            ValueError: Lightning runs several processes, whose gradients nobody averages.
+            ValueError: a framework runs several processes, whose gradients nobody averages.
         """
         if self.groups or not torch.distributed.is_available() or not torch.distributed.is_initialized():
             return
         world = torch.distributed.get_world_size()
-        if world > 1 and getattr(getattr(optimizer, "_strategy", None), "world_size", 1) > 1:
+        if world > 1 and framework is not None:
             raise ValueError(
-                "mdgd_backward: Lightning runs several processes, and the model inside a LightningModule is not what "
-                "DistributedDataParallel wraps, so nobody would average its gradients. With strategy='ddp', call "
-                "self.optimizers().optimizer.average_over(self.trainer.model.process_group) in on_train_start"
+                f"mdgd_backward: {framework} is of a framework that runs {world} processes, and the model is neither "
+                "in DistributedDataParallel nor sharded, so nobody would average its gradients. Pass the model as the "
+                "framework has wrapped it, or call average_over(process_group of that) of the MDGDOptimizer once"
             )
         if world > 1:
             warnings.warn(
@@ -165,9 +173,11 @@ def resharded(parameters: Sequence[Tensor], model: nn.Module | None) -> Iterator
     Raises:
         ValueError: parameters are sharded, and there is no model.
     """
-    if model is None and any(map(is_sharded, parameters)):
-        raise ValueError("reference: parameters are sharded, so pass the model, whose gathered copies are dropped")
-    modules: list[Any] = [m for m in model.modules() if hasattr(m, "reshard")] if model is not None else []
+    modules: list[Any] = []
+    if any(map(is_sharded, parameters)):
+        if model is None:
+            raise ValueError("reference: parameters are sharded, so pass the model, whose gathered copies are dropped")
+        modules = [m for m in model.modules() if hasattr(m, "reshard")]
     for module in modules:
         module.reshard()
     try:
@@ -191,11 +201,15 @@ def gather_around(inner: nn.Module, model: nn.Module) -> None:
 
 def refuse_model(model: nn.Module) -> None:
     """Raise a TypeError if the model is in a kind of parallelism that is not supported."""
-    for module in model.modules():
-        for base in type(module).__mro__:
+    _refuse_modules(model.modules())
+
+
+def _refuse_modules(modules: Iterable[nn.Module]) -> None:
+    for kind in {type(module) for module in modules}:
+        for base in kind.__mro__:
             for origin, why in UNSUPPORTED.items():
                 if f"{base.__module__}.".startswith(f"{origin}."):
-                    raise TypeError(f"{type(module).__name__} is not supported: {why}; {INSTEAD}")
+                    raise TypeError(f"{kind.__name__} is not supported: {why}; {INSTEAD}")
 
 
 def refuse_optimizer(base: Optimizer) -> None:

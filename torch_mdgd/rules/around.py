@@ -13,6 +13,8 @@ from torch_mdgd.rules.base import KINDS, Rule, Weights, task_alone
 class Plain(Rule):
     """d = g: what a rule that only adds to plain fine-tuning is around."""
 
+    measures_one = False
+
     def needs(self, w: Weights, masked: bool) -> tuple[str, ...]:
         """The task gradient."""
         return KINDS[:1]
@@ -43,11 +45,12 @@ class Around(Rule):
             raise ValueError(f"{name} and {rule} both have a weight {min(twice)!r}")
         self.rule = rule
         self.weights = {**rule.weights, **(own or {})}
-        self.corrects = rule.corrects
+        self.corrects, self.measures_one = rule.corrects, rule.measures_one
 
     # Each hook as in Rule.
 
     def attach(self, parameters: Sequence[Tensor], masked: bool) -> None:  # noqa: D102
+        super().attach(parameters, masked)
         self.rule.attach(parameters, masked)
 
     def extend(self, parameters: Sequence[Tensor]) -> None:  # noqa: D102

@@ -27,30 +27,42 @@ Weights: TypeAlias = Mapping[str, Tensor]
 class Rule:
     """The base of all rules. A rule of your own overrides :meth:`coefficients`, and what else it needs.
 
-    T is the number of parameters, in the optimizer's order. A rule with state of its own belongs to one optimizer.
+    T is the number of parameters, in the optimizer's order. A rule with a :meth:`state` of its own belongs to one
+    optimizer: another one, as for the next task, needs a new rule.
 
     Attributes:
         weights: names and values of what can be set. The optimizer copies them into every parameter group as
             ``mdgd_<name>``; a group may hold its own value, and a schedule may change it.
         corrects: whether :meth:`correct_` is called after each step of the wrapped optimizer.
+        measures_one: whether :meth:`coefficients` reads ⟨g, g⟩ where g is the only gradient. Where it does not, the
+            table holds NaN, and a step saves a pass over g.
     """
 
     weights: Mapping[str, float] = {}
     corrects: bool = False
+    measures_one: bool = True
+    _attached = False
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={value:g}' for name, value in self.weights.items())})"
 
     def attach(self, parameters: Sequence[Tensor], masked: bool) -> None:
-        """Called when the optimizer is built.
+        """Called when the optimizer is built. A rule that overrides this calls it, too.
 
         Args:
             parameters: T parameters.
             masked: whether a mask is chosen at some time.
 
         Raises:
-            ValueError: the rule cannot work on these parameters or under a mask.
+            ValueError: the rule cannot work on these parameters or under a mask, or has state and belongs to another
+                optimizer.
         """
+        if self._attached and self.state():
+            raise ValueError(
+                f"{type(self).__name__} belongs to another optimizer already, whose state it holds: make a new one, "
+                "also for the next task; a Trainer that makes several optimizers takes a function of the model"
+            )
+        self._attached = True
 
     def extend(self, parameters: Sequence[Tensor]) -> None:
         """Called when another parameter group was added.
@@ -114,7 +126,7 @@ class Rule:
         Args:
             g: T gradients; None for a parameter that has none.
             parameters: T parameters.
-            difference: θ − φ of parameter t; of a sharded parameter, this process's shard.
+            difference: θ − φ of parameter t, a new tensor; of a sharded parameter, this process's shard.
             w: the weights, on the CPU.
             scale: the loss scale that g carries.
         """

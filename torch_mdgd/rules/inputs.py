@@ -9,12 +9,14 @@ inputs at image tokens is followed,
 
 so that no input in the span of Q is mapped to anything else. This costs one forward and one backward pass, and per
 layer C, Q and the step's sum, each the square of its width. Other weights are not protected: those of norms, which
-scale every token, embeddings, convolutions, and projections that are not ``nn.Linear`` modules.
+scale every token, embeddings, convolutions, and projections that are not ``nn.Linear`` modules. Nor are experts that a
+router sends tokens to; a warning names those, and layers that no step runs as modules.
 
 The paper has nothing like it. Adam-NSCL (CVPR 2021) projects Adam's step on the null space of the inputs of earlier
 tasks; here the inputs to keep are those of the present step's pictures, and the optimizer is any.
 """
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -25,6 +27,7 @@ from torch import Tensor, nn
 from torch_mdgd.checks import require_number, require_whole
 from torch_mdgd.kernels import Tensors
 from torch_mdgd.kernels.exact import exact
+from torch_mdgd.models.linear import Linear, is_routed, rows, trained_linear_layers, watching
 from torch_mdgd.models.parts import text_decoder
 from torch_mdgd.parallel import dtensor
 from torch_mdgd.rules.base import KINDS, Rule, Weights, as_count, lone, nothing, require_shapes, task_alone
@@ -81,6 +84,7 @@ class ProtectInputs(Rule):
     """
 
     corrects = True
+    measures_one = False
 
     def __init__(
         self,
@@ -100,18 +104,17 @@ class ProtectInputs(Rule):
             raise ValueError(f"ProtectInputs: decay must lie in [0, 1), got {decay!r}")
         self.refresh = require_whole("ProtectInputs: refresh", refresh)
         self.age = 0
-        inside = set((text_decoder(model) if text_module is None else text_module).modules())
-        layers = {m: name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-        # Layers alone, for a list that holds several parts is none of the model's own.
-        chosen = {
-            m for part in ([model] if parts is None else parts) for m in part.modules() if isinstance(m, nn.Linear)
-        }
-        if not chosen <= layers.keys():
+        self._model = model
+        self._text = text_decoder(model) if text_module is None else text_module
+        # None for all of them. Layers alone, for a list that holds several parts is none of the model's own.
+        self._parts = None if parts is None else [m for part in parts for m in part.modules()]
+        if not {m for m in self._parts or () if isinstance(m, nn.Linear)} <= set(model.modules()):
             raise ValueError("ProtectInputs: parts holds a layer that is no part of the model")
-        self._modules = [(name, m, m in inside) for m, name in layers.items() if m in chosen]
         self._count = 0
-        # Places among the parameters: a layer may lose these very parameters when it is sharded.
-        self._layers: list[tuple[int, str, nn.Linear, bool]] = []
+        # With places among the parameters: a layer may lose these very parameters when it is sharded.
+        self._layers: list[Linear] = []
+        # Layers that a warning has named, since no pass over pictures has run them.
+        self._idle: set[str] = set()
         # By the place of the weight: the layer's name, its bias's place, C, and Q.
         self.names: dict[int, str] = {}
         self._biases: dict[int, int] = {}
@@ -132,10 +135,9 @@ class ProtectInputs(Rule):
         Raises:
             ValueError: there are none, it belongs to another optimizer already, or there is a mask.
         """
-        if self._count:
-            raise ValueError("ProtectInputs belongs to another optimizer already: make a new one")
         if masked:
             raise ValueError("ProtectInputs mixes the elements of a row, and would move some outside a mask: drop one")
+        super().attach(parameters, masked)
         self.extend(parameters)
         if not self.names:
             raise ValueError("ProtectInputs: the optimizer holds the weight of no nn.Linear of the model")
@@ -144,20 +146,30 @@ class ProtectInputs(Rule):
         """Look for layers whose weights are in a new group."""
         places: dict[Any, int] = {p: self._count + i for i, p in enumerate(parameters)}
         self._count += len(parameters)
-        for name, module, in_text in self._modules:
-            i, bias = places.get(module.weight), places.get(module.bias)
-            if i is not None:
-                weight: Any = module.weight
-                if dtensor.is_sharded(weight) and any(p.is_shard() and p.dim for p in weight.placements):
-                    raise ValueError(f"ProtectInputs: {name} is not sharded by rows, along its first dimension")
-                self._layers.append((i, name, module, in_text))
-                self.names.setdefault(i, name)
-                if bias is not None:
-                    self._biases[i] = bias
-                width = weight.shape[1] + (bias is not None)
-                dtype = torch.promote_types(weight.dtype, torch.float32)
-                self.covariances[i] = torch.zeros(width, width, dtype=dtype, device=weight.device)
-                self.bases[i] = self.covariances[i][:, :0]
+        found = [] if self._parts == [] else self._found(places)
+        for layer in found:
+            i = layer.key
+            weight: Any = parameters[i - self._count + len(parameters)]
+            if dtensor.is_sharded(weight) and any(p.is_shard() and p.dim for p in weight.placements):
+                raise ValueError(f"ProtectInputs: {layer.name} is not sharded by rows, along its first dimension")
+            self._layers.append(layer)
+            self.names.setdefault(i, layer.name)
+            if layer.bias is not None:
+                self._biases[i] = layer.bias
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            self.covariances[i] = torch.zeros(layer.width, layer.width, dtype=dtype, device=weight.device)
+            self.bases[i] = self.covariances[i][:, :0]
+        routed = [name for name, p in self._model.named_parameters() if p in places and is_routed(name)]
+        if routed and self._parts is None:
+            self._warn("experts that a router sends tokens to are not protected", routed)
+
+    def _found(self, places: dict[Any, int]) -> list[Linear]:
+        layers = trained_linear_layers(self._model, places, self._text, self._parts or (), adapters=False)
+        return [layer for layer in layers if layer.weight is not None]
+
+    def _warn(self, what: str, names: Sequence[str]) -> None:
+        some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        warnings.warn(f"ProtectInputs: {what}: {some}", stacklevel=4)
 
     def needs(self, w: Weights, masked: bool) -> tuple[str, ...]:
         """The task gradient alone: one forward and one backward pass."""
@@ -180,43 +192,38 @@ class ProtectInputs(Rule):
 
         Args:
             images: bool, shape (batch, tokens), true at image tokens.
-            batch: not looked at.
+            batch: what the model is called with; looked at for ``logits_to_keep`` alone.
 
         Raises:
             ValueError: a layer of the decoder sees another sequence than that of the images.
             RuntimeError: there are image tokens, and no layer was run: hooks that ``torch.compile`` has left out.
         """
         last: list[Any] = []
-        handles = [
-            module.register_forward_pre_hook(self._hook(i, name, images, in_text, last), with_kwargs=True)
-            for i, name, module, in_text in self._layers
-        ]
-        try:
-            yield
-            if not last and bool(images.any()):
-                raise RuntimeError("ProtectInputs: no protected layer was run inside observe, or hooks do not reach it")
-        except BaseException:
-            self.forget()
-            raise
-        finally:
-            for handle in handles:
-                handle.remove()
 
-    def _hook(self, i: int, name: str, mask: Tensor, in_text: bool, last: list[Any]) -> Any:
-        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            # Inside a backward pass it is gradient checkpointing that runs the layer again.
-            if torch._C._current_graph_task_id() != -1:
-                return
-            x = args[0] if args else kwargs["input"]
-            kind = in_text, i in self._biases, self._on(x.device, i).dtype, x._version
+        def see(layer: Linear, x: Tensor, y: Tensor) -> None:
+            i = layer.key
+            kind = layer.in_text, i in self._biases, self._on(x.device, i).dtype, x._version
             # Those of q, k and v, and of a gate and what it multiplies, are one.
             if not last or last[0] is not x or last[1] != kind:
                 with exact([x.device]):
-                    last[:] = x, kind, *self._products(i, x.detach(), _tokens(x, mask, in_text, name))
+                    last[:] = x, kind, *self._products(i, x.detach(), rows(x, images, layer, batch))
             for held, new in zip((self._sums, self._counts), last[2:], strict=True):
                 held[i] = held[i] + new if i in held else new
 
-        return see
+        try:
+            with watching(self._layers, see, self._text) as called:
+                yield
+            idle = [layer.name for layer in self._layers if layer not in called and layer.name not in self._idle]
+            if idle and bool(images.any()):
+                if not called:
+                    raise RuntimeError(
+                        "ProtectInputs: no protected layer was run inside observe, or hooks do not reach it"
+                    )
+                self._idle |= set(idle)
+                self._warn("a pass over pictures did not run these layers as modules, so they are not protected", idle)
+        except BaseException:
+            self.forget()
+            raise
 
     @torch.no_grad()
     def _products(self, i: int, x: Tensor, tokens: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -322,15 +329,3 @@ class ProtectInputs(Rule):
 def _matrix(x: Tensor) -> Tensor:
     """A weight, or a bias as a matrix of one column: a view."""
     return x.unsqueeze(1) if x.dim() == 1 else x
-
-
-def _tokens(x: Tensor, mask: Tensor, in_text: bool, name: str) -> Tensor | None:
-    """Which of a layer's inputs are at image tokens; None for all of them."""
-    if x.shape[:-1] == mask.shape or (in_text and x.dim() == 2 and len(x) == mask.numel()):
-        return mask
-    if in_text:
-        raise ValueError(
-            f"ProtectInputs: the mask has shape {tuple(mask.shape)}, the input of {name} {tuple(x.shape)}: the model "
-            "changed the sequence, so its image tokens need a mask of their own"
-        )
-    return None

@@ -43,6 +43,8 @@ class MDGD(Rule):
         ValueError: an argument is out of range, naming it; ``every`` above 1 with ``regularize`` above 0.
     """
 
+    measures_one = False
+
     def __init__(self, align: float = 1.0, regularize: float = 1.0, every: int = 1) -> None:
         self.weights = checked(MDGD, align=align, regularize=regularize)
         self.every = require_whole("MDGD: every", every)

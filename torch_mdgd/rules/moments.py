@@ -87,22 +87,29 @@ class Moments:
         size = self.size[0] / (width * count) if size is None else size
         unit = torch.where(size * count > 0, 1 / (size * count), 0).to(self.sums.dtype)
         if self.rank is None:
-            return Covariance(self.sums * unit, None)
+            return Covariance(self.sums, unit, None)
         rank, total = min(self.rank, width), self.size[0].to(self.sums.dtype)
         rows = self.sums[:rank]
         lengths = rows.square().sum(1)
         rest = (total - lengths.sum()).clamp(min=0) / (width - rank) if width > rank else torch.zeros_like(total)
         # Along a direction there is as much as its length says, and not the rest besides.
-        shrink = torch.where(lengths > 0, (1 - rest / lengths).clamp(min=0).sqrt(), 0)
-        return Covariance(rows * (shrink * unit.sqrt())[:, None], rest * unit)
+        shrink = torch.where(lengths > 0, (1 - rest / lengths).clamp(min=0), 0)
+        return Covariance(rows, shrink * unit, float(rest * unit))
 
 
 @dataclass(eq=False)
 class Covariance:
-    """C as a matrix, shape (width, width), with ``rest`` None; or YᵀY + rest · I, with Y of shape (rank, width)."""
+    """C, without numbers of its own beside those of the moments, which layers share.
+
+    Attributes:
+        matrix: Σ x xᵀ, shape (width, width); or rows Y, shape (rank, width).
+        unit: of which C is the multiple, 0 dimensions; or what each row is weighted with, shape (rank,).
+        rest: None; or C = Yᵀ diag(unit) Y + rest · I.
+    """
 
     matrix: Tensor
-    rest: Tensor | None
+    unit: Tensor
+    rest: float | None
 
     def after(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """D C of a matrix D that is given by groups of columns, by the same groups.
@@ -110,13 +117,33 @@ class Covariance:
         Args:
             parts: shape (m, widths), whose widths add up to C's.
         """
+        left, columns = self._along(parts)
+        if self.rest is None:
+            return [left @ y for y in columns]
+        return [torch.addmm(x, left, y, beta=self.rest) for x, y in zip(parts, columns, strict=True)]
+
+    def add_(self, out: Sequence[Tensor | None], parts: Sequence[Tensor], factor: float) -> None:
+        """Add a multiple of D C to matrices of the shapes of D's groups, which may be overwritten."""
+        left, columns = self._along(parts)
+        for target, x, y in zip(out, parts, columns, strict=True):
+            if target is None:
+                continue
+            if self.rest is not None:
+                target.add_(x.addmm_(left, y, beta=factor * self.rest, alpha=factor))
+            elif target.dtype == y.dtype:
+                target.addmm_(left, y, alpha=factor)
+            else:
+                target.add_(left @ y, alpha=factor)
+
+    def _along(self, parts: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+        """What is left of D C but its last product with each group of columns, and the rest."""
         widths = [x.shape[1] for x in parts]
         columns = self.matrix.split(widths, dim=1)
         if self.rest is None:
-            blocks = [block.split(widths, dim=0) for block in columns]
-            return [torch.stack([x @ y for x, y in zip(parts, block, strict=True)]).sum(0) for block in blocks]
-        along = torch.stack([x @ y.T for x, y in zip(parts, columns, strict=True)]).sum(0)
-        return [torch.addmm(x * self.rest, along, y) for x, y in zip(parts, columns, strict=True)]
+            whole = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
+            return whole * self.unit, columns
+        first, *others = (x @ y.T for x, y in zip(parts, columns, strict=True))
+        return sum(others, start=first) * self.unit, columns
 
 
 def _largest(rows: Tensor, count: int) -> Tensor:

@@ -17,6 +17,8 @@ class Project(Rule):
         ValueError: ``align`` is out of range.
     """
 
+    measures_one = False
+
     def __init__(self, align: float = 1.0) -> None:
         self.weights = checked(Project, align=align)
 

@@ -29,6 +29,7 @@ class StepProject(Rule):
     """
 
     corrects = True
+    measures_one = False
 
     def __init__(self, restore: float = 0.0) -> None:
         self.weights = checked(StepProject, restore=restore)

@@ -67,12 +67,12 @@ class Storage(ABC):
         """Hold all where the parameters are: moved, sharded or unfrozen since the last call, as by accelerate."""
 
     @abstractmethod
-    def exchange_(self, parameters: Sequence[Tensor]) -> None:
-        """Swap θ and φ."""
+    def exchange_(self, parameters: Sequence[Tensor], places: bool = False) -> None:
+        """Swap θ and φ; with ``places`` their places in memory, where they have such."""
 
     @abstractmethod
     def difference(self, parameters: Sequence[Tensor], t: int) -> Tensor:
-        """θ − φ of a trained parameter; of a sharded one, this process's shard."""
+        """θ − φ of a trained parameter, a new tensor; of a sharded one, this process's shard."""
 
     @abstractmethod
     def choose(self, masks: Tensors, base: Optimizer, parameters: Sequence[Tensor]) -> None:

@@ -76,8 +76,8 @@ class CompactStorage(Storage):
             self.reference = [x.to(d) for x, d in zip(self.reference, devices, strict=True)]
 
     @torch.no_grad()
-    def exchange_(self, parameters: Sequence[Tensor]) -> None:
-        """Swap θ and φ where they can differ."""
+    def exchange_(self, parameters: Sequence[Tensor], places: bool = False) -> None:
+        """Swap θ and φ where they can differ; they have no places that could be swapped."""
         self.follow(parameters)
         all_or_none(_swap_, zip(self._parts(parameters), self.positions or (), self.reference, strict=False))
         forget_casts()

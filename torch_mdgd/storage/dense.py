@@ -58,10 +58,10 @@ class DenseStorage(Storage):
                 if self.masks is not None and mask is not None:
                     self.masks[t] = dtensor.shard_like(mask, p)
 
-    def exchange_(self, parameters: Sequence[Tensor]) -> None:
+    def exchange_(self, parameters: Sequence[Tensor], places: bool = False) -> None:
         """Swap each trained parameter with its copy."""
         self.follow(parameters)
-        exchange_(parameters, self.reference)
+        exchange_(parameters, self.reference, places)
         self.swapped = not self.swapped
 
     def difference(self, parameters: Sequence[Tensor], t: int) -> Tensor:

@@ -1,7 +1,8 @@
 """The reference φ: the trainable values as they were when fine-tuning began, and how to evaluate there.
 
 One copy of the trainable numbers, exchanged in place with the live ones. A second model would cost the frozen
-numbers too; functional calls and pointer swaps are silently wrong under gradient checkpointing and sharding.
+numbers too; functional calls are silently wrong under gradient checkpointing and sharding. For passes without a graph,
+through modules that look up their parameters anew, θ and φ may swap places in memory instead, which takes no time.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -9,16 +10,21 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-# How many numbers are held at a time while two tensors are swapped.
-PIECE = 1 << 20
+# How many numbers are held at a time while two tensors are swapped: on a CPU they stay in a cache.
+PIECE, PIECES_AT_ONCE = 1 << 16, 64
 
 
 @torch.no_grad()
-def exchange_(parameters: Sequence[Tensor], values: Sequence[Tensor | None]) -> None:
+def exchange_(parameters: Sequence[Tensor], values: Sequence[Tensor | None], places: bool = False) -> None:
     """Swap the contents of each parameter with those of its value, bit for bit; None leaves one alone.
 
-    ``copy_`` and not ``.data``: autograd then sees the change, and refuses a backward pass through a graph that was
-    built on the other values.
+    Autograd sees the change, and refuses a backward pass through a graph that was built on the other values.
+
+    Args:
+        parameters: T tensors.
+        values: as many.
+        places: swap places in memory and not contents, of tensors that are alone in theirs. What holds an address, as
+            a CUDA graph or a view does, goes on seeing the other value.
 
     Raises:
         ValueError: a shape or dtype differs, naming the parameter's position.
@@ -30,7 +36,10 @@ def exchange_(parameters: Sequence[Tensor], values: Sequence[Tensor | None]) -> 
                 f"parameter {i} is {p.dtype}, shape {tuple(p.shape)}, but its reference {x.dtype}, {tuple(x.shape)}: "
                 "parameters were replaced or cast after MDGDOptimizer was built; wrap the optimizer last"
             )
-    all_or_none(_swap_, [pieces for _, p, x in pairs for pieces in _pieces(p, x)])
+    rows: list[tuple[Tensor, ...]] = []
+    for _, p, x in pairs:
+        rows += [(p, x)] if places and _may_move(p, x) else _pieces(p, x)
+    all_or_none(_swap_places_ if places else _swap_, rows)
     forget_casts()
 
 
@@ -53,12 +62,33 @@ def _swap_(p: Tensor, x: Tensor) -> None:
     x.copy_(held)
 
 
+def _swap_places_(p: Tensor, x: Tensor) -> None:
+    if not _may_move(p, x):
+        _swap_(p, x)
+        return
+    p.data, x.data = x.data, p.data
+    # Unlike a copy, an assignment to .data is hidden from autograd.
+    torch.autograd.graph.increment_version((p, x))
+
+
+def _may_move(p: Tensor, x: Tensor) -> bool:
+    """Whether both are whole plain tensors on one device, each alone in its memory, and alike there."""
+    plain = all(type(y) in (Tensor, nn.Parameter) and y._base is None for y in (p, x))
+    return (
+        plain
+        and p.device == x.device
+        and p.stride() == x.stride()
+        and all(y.untyped_storage().nbytes() == y.numel() * y.element_size() for y in (p, x))
+    )
+
+
 def _pieces(p: Tensor, x: Tensor) -> list[tuple[Tensor, ...]]:
     """Views small enough that there is memory to swap them even after an exception for want of memory."""
     whole = all(type(y) in (Tensor, nn.Parameter) and y.is_contiguous() for y in (p, x))
-    if p.numel() <= PIECE or not whole:
+    size = PIECE if p.device.type == "cpu" else PIECES_AT_ONCE * PIECE
+    if p.numel() <= size or not whole:
         return [(p, x)]
-    return list(zip(p.view(-1).split(PIECE), x.view(-1).split(PIECE), strict=True))
+    return list(zip(p.view(-1).split(size), x.view(-1).split(size), strict=True))
 
 
 def forget_casts() -> None:

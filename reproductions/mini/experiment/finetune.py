@@ -12,6 +12,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from reproductions.methods import PullTowards, Replay, lora, tailor_
+from reproductions.mini.experiment.adapters import PullOfAdapters, adapt_all
+from reproductions.mini.experiment.calibration import prompts
 from reproductions.mini.experiment.methods import Method
 from reproductions.mini.experiment.scored_masks import Batches
 from reproductions.mini.world.data import Example, TaskData, pretrained_task_data, training_batch
@@ -103,7 +105,7 @@ def prepare(model: LlavaForConditionalGeneration, method: Method) -> tuple[Any, 
     """The model to train, which has adapters around it if the method says so, and the parameters that are trained."""
     if not method.lora:
         return model, trainable_parameters(model)
-    adapted: Any = lora(model, method.lora)
+    adapted: Any = (adapt_all if method.adapters == "all" else lora)(model, method.lora)
     return adapted, [p for p in adapted.parameters() if p.requires_grad]
 
 
@@ -120,15 +122,20 @@ def training(
 ) -> Iterator[tuple[float, Optimizer]]:
     """Make one step after the other, each when it is asked for, and give its task loss and the optimizer."""
     rng = np.random.default_rng(seed)
-    optimizer = method.optimizer(model, parameters, lambda: _scoring_batches(data, tokenizer, seed, batch_size))
-    pull = PullTowards(parameters, method.pull) if method.pull else None
+    optimizer = method.optimizer(
+        model,
+        parameters,
+        lambda: _scoring_batches(data, tokenizer, seed, batch_size),
+        lambda: prompts(method.calibration, data, tokenizer, seed),  # type: ignore[arg-type]
+    )
+    pull = _pull(model, parameters, method)
     replay = Replay(memory(seed), method.replay) if method.replay else None
     scheduler = LambdaLR(optimizer, lambda step: min(1, (step + 1) / WARM_UP) * (1 - step / steps))
     model.train()
     for _ in range(steps):
         examples: list[Example] = [data.examples[i] for i in rng.choice(len(data), batch_size, replace=False)]
         batch = training_batch(replay(examples, rng) if replay else examples, tokenizer)
-        if isinstance(optimizer, MDGDOptimizer) and method.wrap is not None:
+        if isinstance(optimizer, MDGDOptimizer) and method.has_rule:
             loss = mdgd_backward(model, optimizer, batch)
         else:
             loss = model(**batch).loss
@@ -139,6 +146,14 @@ def training(
         optimizer.zero_grad()
         scheduler.step()
         yield loss.item(), optimizer
+
+
+def _pull(model: Any, parameters: list[torch.nn.Parameter], method: Method) -> Callable[[], torch.Tensor] | None:
+    if not method.pull:
+        return None
+    if method.lora and method.adapters == "all":
+        return PullOfAdapters(model, method.pull)
+    return PullTowards(parameters, method.pull)
 
 
 def _scoring_batches(data: TaskData, tokenizer: PreTrainedTokenizerFast, seed: int, batch_size: int) -> Batches:

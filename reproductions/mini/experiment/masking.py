@@ -66,11 +66,12 @@ def agreement(method: Method, target: str, seed: int, steps: int, batch: int) ->
     torch.manual_seed(seed)
     model, tokenizer = load_checkpoint(checkpoint_of(seed))
     parameters = trainable_parameters(model)
-    # Never stepped: it holds φ, the pre-trained weights, and captures gradients.
-    observer = MDGDOptimizer(torch.optim.SGD(parameters, lr=0.0))
     before = [p.detach().clone() for p in parameters]
     train = target_data(target, "train", seed=seed)  # type: ignore[arg-type]
     finetune(model, tokenizer, train, method, seed=seed, steps=steps, batch_size=batch)
+    # Never stepped: it holds φ, the pre-trained weights, and captures gradients.
+    observer = MDGDOptimizer(torch.optim.SGD(parameters, lr=0.0))
+    observer.set_reference(before)
     moved = [p.detach() != x for p, x in zip(parameters, before, strict=True)]
     examples = target_data(target, "validation").examples  # type: ignore[arg-type]
     found = []

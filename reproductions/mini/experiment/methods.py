@@ -1,5 +1,10 @@
-"""The ways of fine-tuning that are compared: an optimizer at a learning rate, perhaps wrapped, perhaps with help."""
+"""The ways of fine-tuning that are compared: an optimizer at a learning rate, perhaps wrapped, perhaps with help.
 
+`d = g + αv` takes one backward pass of L + αL_v. Committed results of αv are of two passes: the same update, but for
+rounding, so a new run does not repeat their bits.
+"""
+
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
@@ -12,6 +17,7 @@ from reproductions.mini.experiment.scored_masks import Batches, scored_mask
 from reproductions.mini.rules import Global, History, Reference
 from torch_mdgd import (
     MDGD,
+    Anchor,
     DriftBudget,
     Given,
     Magnitude,
@@ -24,8 +30,10 @@ from torch_mdgd import (
     TopK,
     connector,
 )
+from torch_mdgd.models.parts import text_decoder
 
 Base = Literal["adamw", "sgd"]
+Calibration = Literal["random", "questions", "own", "running"]
 
 GONE = ("tensor", "batches")
 """Masks that cannot be made any more: of each tensor by itself, and from eight batches."""
@@ -49,11 +57,17 @@ class Method:
         layers: of which layers.
         base: the optimizer, "adamw" (no weight decay) or "sgd" (momentum 0.9, gradients clipped to
             length 1).
-        pull: weight of L2-SP's pull towards the pre-trained weights.
+        pull: weight of L2-SP's pull towards the pre-trained weights; with adapters everywhere, of ‖ΔW‖².
         replay: share of each batch that is examples of the pre-trained tasks.
-        lora: rank of adapters on q and k of the language model, the connector being trained in full; 0 for none.
+        lora: rank of adapters, scaled by 2; 0 for none.
+        adapters: where they are: "paper", on q and k of the language model, the connector being trained in full; or
+            "all", on all linear layers of the language model and the connector.
         tailor: ω of Model Tailor after training; None for no tailoring.
         connector: what Model Tailor makes of the projector: "revert" as published, or "keep".
+        anchor: strength of an `Anchor` around the rule; 0 for none.
+        relative: whether that is relative to the size of a layer's answers.
+        calibration: what the anchor is made of, see `calibration.prompts`; "running" for the prompts of the first
+            steps.
     """
 
     name: str
@@ -70,9 +84,17 @@ class Method:
     lora: int = 0
     tailor: float | None = None
     connector: Literal["revert", "keep"] = "revert"
+    anchor: float = 0.0
+    relative: bool = True
+    calibration: Calibration = "random"
+    adapters: Literal["paper", "all"] = "paper"
 
     def optimizer(
-        self, model: nn.Module, parameters: list[nn.Parameter], batches: Callable[[], Batches] = tuple
+        self,
+        model: nn.Module,
+        parameters: list[nn.Parameter],
+        batches: Callable[[], Batches] = tuple,
+        prompts: Callable[[], Batches] = tuple,
     ) -> Optimizer:
         """The optimizer over these parameters of the model, wrapped at their present values.
 
@@ -80,6 +102,7 @@ class Method:
             model: which is trained.
             parameters: the trained ones.
             batches: draws training batches, for a mask that is scored before training.
+            prompts: draws prompts, for an anchor that is calibrated before training.
         """
         assert self.learning_rate is not None
         base: Optimizer
@@ -87,11 +110,25 @@ class Method:
             base = SGD(parameters, lr=self.learning_rate, momentum=0.9)
         else:
             base = AdamW(parameters, lr=self.learning_rate, weight_decay=0.0)
-        if self.wrap is None and self.fraction == 1:
+        if not self.has_rule and self.fraction == 1:
             return base
         mask = self._mask(model, parameters, batches)
-        rule = rule_of(self.wrap or {}) if self.inputs is None else _inputs(model, self.layers, self.inputs)
-        return MDGDOptimizer(base, rule, mask=mask, compact=self.fraction < 1)
+        rule: Rule | None = None if self.wrap is None else rule_of(self.wrap)
+        if self.inputs is not None:
+            rule = _inputs(model, self.layers, self.inputs)
+        if self.anchor:
+            rule = Anchor(model, self.anchor, relative=self.relative, rule=rule)
+            if self.calibration != "running":
+                rule.calibrate(prompts())
+        with warnings.catch_warnings():
+            # Norms are trained freely in every system.
+            warnings.filterwarnings("ignore", "Anchor holds linear layers")
+            return MDGDOptimizer(base, rule, mask=mask, compact=self.fraction < 1)
+
+    @property
+    def has_rule(self) -> bool:
+        """Whether gradients are captured, and the optimizer steps on what a rule makes of them."""
+        return self.wrap is not None or self.anchor > 0
 
     def _mask(self, model: nn.Module, parameters: list[nn.Parameter], batches: Callable[[], Batches]) -> Any:
         if self.mask == "all":
@@ -151,7 +188,7 @@ _RULES: Mapping[tuple[str | None, ...], Callable[..., Rule]] = {
 
 
 def _inputs(model: Any, layers: str, energy: float) -> ProtectInputs:
-    decoder = model.model.language_model
+    decoder: Any = text_decoder(model)
     parts: dict[str, list[nn.Module] | None] = {
         "all": None,
         "decoder": [decoder],
@@ -176,6 +213,7 @@ METHODS = {
         Method("fine-tune-low", "AdamW, lower rate", 5e-4),
         Method("mdgd", "MDGD", 2e-3, {"align": 10.0, "regularize": 1.0}),
         Method("align", "AdamW + αv", 2e-3, {"align": 10.0, "regularize": 0.0}),
+        Method("anchor", "AdamW + anchor", 1e-3, anchor=10.0),
         Method("mdgd-gm", "MDGD-GM, 10 %", 1e-2, {"align": 10.0}, fraction=0.1),
         Method("step", "decoupled step", 1e-3, {"update": "project", "space": "step", "restore": 0.05}),
     )

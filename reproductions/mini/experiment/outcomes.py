@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
@@ -77,7 +77,7 @@ class CellOutcomes:
     Attributes:
         cell: which.
         systems: by name, those with test results, in the study's order.
-        untested: labels of the cell's other systems.
+        untested: labels of the other systems that the folder holds results of.
         frontier: by system, the setting that was varied and, by its values, the results that are there.
         tuning: by system, every candidate with validation results.
         edges: by system that was tested, what was tried beyond the edges of its candidates.
@@ -116,7 +116,13 @@ def load(folder: Path) -> list[CellOutcomes]:
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}: `mini study --output {folder}` makes it")
     tuned, tested, varied = (read_results(folder / f"{stage}.jsonl") for stage in ("tune", "test", "frontier"))
-    return [_cell(cell, tuned, tested, varied, read_costs(folder, cell.name)) for cell in CELLS]
+    cells = [_cell(cell, tuned, tested, varied, read_costs(folder, cell.name)) for cell in CELLS]
+    # A study may be older than a system, and then has nothing to say of it.
+    begun = {name for cell in cells for name in (*cell.systems, *cell.tuning)}
+    untested = [
+        tuple(s.label for name, s in SYSTEMS.items() if name in begun and name not in cell.systems) for cell in cells
+    ]
+    return [replace(cell, untested=labels) for cell, labels in zip(cells, untested, strict=True)]
 
 
 def _cell(
@@ -138,7 +144,7 @@ def _cell(
     return CellOutcomes(
         cell,
         {name: outcome for name, outcome in outcomes.items() if outcome.runs},
-        tuple(outcome.system.label for outcome in outcomes.values() if not outcome.runs),
+        (),
         {name: curve for name, curve in curves.items() if curve},
         {name: tried for name, tried in candidates.items() if tried},
         {name: tried for name, tried in edges.items() if tried},
@@ -194,12 +200,7 @@ def _frontier(
     found: dict[float, list[Result]] = {}
     for run in runs:
         if run.key in varied:
-            settings = {
-                **(run.method.wrap or {}),
-                "learning_rate": run.method.learning_rate,
-                "inputs": run.method.inputs,
-            }
-            found.setdefault(settings[setting], []).append(varied[run.key])
+            found.setdefault(run.method.settings[setting], []).append(varied[run.key])
     return (setting, dict(sorted(found.items()))) if found else None
 
 

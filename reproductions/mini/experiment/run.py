@@ -90,14 +90,14 @@ def execute(run: Run, on_step: OnStep = nothing) -> dict[str, Any]:
     torch.set_num_threads(1)
     torch.manual_seed(run.seed)
     model, tokenizer = load_checkpoint(run.checkpoint)
-    began, course = time.perf_counter(), Course()
+    began, began_here, course = time.perf_counter(), time.process_time(), Course()
     if run.method.learning_rate is not None:
         data = target_data(run.target, "train", seed=run.seed)  # type: ignore[arg-type]
         course = finetune(
             model, tokenizer, data, run.method,
             seed=run.seed, steps=run.steps, batch_size=run.batch, on_step=on_step,
         )  # fmt: skip
-    seconds = time.perf_counter() - began
+    seconds, processor_seconds = time.perf_counter() - began, time.process_time() - began_here
     result = {
         "method": run.method.name,
         "label": run.method.label,
@@ -110,6 +110,7 @@ def execute(run: Run, on_step: OnStep = nothing) -> dict[str, Any]:
         "checkpoint": run.checkpoint.name,
         "trained": course.trained,
         "seconds": seconds,
+        "processor_seconds": processor_seconds,
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "numpy")},
         "losses": course.losses,
         **measure(model, tokenizer, run.target, run.split, run.examples),

@@ -22,6 +22,7 @@ SHORT = {
     "tailor": "ω",
     "inputs": "energy",
     "drift_budget": "budget",
+    "anchor": "strength",
 }
 """What tables call settings, where that is not their name."""
 
@@ -37,6 +38,7 @@ class System:
         choose: by what the settings are chosen on validation examples: "H", the harmonic mean of what is kept and the
             target score; "T", the target score alone; or the name of a system whose target score is to be met, with
             the lowest learning rate that meets it.
+        knows: what it knows of the old tasks, which other systems do not.
         core: whether it is run in every cell before any system that is not.
         frontier: a setting and its values, run around the chosen settings to draw a curve.
     """
@@ -45,6 +47,7 @@ class System:
     about: str
     grid: Grid = field(default_factory=dict)
     choose: str = "H"
+    knows: str = ""
     core: bool = False
     frontier: tuple[str, tuple[Any, ...]] | None = None
 
@@ -122,6 +125,10 @@ PAIR = (1e-3, 2e-3)
 HIGH_PAIR = (1e-2, 2e-2)
 ALPHAS = (3.0, 10.0)
 ALPHA_FRONTIER = ("align", (0.3, 1.0, 3.0, 10.0, 30.0))
+STRENGTHS = (3.0, 10.0)
+STRENGTH_FRONTIER = ("anchor", (0.3, 1.0, 3.0, 10.0, 30.0))
+LORA_PAIR = (2e-3, 4e-3)
+LORA_RANK = 16
 
 
 def _wrapped(name: str, label: str, fraction: float = 1.0, **wrap: Any) -> Method:
@@ -130,6 +137,10 @@ def _wrapped(name: str, label: str, fraction: float = 1.0, **wrap: Any) -> Metho
 
 def _plain(name: str, label: str, **fields: Any) -> Method:
     return Method(name, label, 1e-3, **fields)
+
+
+def _everywhere(name: str, label: str, wrap: dict[str, Any] | None = None, **fields: Any) -> Method:
+    return Method(name, label, 2e-3, wrap, lora=LORA_RANK, adapters="all", **fields)
 
 
 _ALL = (
@@ -171,7 +182,7 @@ _ALL = (
     ),
     System(
         _plain("replay", "replay"), "half of each batch from the old tasks: the upper bound",
-        {"learning_rate": RATES, "replay": (0.5,)}, core=True,
+        {"learning_rate": RATES, "replay": (0.5,)}, knows="examples", core=True,
     ),
     System(
         _plain("fine-tune-matched", "Fine-tune, MDGD's T"), "the lowest rate that reaches MDGD's target score",
@@ -246,6 +257,49 @@ _ALL = (
         Method("magnitude-align", "magnitude 10 % + αv", 1e-2, {"align": 10.0, "regularize": 0.0}, 0.1, "magnitude"),
         "the largest weights, with αv",
         {"learning_rate": HIGH_PAIR, "align": ALPHAS},
+    ),
+    System(
+        _wrapped("lazy", "lazy αv", align=10.0, regularize=0.0, every=8), "αv at every 8th step, weighted 8-fold",
+        {"learning_rate": PAIR, "align": ALPHAS}, frontier=ALPHA_FRONTIER,
+    ),
+    System(
+        _plain("anchor", "anchor", anchor=3.0), "layers' answers held to random words about the task's pictures",
+        {"learning_rate": PAIR, "anchor": STRENGTHS}, frontier=STRENGTH_FRONTIER,
+    ),
+    System(
+        _plain("anchor-questions", "anchor, old questions", anchor=3.0, calibration="questions"),
+        "the same to questions of the old tasks' forms: it knows how these are asked",
+        {"learning_rate": PAIR, "anchor": STRENGTHS}, knows="questions",
+    ),
+    System(
+        _plain("anchor-own", "anchor, own prompts", anchor=3.0, calibration="own"),
+        "the same to the task's own prompts", {"learning_rate": PAIR, "anchor": STRENGTHS},
+    ),
+    System(
+        _plain("anchor-running", "anchor, not calibrated", anchor=3.0, calibration="running"),
+        "the same to the prompts of the first steps", {"learning_rate": PAIR, "anchor": STRENGTHS},
+    ),
+    System(
+        _wrapped("anchor-lazy", "anchor + lazy αv", align=3.0, regularize=0.0, every=8).with_settings(anchor=1.0),
+        "the anchor, weaker, with αv at every 8th step", {"learning_rate": PAIR, "anchor": (1.0, 3.0)},
+    ),
+    System(
+        _everywhere("lora-all", "LoRA, all layers"), "adapters on all linear layers, rank 16: what most users train",
+        {"learning_rate": RATES}, frontier=("learning_rate", (2e-4, 5e-4, 1e-3, 2e-3, 4e-3)),
+    ),
+    System(
+        _everywhere("lora-align", "LoRA, all layers + αv", {"align": 10.0, "regularize": 0.0}),
+        "the same with αv", {"learning_rate": LORA_PAIR, "align": ALPHAS},
+    ),
+    System(
+        _everywhere("lora-anchor", "LoRA, all layers + anchor", anchor=3.0),
+        "the same, held to random words about the task's pictures",
+        {"learning_rate": LORA_PAIR, "anchor": STRENGTHS}, frontier=STRENGTH_FRONTIER,
+    ),
+    System(
+        _everywhere("lora-l2", "LoRA, all layers + L2", pull=0.03),
+        "the anchor's control, C = I: what is added to each weight is kept small, whatever enters there",
+        {"learning_rate": LORA_PAIR, "pull": (0.01, 0.03)},
     ),
 )  # fmt: skip
 SYSTEMS: dict[str, System] = {system.name: system for system in _ALL}

@@ -19,6 +19,7 @@ GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
     "fine-tune": {"learning_rate": (3e-4, 5e-4, 1e-3, 2e-3)},
     "mdgd": {"learning_rate": (1e-3, 2e-3), "align": (3.0, 10.0)},
     "align": {"learning_rate": (1e-3, 2e-3), "align": (3.0, 10.0)},
+    "anchor": {"learning_rate": (1e-3, 2e-3), "anchor": (3.0, 10.0)},
     "mdgd-gm": {"learning_rate": (5e-3, 1e-2), "align": (3.0, 10.0)},
     "step": {"learning_rate": (1e-3, 2e-3), "restore": (0.0, 0.05)},
 }

@@ -9,7 +9,7 @@ from typing import Literal
 MARGIN = 2.0
 H_MARGIN = 1.0
 BEST = "the best other system"
-"""Stands for the system with the highest mean H among those that know no old examples."""
+"""Stands for the system with the highest mean H among those that know nothing of the old tasks."""
 CORRELATION = 0.5
 
 

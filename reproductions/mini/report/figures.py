@@ -29,7 +29,7 @@ from reproductions.shared.stats import estimate
 COLOURS = {
     "zero-shot": "#999999", "fine-tune": "#D55E00", "fine-tune-low": "#E69F00", "mdgd": "#0072B2",
     "align": "#56B4E9", "history": "#009E73", "inputs": "#8A9A00", "project": "#44397D", "mdgd-gm": "#CC79A7",
-    "no-align": "#7A4B2A", "replay": "#222222",
+    "no-align": "#7A4B2A", "replay": "#222222", "anchor": "#7A4FBF",
 }  # fmt: skip
 
 
@@ -68,7 +68,7 @@ def draw_study(cells: Sequence[CellOutcomes], output: Path) -> list[Path]:
 
 def draw_ranks(cells: Sequence[CellOutcomes]) -> Figure | None:
     """Figures 1 and 4: effective rank of every task's visual features before and after fine-tuning."""
-    shown = ("zero-shot", "fine-tune", "mdgd", "history")
+    shown = ("zero-shot", "fine-tune", "mdgd", "history", "anchor")
     cells = [c for c in cells if len(_measured(c, shown)) > 1]
     if not cells:
         return None
@@ -106,7 +106,7 @@ def _rank_and_change(cell: CellOutcomes, runs: Mapping[int, Result], task: str) 
 
 def draw_curves(cells: Sequence[CellOutcomes]) -> Figure | None:
     """Figure 3a: the task loss, means over seeds."""
-    shown = ("fine-tune", "fine-tune-low", "mdgd", "align", "no-align", "mdgd-gm", "history", "inputs")
+    shown = ("fine-tune", "fine-tune-low", "mdgd", "align", "no-align", "mdgd-gm", "history", "inputs", "anchor")
     cells = [c for c in cells if _measured(c, shown)]
     if not cells:
         return None

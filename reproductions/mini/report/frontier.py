@@ -26,9 +26,14 @@ from reproductions.shared.stats import estimate
 _FAMILIES = {
     "no visual gradient": (
         "#B84A00", ("fine-tune", "fine-tune-low", "fine-tune-matched", "lora", "model-tailor",
-         "model-tailor-keep", "l2-sp"),
+         "model-tailor-keep", "l2-sp", "lora-all", "lora-l2"),
     ),
-    "in the gradient": ("#0072B2", ("mdgd", "align", "project", "no-align", "budget", "reference", "global")),
+    "in the gradient": (
+        "#0072B2", ("mdgd", "align", "project", "no-align", "budget", "reference", "global", "lazy", "lora-align"),
+    ),
+    "anchor": (
+        "#7A6A00", ("anchor", "anchor-questions", "anchor-own", "anchor-running", "anchor-lazy", "lora-anchor"),
+    ),
     "in the step": ("#00805C", ("step", "history", "restore", "inputs", "inputs-projector")),
     "10 % of the numbers": ("#A8488A", ("mdgd-gm", "random", "random-align", "magnitude", "magnitude-align")),
     "old examples": ("#222222", ("replay",)),
@@ -74,7 +79,7 @@ def draw_frontier(cell: CellOutcomes) -> Figure | None:
     left.legend(
         handles=[Line2D([], [], marker="o", linestyle="", color=colour, label=family)
                  for family, (colour, names) in _FAMILIES.items() if set(names) & {*points, *curves}],
-        ncols=5, loc="lower left", bbox_to_anchor=(0, -0.18), frameon=False, fontsize=9, handletextpad=0.2,
+        ncols=6, loc="lower left", bbox_to_anchor=(0, -0.18), frameon=False, fontsize=9, handletextpad=0.2,
     )  # fmt: skip
     if far:
         outside = textwrap.fill(f"outside (T, P): {', '.join(far)}", 200)

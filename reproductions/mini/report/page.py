@@ -40,6 +40,9 @@ ANSWERING = (
     "inputs",
     "mdgd-gm",
     "replay",
+    "anchor",
+    "lora-all",
+    "lora-anchor",
 )
 SHOWN = 2
 """Examples of each task on the page, of the first that results keep answers to; one where all models agree on all."""

@@ -109,7 +109,7 @@ def _best(cell: CellOutcomes, other_than: str) -> str:
     means = {
         name: estimate(list(outcome.values("H").values())).mean
         for name, outcome in cell.systems.items()
-        if name not in (other_than, "zero-shot", "replay") and len(outcome.runs) >= FEWEST_SEEDS
+        if name not in (other_than, "zero-shot") and not outcome.system.knows and len(outcome.runs) >= FEWEST_SEEDS
     }
     return max(means, key=means.__getitem__) if means else BEST
 

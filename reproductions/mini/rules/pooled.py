@@ -2,22 +2,16 @@
 
 from torch import Tensor
 
-from torch_mdgd.rules.base import Rule, Weights
+from torch_mdgd.rules.around import Around
+from torch_mdgd.rules.base import Weights
 
 
-class Global(Rule):
+class Global(Around):
     """A rule whose ⟨x, y⟩ is Σ_t ⟨x_t, y_t⟩ over all parameters t, in (6), (7) and (8) alike.
 
     Args:
-        rule: one that combines gradients and does nothing else, such as ``MDGD()``.
+        rule: one that combines gradients, such as ``MDGD()``.
     """
-
-    def __init__(self, rule: Rule) -> None:
-        self.rule, self.weights = rule, rule.weights
-
-    def needs(self, w: Weights, masked: bool) -> tuple[str, ...]:
-        """The rule's."""
-        return self.rule.needs(w, masked)
 
     def drift(self, products: Tensor) -> Tensor:
         """The rule's, of the sums."""

@@ -32,7 +32,7 @@ def finished(tmp_path_factory):
 
 def test_every_method_has_every_number(finished):
     _, results, _ = finished
-    assert [r["method"] for r in results] == list(METHODS)
+    assert [r["method"] for r in results] == list(demo.DEFAULT)
     for result in results:
         assert set(result["exact"]) == {*PRETRAINED_TASKS, "digits"}
         assert all(0 <= score <= 100 for score in result["exact"].values())
@@ -67,12 +67,15 @@ def test_table_and_files_hold_the_results(finished):
     folder, results, printed = finished
     for result in results:
         assert result["label"].split(",")[0].split()[0] in printed
-    for word in (*PRETRAINED_TASKS, "Avg", "H(P, T)", "effective rank", "numbers trained"):
+    for word in (*PRETRAINED_TASKS, "Avg", "H(P, T)", "effective rank", "numbers trained", "processor seconds"):
         assert word in printed
     saved = json.loads((folder / "demo.json").read_text())
     assert [seeds[0]["key"] for seeds in saved.values()] == [r["key"] for r in results]
     assert (folder / "demo.png").read_bytes().startswith(b"\x89PNG")
-    lines = (folder / "demo.md").read_text().splitlines()
+    table, told = (folder / "demo.md").read_text().split("\n\n")
+    lines = table.splitlines()
+    assert told.startswith("The anchor does ")
+    assert told.split(":")[0] in printed
     assert len({line.count("|") for line in lines}) == 1
     assert all(f"{r['H']:.1f}" in next(line for line in lines if "H(P, T)" in line) for r in results)
 
@@ -88,10 +91,36 @@ def test_a_second_call_runs_nothing_again(finished):
 def test_committed_results_are_found_again():
     folder = Path(demo.__file__).parent / "results"
     found = read_results(folder / "demo" / "results.jsonl").keys()
-    assert {run.key for run in demo.runs("digits", [0, 1, 2], 300, 200)} == found
+    assert {run.key for run in demo.runs("digits", [0, 1, 2], 300, 200, list(METHODS))} == found
+    assert {run.key for run in demo.runs("digits", [0, 1, 2], 300, 200)} < found
     candidates = [method for name in tune.GRIDS for method in tune.candidates(name)]
     wanted = {Run(m, "digits", "validation", seed, 300, 150).key for m in candidates for seed in tune.SEEDS}
     assert wanted == read_results(folder / "tune.jsonl").keys()
+
+
+def test_other_methods_are_shown_when_they_are_named(finished, tmp_path):
+    (tmp_path / "results.jsonl").write_text((finished[0] / "results.jsonl").read_text())
+    console = Console(record=True, width=140)
+    options = {"steps": 20, "examples": 12, "console": console}
+    found = demo.demo(tmp_path, "digits", [0], **options, names=["step"])
+    assert list(found) == [*demo.ALWAYS, "step"]
+    assert "decoupled step" in console.export_text()
+    assert "The anchor" not in (tmp_path / "demo.md").read_text()
+
+
+def test_it_says_whether_the_anchor_does_better():
+    scores = dict.fromkeys(("T", "P", "P_restricted", "H"), 90.0)
+    told = demo.comparison({"align": [scores], "anchor": [scores | {"T": 88.0, "H": 89.0}]})
+    assert told.startswith("The anchor does worse than αv by H here: H -1.0, T -2.0, P +0.0")
+    assert "better" in demo.comparison({"align": [scores], "anchor": [scores | {"H": 91.0}]})
+    assert demo.comparison({"align": [scores]}) == ""
+
+
+def test_times_stand_in_the_table_where_all_results_have_them(finished):
+    found = {r["method"]: [r] for r in finished[1]}
+    assert "processor seconds of training" in list(demo.table(found, "digits").columns[0].cells)
+    old = {name: value for name, value in found["mdgd"][0].items() if name != "processor_seconds"}
+    assert "processor seconds of training" not in list(demo.table(found | {"mdgd": [old]}, "digits").columns[0].cells)
 
 
 def test_a_result_cut_short_by_a_kill_is_run_again(finished, tmp_path):
@@ -157,9 +186,9 @@ def test_every_candidate_differs_and_every_method_has_as_many():
     for name in tune.GRIDS:
         for method in tune.candidates(name):
             model, _ = load_checkpoint()
-            optimizer = method.optimizer(model, trainable_parameters(model))
+            optimizer = method.with_settings(calibration="running").optimizer(model, trainable_parameters(model))
             assert optimizer.param_groups[0]["lr"] == method.learning_rate
-            assert isinstance(optimizer, MDGDOptimizer) == (method.wrap is not None)
+            assert isinstance(optimizer, MDGDOptimizer) == method.has_rule
 
 
 def test_tune_ranks_candidates_by_the_harmonic_mean(tmp_path, monkeypatch):

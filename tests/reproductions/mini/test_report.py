@@ -126,6 +126,22 @@ def test_results_are_found_by_settings_and_size(tmp_path):
     assert "same settings, and so is the same: Fine-tune" in notes
 
 
+def test_a_system_that_the_folder_knows_nothing_of_does_not_appear(tmp_path):
+    folder = made_up(tmp_path)
+    lines = (folder / "tune.jsonl").read_text().splitlines()
+    older = [line for line in lines if '"anchor' not in json.loads(line)["key"]]
+    (folder / "tune.jsonl").write_text("\n".join(older) + "\n")
+    untested = load(folder)[0].untested
+    assert SYSTEMS["inputs"].label in untested
+    assert not {SYSTEMS[name].label for name in ("anchor", "anchor-questions", "lora-anchor")} & set(untested)
+
+
+def test_the_best_other_system_knows_nothing_of_the_old_tasks(tmp_path):
+    scores = SCORES | {"anchor": (93, 95, 69), "anchor-questions": (97, 97, 69)}
+    best = verdict(made_up(tmp_path, scores), "Replay is the upper bound")
+    assert re.match(r"ΔH to anchor [+-]", best.evidence)
+
+
 def rows(table):
     return {row[0]: dict(zip(table.columns, row, strict=True)) for row in table.rows}
 
@@ -276,7 +292,7 @@ def test_the_committed_tables_and_verdicts_are_those_of_the_committed_results():
     summary = summary_table(cells).markdown
     written = "\n".join([summary, *(table.markdown for cell in cells for table in tables(cell))])
     assert (folder / "tables.md").read_text(encoding="utf-8") == written
-    readme = (Path(study.__file__).parents[3] / "README.md").read_text(encoding="utf-8")
+    readme = (Path(study.__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     for line in summary.splitlines():
         assert not line.startswith("|") or line in readme
     judged = {cell.cell.name: verdicts(cell) for cell in cells if cell.systems}

@@ -8,7 +8,9 @@ import torch
 from rich.console import Console
 
 from reproductions.mini.experiment import costs, study
-from reproductions.mini.experiment.finetune import finetune
+from reproductions.mini.experiment.adapters import PullOfAdapters, adapt_all
+from reproductions.mini.experiment.calibration import prompts
+from reproductions.mini.experiment.finetune import finetune, prepare, training
 from reproductions.mini.experiment.methods import METHODS, rule_of
 from reproductions.mini.experiment.parallel import execute_all
 from reproductions.mini.experiment.run import Run, execute, rounded
@@ -17,8 +19,8 @@ from reproductions.mini.experiment.systems import CANDIDATES, CELLS, SYSTEMS
 from reproductions.mini.model.evaluate import Evaluation
 from reproductions.mini.model.llava import CHECKPOINT, load_checkpoint
 from reproductions.mini.rules import History
-from reproductions.mini.world.data import target_data
-from reproductions.mini.world.questions import PRETRAINED_TASKS
+from reproductions.mini.world.data import pixel_values, target_data
+from reproductions.mini.world.questions import CAPTION_QUESTION, PRETRAINED_TASKS
 from reproductions.shared.results import read_results
 from torch_mdgd import StepProject
 
@@ -41,7 +43,11 @@ def test_every_system_moves_what_it_says(name):
     assert before.keys() == after.keys()
     moved = {n: int((before[n] != after[n]).sum()) for n in before}
     parts = {n.split(".")[1] for n, count in moved.items() if count}
-    if method.lora:
+    if method.adapters == "all":
+        adapted = {n.split(".")[-2] for n, count in moved.items() if count}
+        assert adapted == {f"{x}_proj" for x in ("q", "k", "v", "o", "gate", "up", "down")} | {"linear_1", "linear_2"}
+        assert not any("vision_tower" in n for n, count in moved.items() if count)
+    elif method.lora:
         assert {n.split(".")[-2] for n, count in moved.items() if count} == {"q_proj", "k_proj", "linear_1", "linear_2"}
     elif method.tailor is not None:
         kept = {"multi_modal_projector"} if method.connector == "keep" else set()
@@ -66,10 +72,97 @@ def test_every_system_moves_what_it_says(name):
         ("budget", "DriftBudget(Project(align=1), 0.1)"),
         ("reference", "Reference(align=10)"),
         ("global", "Global(align=10, regularize=1)"),
+        ("lazy", "MDGD(align=10, regularize=0)"),
     ],
 )
 def test_the_rule_that_settings_tell(name, rule):
     assert repr(rule_of(SYSTEMS[name].method.wrap)) == rule
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [
+        ("anchor", "Anchor(3, rank=8)"),
+        ("anchor-running", "Anchor(3, rank=8)"),
+        ("anchor-lazy", "Anchor(1, rank=8, rule=MDGD(align=3, regularize=0))"),
+        ("lora-anchor", "Anchor(3, rank=8)"),
+    ],
+)
+def test_the_anchor_that_settings_tell(name, rule):
+    method = SYSTEMS[name].candidates("adamw", 1.0)[0]
+    model, tokenizer = load_checkpoint()
+    model, parameters = prepare(model, method)
+    data = target_data("digits", "train", 40)
+    drawn = []
+
+    def draw():
+        drawn.extend(prompts(method.calibration, data, tokenizer, 0, batches=2, size=4))
+        return drawn
+
+    optimizer = method.optimizer(model, parameters, prompts=draw)
+    assert repr(optimizer.rule) == rule
+    assert optimizer.rule.relative
+    assert len(optimizer.rule.layers) == (4 * 7 + 2 if method.lora else 2 * 7 + 2)
+    assert optimizer.rule.seen == (0 if name == "anchor-running" else optimizer.rule.warmup)
+    assert bool(drawn) == (name != "anchor-running")
+    if name == "anchor-lazy":
+        assert optimizer.rule.rule.every == 8
+
+
+def test_every_8th_step_of_lazy_looks_at_the_features():
+    data, looked = target_data("digits", "train"), []
+    model, tokenizer = load_checkpoint()
+    model, parameters = prepare(model, SYSTEMS["lazy"].method)
+    options = {"seed": 0, "steps": 9, "batch_size": 2}
+    for _, optimizer in training(model, tokenizer, data, SYSTEMS["lazy"].method, parameters, **options):
+        looked.append("visual_loss" in optimizer.diagnostics)
+    assert looked[:8] == [False] * 7 + [True]
+
+
+@pytest.mark.parametrize("kind", ["random", "questions", "own"])
+def test_prompts_have_the_tasks_pictures_and_no_answers(kind, tokenizer):
+    data = target_data("caption", "train", 40)
+    batches = prompts(kind, data, tokenizer, 3, batches=2, size=7)
+    again = prompts(kind, data, tokenizer, 3, batches=2, size=7)
+    assert len(batches) == 2
+    own = pixel_values([example.picture for example in data.examples])
+    for batch, same in zip(batches, again, strict=True):
+        assert "labels" not in batch
+        assert all(torch.equal(batch[name], same[name]) for name in batch)
+        assert all(any(torch.equal(picture, x) for x in own) for picture in batch["pixel_values"])
+        assert (batch["input_ids"] == tokenizer.get_vocab()["<a>"]).sum(1).tolist() == [1] * 7, "up to the answer"
+    asked = [
+        text.split("<q> ")[1].split(" <a>")[0]
+        for batch in batches
+        for text in tokenizer.batch_decode(batch["input_ids"])
+    ]
+    starts = ("what is at", "what kind", "is there", "what letter", "which is", "how many", "what colour")
+    if kind == "own":
+        assert set(asked) == {CAPTION_QUESTION}
+    elif kind == "questions":
+        assert all(question.startswith(starts) for question in asked)
+        assert len({question.split()[1] for question in asked}) > 3, "of several tasks"
+    else:
+        assert all(3 <= len(question.split()) <= 8 for question in asked)
+        assert len(set(asked)) == 14
+    assert SYSTEMS["anchor-questions"].knows
+    assert not SYSTEMS["anchor"].knows
+
+
+def test_the_pull_of_adapters_is_that_on_what_they_add():
+    model, _ = load_checkpoint()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    adapted = adapt_all(model, 3)
+    pull = PullOfAdapters(adapted, 0.5)
+    assert float(pull().detach()) == 0, "B is zero"
+    with torch.no_grad():
+        for name, p in adapted.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.1)
+    found = float(pull().detach())
+    adapted.merge_and_unload()
+    size = sum(float((p - before[name]).detach().double().square().sum()) for name, p in model.named_parameters())
+    assert found == pytest.approx(0.25 * size, rel=1e-4)
 
 
 def test_a_history_of_one_is_the_step_without_it():

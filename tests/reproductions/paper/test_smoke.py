@@ -75,7 +75,7 @@ def test_list_shows_counts_needs_and_what_has_run(finished):
     assert shown.output.count("done, 0.0 h") == 26
     assert "Figure 3: learning curves; agreement and drift against the masking ratio. 12 of 12 rows" in shown.output
     assert "Figure 5: t-SNE of features of LLaVA. 6 of 6 rows: zero-shot, fine-tune, mdgd of both llava" in shown.output
-    readme = (Path(__file__).parents[3] / "README.md").read_text()
+    readme = (Path(__file__).parents[3] / "reproductions" / "README.md").read_text()
     totals = shown.output[shown.output.index("All rows: ") :]
     for number in re.findall(r"\d+ (?:GPU hours|on two|GB to fetch|GB for the copy|GB of results)", totals):
         assert number in " ".join(readme.split()), "as README tells it"

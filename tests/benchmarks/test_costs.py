@@ -1,0 +1,82 @@
+"""The ways whose costs are compared make the steps that their names say."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import costs
+from benchmarks.costs import ALIGN, BARE, EVERY, LAST, LAZY, LORA_WAYS, LOW, PLAIN, TWO_PASSES, WAYS, WHOLE
+from benchmarks.settings import QUICK
+from torch_mdgd import Anchor, MDGDOptimizer
+
+# Of four decoder layers two are frozen in the second set-up.
+SETTINGS = replace(QUICK, layers=2)
+
+
+def after(way, part, steps=3):
+    training = costs.build(way, SETTINGS, part)
+    torch.manual_seed(0)
+    for _ in range(steps):
+        training.step()
+    return [p.detach() for p in training.model.parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("part", [WHOLE, LAST])
+def test_every_form_of_one_backward_pass_makes_the_same_steps(part):
+    wanted = after(ALIGN, part)
+    for way in WAYS:
+        if way.name.startswith("αv, one"):
+            assert all(torch.equal(x, y) for x, y in zip(after(way, part), wanted, strict=True)), way.name
+    plain = after(PLAIN, part)
+    assert not all(torch.equal(x, y) for x, y in zip(plain, wanted, strict=True))
+
+
+@pytest.mark.parametrize(("way", "forward"), [(TWO_PASSES, 2), (BARE, 2), (ALIGN, 1)])
+def test_savings_are_there_or_not(way, forward):
+    training = costs.build(way, SETTINGS, LAST)
+    tower, heads = [], []
+    model = training.model
+    model.model.vision_tower.embeddings.register_forward_hook(lambda *_: tower.append(1))
+    model.lm_head.register_forward_hook(lambda *_: heads.append(1))
+    training.step()
+    assert len(tower) == forward
+    assert len(heads) == forward
+
+
+def test_a_round_is_averaged():
+    way = replace(LAZY, steps=4)
+    times = costs.race([PLAIN, way], replace(SETTINGS, rounds=2), LAST)
+    assert {name: len(values) for name, values in times.items()} == {PLAIN.name: 2, way.name: 2}
+
+
+def test_names_differ_and_rounds_are_whole():
+    ways = [*WAYS, *LORA_WAYS]
+    assert len({way.name for way in ways}) == len(ways)
+    assert all(way.steps == EVERY for way in ways if "8th" in way.name)
+
+
+def test_memory_is_that_of_the_parts():
+    training = costs.build(LOW, SETTINGS, WHOLE)
+    training.step()
+    optimizer = training.optimizer
+    assert isinstance(optimizer, MDGDOptimizer)
+    assert isinstance(optimizer.rule, Anchor)
+    rows = {id(m): m.sums.nbytes for m in optimizer.rule.moments.values()}
+    found = costs.measure(LOW, SETTINGS, WHOLE)
+    assert found.reference == sum(p.nbytes for p in optimizer.trained)
+    assert found.state == pytest.approx(2 * found.reference, rel=0.01)
+    # Scalars of each layer, and a place to begin for each width, come on top.
+    assert sum(rows.values()) <= found.rule <= 2 * sum(rows.values())
+    plain = costs.measure(PLAIN, SETTINGS, WHOLE)
+    assert plain.rule == plain.reference == 0
+    assert found.peak >= plain.peak + found.reference
+
+
+def test_lora_trains_adapters_alone():
+    pytest.importorskip("peft")
+    training = costs.build(LORA_WAYS[-1], SETTINGS, LAST)
+    names = [name for name, p in training.model.named_parameters() if p.requires_grad]
+    assert names
+    assert all("lora_" in name for name in names)
+    training.step()

@@ -175,6 +175,19 @@ class TestUndo:
         with pytest.raises(RuntimeError, match="cast"):
             applied.undo()
 
+    def test_zeros_of_another_dtype_are_not_what_was_written(self, tmp_path):
+        model = nn.Linear(2, 1, bias=False, dtype=torch.float16)
+        nn.init.ones_(model.weight)
+        base = copy.deepcopy(model)
+        optimizer = MDGDOptimizer(torch.optim.SGD(model.parameters(), lr=1.0), Project())
+        optimizer.set_gradients(task=[torch.ones(1, 2)], visual=[None])
+        optimizer.step()
+        save_delta(model, tmp_path / "d", optimizer)
+        applied = apply_delta(base, tmp_path / "d")
+        base.bfloat16()
+        with pytest.raises(RuntimeError, match="undo: 'weight' does not hold"):
+            applied.undo()
+
     def test_twice_does_nothing_more(self, tmp_path):
         saved(tmp_path / "d")
         model = make()

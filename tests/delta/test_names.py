@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tests.properties import assert_same_bits
 from torch_mdgd import MDGDOptimizer, Project
 from torch_mdgd.delta import apply_delta, fingerprint, save_delta
+from torch_mdgd.delta.names import parameters_of
 
 
 class Block(nn.Module):
@@ -57,6 +58,11 @@ AROUND = {
     "DataParallel": nn.DataParallel,
     "another wrapper's": lambda model: nn.ModuleDict({"model": model})["model"],
 }
+
+
+def test_parts_of_such_names_keep_them():
+    model = Block()
+    assert list(parameters_of(model)) == [name for name, _ in model.named_parameters()]
 
 
 def tune(model, optimizer):

@@ -79,6 +79,18 @@ def test_those_of_other_libraries_that_look_at_whole_parameters_are_refused(name
     MDGDOptimizer(base, mask=mask)
 
 
+@pytest.mark.parametrize("name", ["AdaBelief", "Lion", "Lamb"])
+def test_those_of_other_libraries_that_are_elementwise_are_taken(name):
+    library = pytest.importorskip("pytorch_optimizer")
+    base = getattr(library, name)(parameters_of(), lr=1e-2)
+    mask = Given([torch.ones(shape, dtype=torch.bool) for shape in SHAPES])
+    if name == "Lamb":
+        with pytest.raises(TypeError, match="alike and apart"):
+            MDGDOptimizer(base, mask=mask, compact=True)
+    else:
+        MDGDOptimizer(base, mask=mask, compact=True)
+
+
 @pytest.mark.parametrize("name", [name for name in [*TORCH, *OWN] if name not in REFUSED])
 def test_the_question_leaves_no_trace(name):
     kind = {**TORCH, **OWN}[name]
@@ -95,12 +107,39 @@ def test_the_question_leaves_no_trace(name):
     assert not called
 
 
+class Noting(torch.optim.SGD):
+    """Has attributes of its own, and notes down what it does; makes a tensor on the default device."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, lr)
+        self.factor, self.notes, self.count = 0.5, [], {}
+
+    def step(self, closure=None):
+        self.notes.append(len(self.notes))
+        self.count["steps"] = self.count.get("steps", 0) + 1
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad = p.grad * (self.factor * torch.ones(()))
+        return super().step(closure)
+
+
+def test_an_optimizer_with_attributes_of_its_own_is_asked_and_notes_nothing():
+    p = nn.Parameter(torch.ones(4))
+    base = Noting([p], lr=0.5)
+    optimizer = MDGDOptimizer(base, Project(), mask=Given([torch.ones(4) > 0]), compact=True)
+    assert (base.notes, base.count) == ([], {})
+    optimizer.set_gradients(task=[torch.ones(4)], visual=[None])
+    optimizer.step()
+    assert p.tolist() == [0.75] * 4
+    assert (base.notes, base.count) == ([0], {"steps": 1})
+
+
 def test_the_question_is_asked_on_the_parameters_device():
     # As a script does that makes everything inside a device's context.
     p = nn.Parameter(torch.ones(4))
     mask = Given([torch.ones(4, dtype=torch.bool)])
     with torch.device("meta"):
-        optimizer = MDGDOptimizer(torch.optim.AdamW([p], lr=0.5), Project(), mask=mask, compact=True)
+        optimizer = MDGDOptimizer(Noting([p], lr=0.5), Project(), mask=mask, compact=True)
     optimizer.set_gradients(task=[torch.ones(4)], visual=[None])
     optimizer.step()
     assert not (p == 1).any()

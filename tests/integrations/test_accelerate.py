@@ -122,7 +122,7 @@ class Overflowing(VisualTap):
     """Makes the gradient of one loss infinite in one of the passes that have a graph."""
 
     def __init__(self, tap, kind):
-        self.tap, self.mask = tap, tap.mask
+        self.tap, self.mask, self.text_module = tap, tap.mask, tap.text_module
         self.name, self.at = kind.removeprefix("reference_"), 0 if kind.startswith("reference") else 1
         self.calls = 0
 

@@ -141,7 +141,9 @@ def comparison(found: Mapping[str, Sequence[Result]]) -> str:
     told = ", ".join(f"{words} {_signed(values)}" for words, values in more.items())
     verdict = "better" if fmean(more["H"]) > 0 else "worse"
     sentence = f"The anchor does {verdict} than αv by H here: {told}, on the same seed{'s' if len(pairs) > 1 else ''}."
-    return sentence + (" All seeds are measured by the same examples: ± is of training alone." if len(pairs) > 1 else "")
+    return sentence + (
+        " All seeds are measured by the same examples: ± is of training alone." if len(pairs) > 1 else ""
+    )
 
 
 def _signed(differences: Sequence[float]) -> str:

@@ -72,12 +72,31 @@ class RowWise(Optimizer):
                     p.sub_(p.grad / (row.sqrt() + 1e-8), alpha=group["lr"])
 
 
+class ClippedMoves(Optimizer):
+    """Moves whose mean square, over the whole parameter, is at most 9/4."""
+
+    def __init__(self, params, lr=0.25):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    state = self.state[p]
+                    state["count"] = state.get("count", 0) + 1
+                    state["sum"] = state.get("sum", 0) + p.grad.square()
+                    move = p.grad / ((state["sum"] / state["count"]).sqrt() + 1e-8)
+                    p.sub_(move / (move.square().mean().sqrt() / 1.5).clamp(min=1), alpha=group["lr"])
+
+
 class MatricesOnly(SGD):
     """As Muon."""
 
     def step(self, closure=None):
         if any(p.dim() != 2 for group in self.param_groups for p in group["params"]):
-            raise ValueError("only matrices")
+            # Of no particular kind, as a library's own error may be.
+            raise Exception("only matrices")
         return super().step(closure)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from tests.faults.optimizers import Counting, Lamb, MatricesOnly, RowWise, ScheduleFree
+from tests.faults.optimizers import ClippedMoves, Counting, Lamb, MatricesOnly, RowWise, ScheduleFree
 from torch_mdgd import Given, MDGDOptimizer, Project, TopK
 
 SHAPES = [(6, 5), (7,), (3, 2, 2)]
@@ -16,8 +16,8 @@ TORCH = {
     for name, kind in vars(torch.optim).items()
     if isinstance(kind, type) and issubclass(kind, Optimizer) and kind not in (Optimizer, torch.optim.LBFGS)
 }
-OWN = {kind.__name__: kind for kind in (Lamb, RowWise, MatricesOnly, Counting, ScheduleFree)}
-REFUSED = {"Adafactor", "Muon", "Lamb", "RowWise", "MatricesOnly", "SparseAdam"}
+OWN = {kind.__name__: kind for kind in (Lamb, RowWise, ClippedMoves, MatricesOnly, Counting, ScheduleFree)}
+REFUSED = {"Adafactor", "Muon", "Lamb", "RowWise", "ClippedMoves", "MatricesOnly", "SparseAdam"}
 
 
 def parameters_of():

@@ -45,6 +45,16 @@ def test_one_parameter_with_such_a_hook_is_found_among_others():
         capture(model, optimizer)
 
 
+def test_a_hook_of_a_parameter_that_a_loss_does_not_reach_took_nothing():
+    model, optimizer = model_and_optimizer()
+    model.bias.register_post_accumulate_grad_hook(lambda p: None)
+    with pytest.warns(UserWarning, match=SEES), optimizer.capture("visual"):
+        (model.weight @ torch.ones(3)).square().sum().backward()
+    optimizer.zero_grad()
+    with pytest.warns(UserWarning, match=SEES):
+        capture(model, optimizer)
+
+
 def test_an_optimizer_that_steps_on_what_its_hooks_saw_is_warned_of():
     model, optimizer = model_and_optimizer(Offloading)
     with pytest.warns(UserWarning, match=SEES):

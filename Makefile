@@ -49,7 +49,7 @@ demo: $(VENV)/.dev
 	$(BIN)/python -m reproductions mini demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadgroup
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check

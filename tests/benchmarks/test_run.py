@@ -95,14 +95,15 @@ def test_the_same_numbers_are_trained_by_both_adapters() -> None:
 
 
 def test_command_line_runs_one_section(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    main(["--quick", "--only", "combine", "--threads", "1", "--out", str(tmp_path)])
+    main(["combine", "--quick", "--threads", "1", "--out", str(tmp_path)])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["combine.md", "combine.png"]
     assert "The update" in capsys.readouterr().out
 
 
-def test_an_unknown_section_is_refused(capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize("arguments", [["nonsense"], ["--only", "nonsense"]])
+def test_an_unknown_section_is_refused(arguments: list[str], capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
-        main(["--only", "nonsense"])
+        main(arguments)
     assert "combine" in capsys.readouterr().err
 
 

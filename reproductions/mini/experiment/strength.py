@@ -135,19 +135,19 @@ def strength(
 
 
 def table_of(found: Mapping[str, Result], size: Size) -> Table:
-    """All that was run, and what was not; H is held against the best of the same cell at the same rate."""
+    """All that was run, and what was not; H is held against others of the same cell at the same rate and seeds."""
     rows, losses, lacking = [], {}, {}
     for place, where in PLACES.items():
         for factor in FACTORS:
             tried = {form: _results(found, place, form, factor, size) for form in FORMS}
-            H = {form: mean(results, SCORES["H"]) for form, results in tried.items() if results}
-            lacking[place, factor] = tuple(form for form in FORMS if form not in H)
-            best = max(H.values(), default=0.0)
-            if _DEFAULT in H and len(H) > 1:
-                losses[f"{where.title} at {where.rate * factor:g}"] = best - H[_DEFAULT]
-            for form in H:
-                scores = [f"{mean(tried[form], SCORES[name]):.1f}" for name in ("T", "P", "P exact", "H")]
-                behind = "best" if H[form] == best else f"−{best - H[form]:.1f}"
+            tried = {form: results for form, results in tried.items() if results}
+            lacking[place, factor] = tuple(form for form in FORMS if form not in tried)
+            losing = {form: _behind(form, tried) for form in tried}
+            if _DEFAULT in tried and len(tried) > 1:
+                losses[f"{where.title} at {where.rate * factor:g}"] = losing[_DEFAULT]
+            for form, results in tried.items():
+                scores = [f"{mean([*results.values()], SCORES[name]):.1f}" for name in ("T", "P", "P exact", "H")]
+                behind = f"−{losing[form]:.1f}" if losing[form] >= 0.05 else "best"
                 name = f"{form}, the default" if form == _DEFAULT else form
                 rows.append(
                     (where.title, f"{where.rate * factor:g}", name, *scores, behind, str(len(tried[form])))
@@ -155,7 +155,7 @@ def table_of(found: Mapping[str, Result], size: Size) -> Table:
     notes = [
         "Validation examples, seeds that settings are chosen with. T: exact match of digits, right content words of "
         "captions. P: of the old tasks, exact after digits, restricted to a task's answers after captions. Form: exact "
-        "match of the old tasks. H: harmonic mean of T and P. Strengths are relative to the size of a layer's answers; "
+        "match of the old tasks. H: harmonic mean of T and P; behind the best on the seeds of both. Strengths are relative to the size of a layer's answers; "
         "l2 is a pull on all weights alike, project the hard projection.",
         *_told_of_the_default(losses),
         *_told_of_what_lacks(lacking),
@@ -164,9 +164,16 @@ def table_of(found: Mapping[str, Result], size: Size) -> Table:
     return Table("Which strength carries over", columns, tuple(rows), tuple(notes))
 
 
-def _results(found: Mapping[str, Result], place: str, form: str, factor: float, size: Size) -> list[Result]:
-    keys = (run_of(place, form, factor, seed, size).key for seed in SEEDS)
-    return [found[key] for key in keys if key in found]
+def _results(found: Mapping[str, Result], place: str, form: str, factor: float, size: Size) -> dict[int, Result]:
+    keys = {seed: run_of(place, form, factor, seed, size).key for seed in SEEDS}
+    return {seed: found[key] for seed, key in keys.items() if key in found}
+
+
+def _behind(form: str, tried: Mapping[str, Mapping[int, Result]]) -> float:
+    """How much more H the best of the others has, on the seeds of both; 0 for none."""
+    H = {name: {seed: mean([result], SCORES["H"]) for seed, result in other.items()} for name, other in tried.items()}
+    shared = {name: [seed for seed in H[form] if seed in H[name]] for name in H}
+    return max(fmean(H[name][seed] - H[form][seed] for seed in seeds) for name, seeds in shared.items() if seeds)
 
 
 def _told_of_the_default(losses: Mapping[str, float]) -> list[str]:

@@ -92,6 +92,14 @@ def test_the_best_is_marked_and_the_defaults_loss_is_told():
     assert "by 0.5 of H in the mean of 2, and by 1.0 at most (digits, LoRA at 0.004)" in told, "one alone tells nothing"
 
 
+def test_forms_are_compared_on_the_seeds_of_both():
+    found = made_up({("digits-lora", "3"): 92.0, ("digits-lora", "5"): 91.0}, seeds=(100,))
+    found |= made_up({("digits-lora", "5"): 97.0}, seeds=(101,))
+    rows = {row[2]: row for row in strength.table_of(found, SIZE).rows}
+    assert rows["3"][6:] == ("92.0", "best", "1")
+    assert rows["5, the default"][6:] == ("94.0", "−1.0", "2"), "the other seed is an easier one"
+
+
 def test_only_seeds_that_settings_are_chosen_with():
     with pytest.raises(ValueError, match="seed 3 is kept for tests"):
         strength.require_tuning_seeds([100, 3])

@@ -153,10 +153,11 @@ def table_of(found: Mapping[str, Result], size: Size) -> Table:
                     (where.title, f"{where.rate * factor:g}", name, *scores, behind, str(len(tried[form])))
                 )  # fmt: skip
     notes = [
-        "Validation examples, seeds that settings are chosen with. T: exact match of digits, right content words of "
-        "captions. P: of the old tasks, exact after digits, restricted to a task's answers after captions. Form: exact "
-        "match of the old tasks. H: harmonic mean of T and P; behind the best on the seeds of both. Strengths are relative to the size of a layer's answers; "
-        "l2 is a pull on all weights alike, project the hard projection.",
+        f"Validation examples; how many were run of the seeds {', '.join(map(str, SEEDS))}, which choose settings. "
+        "T: exact match of digits, right content words of captions. P: of the old tasks, exact after digits, "
+        "restricted to a task's answers after captions. Form: exact match of the old tasks. H: harmonic mean of T "
+        "and P; behind the best on the seeds of both. Strengths are relative to the size of a layer's answers; l2 is "
+        "a pull on all weights alike, project the hard projection.",
         *_told_of_the_default(losses),
         *_told_of_what_lacks(lacking),
     ]

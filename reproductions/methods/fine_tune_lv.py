@@ -15,9 +15,11 @@ class AlignSettings(base.Settings):
 
     Attributes:
         align: α, its weight.
+        every: k: v is taken at one step of k, k-fold.
     """
 
     align: float = limited(1.0, least=0)
+    every: int = limited(1, least=1)
 
 
 class FineTuneLv(base.Method):
@@ -30,4 +32,4 @@ class FineTuneLv(base.Method):
 
     def rule(self, model: nn.Module) -> rules.Rule:
         """The published update without r: nothing of it is left but the two gradients' sum."""
-        return rules.MDGD(self.settings.align, regularize=0.0)
+        return rules.MDGD(self.settings.align, regularize=0.0, every=self.settings.every)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
+from reproductions.methods import METHODS as REGISTRY
 from reproductions.mini.experiment.scored_masks import Batches, scored_mask
 from reproductions.mini.rules import Global, History, Reference
 from torch_mdgd import (
@@ -22,13 +23,10 @@ from torch_mdgd import (
     Given,
     Magnitude,
     MDGDOptimizer,
-    Project,
     ProtectInputs,
     Random,
     Rule,
-    StepProject,
     TopK,
-    connector,
 )
 from torch_mdgd.models.parts import text_decoder
 
@@ -113,7 +111,7 @@ class Method:
         if not self.has_rule and self.fraction == 1:
             return base
         mask = self._mask(model, parameters, batches)
-        rule: Rule | None = None if self.wrap is None else rule_of(self.wrap)
+        rule: Rule | None = None if self.wrap is None else rule_of(self.wrap, model)
         if self.inputs is not None:
             rule = _inputs(model, self.layers, self.inputs)
         if self.anchor:
@@ -162,37 +160,50 @@ class Method:
         return {"learning_rate": self.learning_rate, **(self.wrap or {}), "fraction": self.fraction, **changed}
 
 
-def rule_of(settings: Mapping[str, Any]) -> Rule:
-    """The rule that settings tell.
+def rule_of(settings: Mapping[str, Any], model: nn.Module) -> Rule:
+    """The rule that settings tell: that of a registered method, or one of this experiment's own.
 
-    They are data, since results are found again by them: "update", "space" and "scope" choose the rule, "history" the
-    one of step space, "drift_budget" puts a budget around it, and the others are its arguments.
+    They are data, since results are found again by them: "update", "space" and "scope" choose the method, "history" the
+    rule of step space, "drift_budget" puts a budget around it, and the others are the method's settings.
     """
     own = dict(settings)
     form, budget = tuple(own.pop(name, None) for name in ("update", "space", "scope")), own.pop("drift_budget", None)
-    rule = _RULES[form](**own)
+    history = own.pop("history", 1)
+    if form in _OWN:
+        rule = _OWN[form](**own)
+    elif history > 1:
+        rule = History(history, **own)
+    else:
+        rule = registered("fine-tune-lv" if "every" in own else _REGISTERED[form], own, model)
     return rule if budget is None else DriftBudget(rule, budget)
 
 
-def _step(history: int = 1, restore: float = 0.0) -> Rule:
-    return StepProject(restore) if history == 1 else History(history, restore)
+def registered(name: str, settings: Mapping[str, Any], model: nn.Module) -> Rule:
+    """The rule of a registered method; of αv alone, which has no other weight, a weight of r that is 0 is left out."""
+    method = REGISTRY[name]
+    known = {field.name for field in fields(method.Settings)}
+    rule = method(method.Settings(**{key: x for key, x in settings.items() if key in known or x})).rule(model)
+    assert rule is not None
+    return rule
 
 
-_RULES: Mapping[tuple[str | None, ...], Callable[..., Rule]] = {
-    (None, None, None): MDGD,
-    ("project", None, None): Project,
-    ("project", "step", None): _step,
+_REGISTERED: Mapping[tuple[str | None, ...], str] = {
+    (None, None, None): "mdgd",
+    ("project", None, None): "project",
+    ("project", "step", None): "step",
+}
+_OWN: Mapping[tuple[str | None, ...], Callable[..., Rule]] = {
     ("reference", None, None): Reference,
     (None, None, "global"): lambda **weights: Global(MDGD(**weights)),
 }
 
 
-def _inputs(model: Any, layers: str, energy: float) -> ProtectInputs:
+def _inputs(model: Any, layers: str, energy: float) -> Rule:
+    if layers in ("all", "projector"):
+        return registered("inputs", {"energy": energy, "parts": {"projector": "connector"}.get(layers, layers)}, model)
     decoder: Any = text_decoder(model)
-    parts: dict[str, list[nn.Module] | None] = {
-        "all": None,
+    parts: dict[str, list[nn.Module]] = {
         "decoder": [decoder],
-        "projector": [connector(model)],
         "attention": [layer.self_attn for layer in decoder.layers],
         "mlp": [layer.mlp for layer in decoder.layers],
     }

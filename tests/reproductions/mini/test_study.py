@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from rich.console import Console
+from torch import nn
 
 from reproductions.mini.experiment import costs, study
 from reproductions.mini.experiment.adapters import PullOfAdapters, adapt_all
@@ -76,7 +77,7 @@ def test_every_system_moves_what_it_says(name):
     ],
 )
 def test_the_rule_that_settings_tell(name, rule):
-    assert repr(rule_of(SYSTEMS[name].method.wrap)) == rule
+    assert repr(rule_of(SYSTEMS[name].method.wrap, nn.Module())) == rule
 
 
 @pytest.mark.parametrize(
@@ -167,8 +168,11 @@ def test_the_pull_of_adapters_is_that_on_what_they_add():
 
 def test_a_history_of_one_is_the_step_without_it():
     method = SYSTEMS["history"].method
-    assert [rule_of(method.with_settings(history=k).wrap).__class__ for k in (1, 4)] == [StepProject, History]
-    assert rule_of(method.wrap).k == 16
+    assert [rule_of(method.with_settings(history=k).wrap, nn.Module()).__class__ for k in (1, 4)] == [
+        StepProject,
+        History,
+    ]
+    assert rule_of(method.wrap, nn.Module()).k == 16
 
 
 def test_every_system_is_tuned_as_much_and_is_told_apart():

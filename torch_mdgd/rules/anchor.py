@@ -56,7 +56,7 @@ class Anchor(Around):
     Args:
         model: whose layers are trained; also inside DistributedDataParallel or a PeftModel.
         strength: λ ≥ 0: a larger one keeps more and learns less. ``python -m reproductions mini strength`` measures it:
-            on a small LLaVA 3 to 10 lie within three points of H, the mean of kept and learned, of each other, for two
+            on a small LLaVA 3 to 10 lie within two points of H, the mean of kept and learned, of each other, for two
             tasks, full fine-tuning and LoRA, AdamW and clipped SGD.
         rank: how many directions of each input are held exactly, beside an isotropic rest; None for the whole C, the
             square of each width.

@@ -72,8 +72,8 @@ CHEAPER = (
     Method("MDGD, step space", "step", plan=Plan(2, 1)),
 )
 MASKED = (
-    Method("MDGD-GM, dense", "mdgd-gm", {"ratio": FRACTION, "compact": False}, plan=Plan(2, 1, (1, torch.bool))),
-    Method("MDGD-GM, compact", "mdgd-gm", {"ratio": FRACTION}, plan=Plan(2, 1, (1, torch.int32), sparse=True)),
+    Method("MDGD-GM, dense", "mdgd-gm", {"ratio": FRACTION, "compact": False}, plan=Plan(1, 1, (1, torch.bool))),
+    Method("MDGD-GM, compact", "mdgd-gm", {"ratio": FRACTION}, plan=Plan(1, 1, (1, torch.int32), sparse=True)),
 )
 METHODS = (PLAIN, Method("LoRA", adapter="LoRA"), SHIRA, MDGD, *CHEAPER, *MASKED)
 WRAPPED = {method.name: method for method in METHODS if method.wraps}

@@ -69,7 +69,7 @@ def test_autocast_around_all_passes_sees_every_exchange(settings):
             torch.manual_seed(0)
             # Not enabled=False: that would keep the casts of the forward passes inside, too.
             with torch.autocast("cpu", torch.bfloat16) if around == "step" else nullcontext():
-                mdgd_backward(model, optimizer, batch)
+                mdgd_backward(model, optimizer, batch, separate=True)
             seen.append(optimizer.diagnostics["visual_to_task"])
             optimizer.step()
             optimizer.zero_grad()

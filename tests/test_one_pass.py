@@ -156,14 +156,12 @@ def test_joint_and_separate_captures_do_not_mix():
 def test_diagnostics_are_measured_when_asked():
     model, optimizer = build()
     away(model, optimizer, steps=2)
-    held = optimizer.diagnostics["cos_task_visual"]
     measured = []
     for s in range(6):
         mdgd_backward(model, optimizer, llava_batch(seed=s), diagnose_every=3)
         optimizer.step()
         optimizer.zero_grad()
-        measured.append(optimizer.diagnostics["cos_task_visual"] != held)
-        held = optimizer.diagnostics["cos_task_visual"]
+        measured.append("cos_task_visual" in optimizer.diagnostics)
     # The count goes on from the two steps before.
     assert measured == [False, True, False, False, True, False]
 

@@ -65,7 +65,7 @@ def mdgd_backward(
             ``zero_grad()``; the model's does not know of them.
         separate: take g and v apart even where one backward pass of L + αL_v gives d.
         diagnose_every: take them apart at one step of so many, so that ``cos_task_visual`` and ``visual_to_task`` of
-            ``optimizer.diagnostics`` are measured there; between, those of the last measured step stay.
+            ``optimizer.diagnostics`` are there; between they are left out.
         reuse_vision: run the frozen parts of the vision tower, and the frozen layers at the beginning of the decoder,
             once and not in each pass; exact, see :func:`~torch_mdgd.models.vision_cache.reuse_frozen_parts`.
 

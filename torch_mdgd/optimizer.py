@@ -152,7 +152,7 @@ class MDGDOptimizer(Optimizer):
     def is_at_reference(self) -> bool:
         """Whether no trained parameter has left φ, as before the first step; it reads all of them."""
         parameters, trained = self.parameters, self._storage.trained
-        return not any(bool(self._storage.difference(parameters, i).any()) for i, one in enumerate(trained) if one)
+        return not any(self._storage.has_moved(parameters, i) for i, one in enumerate(trained) if one)
 
     def needs(self, pictures: bool = True) -> tuple[str, ...]:
         """The gradients that the next combine needs: "task", "visual", "reference_task", "reference_visual", in order.
@@ -460,7 +460,7 @@ class MDGDOptimizer(Optimizer):
             self._storage.follow(parameters)
             trained = [t for t, one in enumerate(self._storage.trained) if one and parameters[t].device.type != "meta"]
             with torch.no_grad():
-                moved = next((t for t in trained if bool(self._storage.difference(parameters, t).any())), None)
+                moved = next((t for t in trained if self._storage.has_moved(parameters, t)), None)
             if moved is not None:
                 warnings.warn(
                     f"parameter {moved} has changed since the optimizer was wrapped, and no step was made: the "
@@ -588,8 +588,7 @@ class _Made:
 
     def begin(self, products: Tensor | None) -> None:
         self.clear()
-        # Where g and v were not taken apart, those of the last step that did stay.
-        self.products = self.products if products is None else products
+        self.products = products
 
     def visual_for(self, parameters: Sequence[Tensor]) -> list[Tensor | None] | None:
         """V of this step; None if every ``.grad`` was replaced since combine, e.g. by ``model.zero_grad()``.

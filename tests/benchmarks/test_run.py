@@ -111,7 +111,8 @@ def test_suites_save_and_compare(tmp_path: Path) -> None:
     small = ["--values", "1024", "--divide", "128", "--hidden", "32", f"--benchmark-storage=file://{tmp_path}"]
     # Not the cache of the repository, nor its plugins that share out tests: a suite is timed alone.
     command = [sys.executable, "-m", "pytest", "benchmarks/test_combine.py", "-q", "-p", "no:cacheprovider", *small]
-    environment = {**os.environ, "COLUMNS": "200"}
+    # A worker's own, which would switch benchmarks off.
+    environment = {key: x for key, x in os.environ.items() if not key.startswith("PYTEST_")} | {"COLUMNS": "200"}
     for options in (["--benchmark-save=first"], ["--benchmark-compare=0001"]):
         done = subprocess.run([*command, *options], cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr

@@ -75,6 +75,10 @@ class Storage(ABC):
         """θ − φ of a trained parameter, a new tensor; of a sharded one, this process's shard."""
 
     @abstractmethod
+    def has_moved(self, parameters: Sequence[Tensor], t: int) -> bool:
+        """Whether a trained parameter differs from φ; of a sharded one, this process's shard. It takes no buffer."""
+
+    @abstractmethod
     def choose(self, masks: Tensors, base: Optimizer, parameters: Sequence[Tensor]) -> None:
         """Let only the elements inside these masks move from now on; None for a parameter that is not trained.
 

@@ -91,6 +91,11 @@ class CompactStorage(Storage):
             _put_(out, self.positions[t], _take(p, self.positions[t]) - self.reference[t])
         return out
 
+    def has_moved(self, parameters: Sequence[Tensor], t: int) -> bool:
+        """Inside the mask."""
+        p = self._parts(parameters)[t]
+        return self.positions is not None and not torch.equal(_take(p, self.positions[t]), self.reference[t])
+
     def renew(self, parameters: Sequence[Tensor], values: Sequence[Tensor] | None) -> None:
         """Inside the mask; outside it θ is φ, so new values there are refused."""
         self.follow(parameters)

@@ -70,6 +70,11 @@ class DenseStorage(Storage):
         out: Tensor = p.detach() - x
         return out
 
+    def has_moved(self, parameters: Sequence[Tensor], t: int) -> bool:
+        """At full size."""
+        p, x = dtensor.local([parameters[t], self.reference[t]])
+        return not torch.equal(p.detach(), x)
+
     def renew(self, parameters: Sequence[Tensor], values: Sequence[Tensor] | None) -> None:
         """Copies."""
         self.follow(parameters)

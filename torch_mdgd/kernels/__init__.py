@@ -47,7 +47,7 @@ def inner_products(rows: Sequence[Tensors], columns: Sequence[Tensors] | None = 
         float64 tensor of shape (T, R, C) on the device of the first tensor, the same in all processes. Its error is
         about 1e-7 of ‖x‖‖y‖ at any length and scale (a plain float32 sum is off in the fourth digit at a few million
         numbers), and 1e-16 for float64 tensors. NaN and Inf come through. The same data on the same device and
-        with as many threads give the same bits. No host sync.
+        backend with as many threads give the same bits. No host sync.
     """
     left = [local(vector) for vector in rows]
     right = left if columns is None else [local(vector) for vector in columns]

@@ -128,7 +128,7 @@ def combine_(
     rows = coefficients.tolist() if coefficients.device.type == "cpu" else [[]] * len(coefficients)
     buffers: dict[tuple[torch.dtype, torch.device], Tensor] = {}
     for t, target in enumerate(out):
-        if target is None or (masks is None and _is_done(target, vectors, rows[t], t)):
+        if target is None or (masks is None and is_done(target, vectors, rows[t], t)):
             continue
         row = (double if exact[t] or target.dtype == torch.float64 else single)[t]
         # As Python numbers where that waits for nothing: torch then adds a multiple twice as fast.
@@ -143,7 +143,7 @@ def combine_(
             target.copy_(flat.view(target.shape))
 
 
-def _is_done(target: Tensor, vectors: Sequence[Tensors], row: Sequence[float], t: int) -> bool:
+def is_done(target: Tensor, vectors: Sequence[Tensors], row: Sequence[float], t: int) -> bool:
     """Whether the sum is the target once, and nothing else."""
     return vectors[0][t] is target and row[:1] == [1.0] and all(vector[t] is None for vector in vectors[1:])
 

@@ -16,8 +16,9 @@ from torch_mdgd.kernels import eager, oracle
 from torch_mdgd.kernels.types import Tensors
 
 VARIABLE = "TORCH_MDGD_BACKEND"
-# Numbers in a list from which on the compiled backend is faster than the eager one.
-LARGE = 1 << 18
+# Numbers in a list from which on the compiled backend is worth loading, and as how many more a tensor counts: the eager
+# one is slow at many small tensors too.
+LARGE, EACH = 1 << 18, 1 << 10
 
 
 @cache
@@ -61,7 +62,7 @@ def _for_large_on_cpu(tensors: Sequence[Tensor]) -> bool:
         return False
     numbers = 0
     for x in tensors:
-        numbers += x.numel()
+        numbers += x.numel() + EACH
         if numbers >= LARGE:
             return x.device.type == "cpu" and _compiles()
     return False
@@ -122,7 +123,9 @@ def backend_module(*lists: Sequence[Tensor | None]) -> ModuleType:
     """The module that implements the operations for these lists of tensors."""
     name = backend_for(next((tensors for tensors in lists if any(x is not None for x in tensors)), ()))
     # One launch reads the memory of one device: a model that is spread over several would have it read another's.
-    if name in ("triton", "compiled") and len({x.device for tensors in lists for x in tensors if x is not None}) > 1:
+    if name == "triton" and len({x.device for tensors in lists for x in tensors if x is not None}) > 1:
+        name = "eager"
+    if name == "compiled" and not all(x is None or x.is_cpu for tensors in lists for x in tensors):
         name = "eager"
     return BACKENDS[name].load()
 

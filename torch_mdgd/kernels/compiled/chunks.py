@@ -48,7 +48,8 @@ def addresses(lists: Sequence[Tensors]) -> tuple[Array, Array]:
 
 def lengths(lists: Sequence[Tensors]) -> list[int]:
     """Of each of T parameters, 0 where no vector has it."""
-    return [next((x.numel() for x in tensors if x is not None), 0) for tensors in zip(*lists, strict=True)]
+    each = [[0 if x is None else x.numel() for x in tensors] for tensors in lists]
+    return np.array(each, dtype=np.int64).max(0).tolist()  # type: ignore[no-any-return]
 
 
 def cut(numels: Sequence[int], rows: Sequence[int]) -> Array:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from torch_mdgd.kernels.compiled import chunks, kernels
-from torch_mdgd.kernels.eager import TINY, is_done
+from torch_mdgd.kernels.eager import TINY
 from torch_mdgd.kernels.types import Tensors
 
 
@@ -15,9 +15,6 @@ def combine_(
     out: Tensors, vectors: Sequence[Tensors], coefficients: Tensor, masks: Sequence[Tensor | None] | None = None
 ) -> None:
     """See :func:`torch_mdgd.kernels.combine_`. A coefficient that float32 cannot hold well makes the sum float64."""
-    if masks is None:
-        rows = coefficients.tolist()
-        out = [None if x is None or is_done(x, vectors, rows[t], t) else x for t, x in enumerate(out)]
     # Held until the end, since kernels know addresses only.
     lists = [chunks.contiguous(x) for x in (out, masks or [None] * len(out), *vectors)]
     at, kinds = chunks.addresses(lists)

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-
 PLAIN = (Tensor, nn.Parameter)
 
 
@@ -59,7 +58,7 @@ def same_shards(x: Tensor, y: Tensor) -> bool:
 def same_place(x: Tensor, y: Tensor) -> bool:
     """Whether both are on one device, with the same shards."""
     # Most are plain, and there may be hundreds of them at every step.
-    return x.device == y.device and (type(x) in PLAIN and type(y) in PLAIN or same_shards(x, y))
+    return x.device == y.device and ((type(x) in PLAIN and type(y) in PLAIN) or same_shards(x, y))
 
 
 def as_part(part: Tensor, like: Tensor) -> Tensor:

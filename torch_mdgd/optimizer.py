@@ -434,6 +434,10 @@ class MDGDOptimizer(Optimizer):
         if not bool(products[:, 0, 0].any()):
             self._made.refused = NOTHING_TO_CHOOSE_FROM
             return
+        if len(step.gradients) > 1:
+            # While θ is φ v is zero, and would stand beside all else that a choice takes.
+            zero = (products[:, 1, 1] == 0).tolist()
+            step.visual[:] = [None if none else x for x, none in zip(step.visual, zero, strict=True)]
         t = [t for t, one in enumerate(self._storage.trained) if one]
         g, v, g0_tilde = ([xs[i] for i in t] for xs in (step.task, step.visual, step.reference))
         inputs = ScoreInputs(g, v, g0_tilde, self.rule.drift(products)[t])

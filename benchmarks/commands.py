@@ -28,12 +28,16 @@ SECTIONS = {
     "scaling": scaling.section,
 }
 
+# Takes as long as all others together.
+APART = ("costs",)
+
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    usual = [name for name in SECTIONS if name not in APART]
     parser.add_argument("names", nargs="*", metavar="NAME", help="as --only")
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="NAME",
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=usual, metavar="NAME",
                         help=f"of {', '.join(SECTIONS)}")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that everything runs")
     parser.add_argument("--threads", nargs="+", type=int, metavar="N", help="thread counts (default: 1 and 2)")

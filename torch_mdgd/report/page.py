@@ -10,7 +10,7 @@ from torch_mdgd.report.charts import lines
 from torch_mdgd.report.comparison import OUTCOMES, SAME, Answer, Change, Compared, SetComparison, outcomes
 from torch_mdgd.report.probes import Probe, is_right
 from torch_mdgd.report.style import STYLE
-from torch_mdgd.report.table import SCORES, headline, number, score_rows
+from torch_mdgd.report.table import SCORES, headline, score_rows
 
 SHOWN = 24
 """At most so many pictures of each outcome are on the page; the JSON has all answers."""
@@ -53,9 +53,8 @@ def _tiles(one: SetComparison) -> str:
     tiles.append((_moved(one.total.exact), f"exact answers, % of {one.total.count} probes"))
     tiles.append(("–" if one.kl is None else f"{one.kl:.3f}", "KL(before ‖ after), nats a token of right answers"))
     last = one.layers[-1]
-    tiles.append(
-        (f"{number(last.rank_before)} → {number(last.rank_after)}", "effective rank of the last visual features")
-    )
+    ranks = " → ".join("–" if x is None else f"{x:.1f}" for x in (last.rank_before, last.rank_after))
+    tiles.append((ranks, "effective rank of the last visual features"))
     tiles.append(("–" if last.drift is None else f"{last.drift:.1f} %", "drift of the last visual features"))
     inside = "".join(f'<div class="tile"><b>{value}</b><span>{_text(label)}</span></div>' for value, label in tiles)
     return f'<div class="tiles">{inside}</div>'
@@ -63,17 +62,23 @@ def _tiles(one: SetComparison) -> str:
 
 def _moved(change: Change) -> str:
     kind = "" if change.after == change.before else ' class="good"' if change.after > change.before else ' class="bad"'
-    return f"{change.before:.1f} → <span{kind} style='display:inline;font-size:inherit'>{change.after:.1f}</span>"
+    return f"{change.before:.1f} → <em{kind}>{change.after:.1f}</em>"
 
 
 def _scores(one: SetComparison) -> str:
     head = "".join(f"<th>{_text(name)}</th>" for name in SCORES)
     rows = []
     for row in score_rows(one):
-        cells = "".join(f"<td>{_text(cell)}</td>" for cell in row)
+        cells = "".join(f"<td>{_breaking(cell)}</td>" for cell in row)
         rows.append(f"<tr{' class=all' if row[0] == 'all' else ''}>{cells}</tr>")
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
     return f'<div class="scroll">{table}</div>'
+
+
+def _breaking(cell: str) -> str:
+    """A cell that may break before its interval."""
+    value, sign, half = cell.partition(" ± ")
+    return f"<span>{_text(value)}</span>" + (f" <span>± {_text(half)}</span>" if sign else "")
 
 
 def _layers(one: SetComparison) -> str:
@@ -112,7 +117,7 @@ def _answers(one: SetComparison, probes: Sequence[Probe]) -> str:
         shown = found[:: -(-len(found) // SHOWN)]
         more = "" if len(shown) == len(found) else f" {len(shown)} of {len(found)} are shown, evenly spread."
         cards = "".join(_card(x, probe) for x, probe in shown)
-        opened = "" if name == SAME else " open"
+        opened = " open" if len(parts) == 1 and name != SAME else ""
         parts.append(
             f"<details{opened}><summary>{_text(name.capitalize())}: {counts[name]}</summary>"
             f'<p class="faint">{TOLD[name]}{more}</p><div class="cards">{cards}</div></details>'
@@ -121,15 +126,15 @@ def _answers(one: SetComparison, probes: Sequence[Probe]) -> str:
 
 
 def _card(answer: Answer, probe: Probe) -> str:
-    rows = [("right", answer.right, "")]
+    cells = ["", "says", "likeliest", "right", answer.right, answer.right if probe.choices else "–"]
+    kinds = ["faint"] * 4 + ["", ""]
     for name, given, chosen in zip(("before", "after"), answer.generated, answer.chosen, strict=True):
-        rows.append((name, given or "(nothing)", _kind(is_right(given or "", answer.right))))
-        if chosen is not None:
-            rows.append(("  likeliest", chosen, _kind(chosen == answer.right)))
-    listed = "".join(f'<dt>{_text(name)}</dt><dd class="{kind}">{_text(value)}</dd>' for name, value, kind in rows)
+        cells += [name, given or "(nothing)", chosen or "–"]
+        kinds += ["faint", _kind(is_right(given or "", answer.right)), _kind(chosen == answer.right) if chosen else ""]
+    grid = "".join(f'<div class="{kind}">{_text(cell)}</div>' for cell, kind in zip(cells, kinds, strict=True))
     return (
         f'<div class="card"><img alt="{_text(answer.task)}" src="{_embedded(probe)}">'
-        f"<p>{_text(answer.question)}</p><dl>{listed}</dl></div>"
+        f'<p>{_text(answer.question)}</p><div class="said">{grid}</div></div>'
     )
 
 

@@ -12,14 +12,17 @@ h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .3rem; overflow-wrap: any
 h2 { margin: 2.6rem 0 .8rem; font-size: 1.3rem; border-bottom: 1px solid var(--line); padding-bottom: .3rem; }
 h3 { margin: 1.6rem 0 .5rem; font-size: 1.05rem; }
 p { max-width: 75ch; margin: .5rem 0; } .faint { color: var(--faint); }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 210px), 1fr));
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr));
   gap: .8rem; margin: 1rem 0; }
 .tile { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: .8rem 1rem; }
-.tile b { display: block; font-size: 1.45rem; font-variant-numeric: tabular-nums; white-space: nowrap; }
+.tile em { font-style: normal; }
+.tile b { display: block; font-size: 1.3rem; font-variant-numeric: tabular-nums; }
 .tile span { color: var(--faint); font-size: .88rem; display: block; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; }
-th, td { padding: .25rem .7rem; text-align: right; white-space: nowrap; }
+th, td { padding: .25rem .7rem; text-align: right; vertical-align: top; } td span { white-space: nowrap; }
+@media (max-width: 600px) { table { font-size: .8rem; width: 100%; } th, td { padding: .25rem .2rem; }
+  .tile { padding: .7rem; } .tile b { font-size: 1.1rem; } }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 thead th { border-bottom: 2px solid var(--ink); font-weight: 600; }
 tr.all td { border-top: 1px solid var(--line); font-weight: 600; }
@@ -36,8 +39,8 @@ svg text.before { fill: var(--before); stroke: none; } svg text.after { fill: va
 .card img { display: block; max-width: 100%; height: 150px; object-fit: contain;
   margin: 0 auto .6rem; border-radius: 4px; }
 .card p { overflow-wrap: anywhere; margin: 0 0 .5rem; max-height: 9rem; overflow-y: auto; }
-.card dl { display: grid; grid-template-columns: auto minmax(0, 1fr); gap: .1rem .7rem; margin: 0; }
-.card dt { color: var(--faint); } .card dd { margin: 0; overflow-wrap: anywhere; max-height: 7rem; overflow-y: auto; }
+.said { display: grid; grid-template-columns: auto minmax(0, 1fr) minmax(0, auto); gap: .1rem .7rem; }
+.said div { overflow-wrap: anywhere; max-height: 7rem; overflow-y: auto; }
 details { border: 1px solid var(--line); border-radius: 10px; padding: .5rem .9rem; margin: .7rem 0; }
 summary { cursor: pointer; font-weight: 600; padding: .2rem 0; } details .cards { margin: .7rem 0 .3rem; }
 """

@@ -44,8 +44,15 @@ class Reference:
     def __call__(self) -> Iterator[None]:
         """φ is in the model here. Autograd refuses a backward pass across it."""
         model: Any = self.model
-        with model.disable_adapter() if self._holder is None else self._holder.reference(model):
-            yield
+        # peft switches adapters on again with all their parameters, also those that were frozen.
+        trained = [(p, p.requires_grad) for p in model.parameters()]
+        try:
+            with model.disable_adapter() if self._holder is None else self._holder.reference(model):
+                yield
+        finally:
+            for p, wanted in trained:
+                if p.requires_grad != wanted:
+                    p.requires_grad_(wanted)
 
 
 def visual_loss(
@@ -66,7 +73,8 @@ def visual_loss(
     Args:
         model: called as ``model(**batch)``.
         batch: its inputs.
-        reference: where φ is: a :class:`Reference`, an MDGDOptimizer, or a second model.
+        reference: where φ is: a :class:`Reference`, an MDGDOptimizer, or a second model, of which no pass leaves a
+            trace: its buffers, its mode and the random generators are afterwards as they were.
         tap: where z comes from; ``VisualTap.for_model(model)`` if None.
         alignment: the form of L_v (5).
 
@@ -79,7 +87,8 @@ def visual_loss(
     if isinstance(reference, nn.Module):
         there = VisualTap.for_model(reference, tap.layers)
         known_of(there.text_module).other_kernels = known_of(tap.text_module).other_kernels
-        with traces.aside():
+        # Its own buffers too are as before, and its pass sees the same random numbers.
+        with Traces(reference).aside():
             z_reference = _features(there, reference, batch)
     else:
         at_reference: AbstractContextManager[Any] = (

@@ -41,6 +41,7 @@ def test_a_report_every_other_step(tmp_path, log):
     logged = [x for x in trainer.state.log_history if "forgetting_probes_kl" in x]
     assert [x["step"] for x in logged] == [2, 4, 5]
     assert all(x["forgetting_probes_drift"] > 0 for x in logged)
+    assert [x["step"] for x in trainer.state.log_history if "loss" in x] == [1, 2, 3, 4, 5]
     assert logged[-1]["forgetting_new_task_kl"] == report.history[-1].sets[1].kl
     last = report.history[-1]
     assert [x["step"] for x in last.as_dict()["trace"]] == [2, 4]

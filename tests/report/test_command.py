@@ -83,7 +83,7 @@ def test_what_is_wrong_is_said_without_a_traceback(before, data, tmp_path, capsy
     bad.write_text("{}")
     for arguments, message in (
         ((tmp_path, before), "has no config.json"),
-        ((before, tmp_path / "nowhere"), "nowhere is no folder of a model"),
+        ((before, tmp_path / "nowhere"), "nowhere is no folder of a model or an adapter, and no delta"),
         ((before, adapter, "--data", data, "--limit", 1), "adapter has no safetensors files, but pickles"),
         ((before, before, "--data", bad), "bad.jsonl, line 1: the key 'image' is missing"),
         ((before, before, "--limit", 0), "--limit must be a whole number from 1, got 0"),

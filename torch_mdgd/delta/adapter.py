@@ -71,11 +71,11 @@ def export_adapter(
     places = {id(model.get_submodule(name)): at for name, (at, _) in adders.items()}
     config = peft.ShiraConfig(r=rank, target_modules=sorted(layers))
     config.mask_fn = lambda layer, r, **_: _mask(layer.weight, places[id(layer)])
-    adapted = peft.get_peft_model(model, config)
+    adapted: Any = peft.get_peft_model(model, config)
     for name, (_, values) in adders.items():
         adapted.get_submodule(f"base_model.model.{name}").shira_weight["default"].data = values
     with appearing(Path(folder)) as part:
-        adapted.save_pretrained(part)
+        adapted.save_pretrained(str(part))
         del adapted, model
         back = peft.PeftModel.from_pretrained(load_model(base, dtype), str(part)).merge_and_unload()
         tensors, what = tensors_of(back), f"{folder}: the adapter, merged,"

@@ -27,7 +27,7 @@ ADAPTED = (".lora_A.", ".lora_B.", ".base_layer.", ".modules_to_save.")
 class Exported:
     """What was written, and what was compared when it was loaded back.
 
-    Attributes:
+    Args:
         folder: where it is.
         rewritten: files of weights that differ from the base's.
         copied: files of weights that are the base's.

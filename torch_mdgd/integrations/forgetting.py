@@ -44,6 +44,9 @@ class ForgettingCallback(TrainerCallback):
             found = self.report.measure(model, step=state.global_step)
             numbers = {f"forgetting_{name}": value for name, value in found.numbers.items()}
             if self.log is not None:
+                # The Trainer's log ends a wish to log, and its own is still to come.
+                wished = control.should_log
                 self.log(numbers)
+                control.should_log = wished
             elif state.is_world_process_zero:
                 state.log_history.append({**numbers, "step": state.global_step})

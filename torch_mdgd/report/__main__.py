@@ -14,7 +14,20 @@ from torch_mdgd.report.probes import Probe, read_probes
 from torch_mdgd.report.report import ForgettingReport
 
 ADAPTER = "adapter_config.json"
-DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES: dict[str, Any] = {
+    "auto": "auto",
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+def require_weights(after: Path) -> None:
+    """The errors of :func:`load_after` that can be known before anything is measured."""
+    if not after.is_file():
+        if not any((after / name).is_file() for name in (ADAPTER, "config.json")):
+            raise FileNotFoundError(f"{after} is no folder of a model or an adapter, and no delta")
+        require_safetensors(after)
 
 
 def load_after(before: Path, after: Path, dtype: Any) -> Any:
@@ -35,7 +48,6 @@ def load_after(before: Path, after: Path, dtype: Any) -> Any:
         import peft
     except ImportError as error:
         raise ImportError(f"{after} is an adapter, which peft loads: pip install peft") from error
-    require_safetensors(after)
     return peft.PeftModel.from_pretrained(load_model(before, dtype), str(after)).eval()
 
 
@@ -79,6 +91,7 @@ def run(given: argparse.Namespace) -> None:
     """Measure both, one after the other in memory; print and write what is found."""
     if given.limit is not None and given.limit < 1:
         raise ValueError(f"--limit must be a whole number from 1, got {given.limit}")
+    require_weights(given.after)
     dtype = DTYPES[given.dtype]
     probes = probes_of(given.data, given.limit)
     new_task = None if given.new_task is None else probes_of(given.new_task, given.limit)

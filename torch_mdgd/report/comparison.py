@@ -125,7 +125,7 @@ class SetComparison:
 class Compared:
     """A model before and after.
 
-    Attributes:
+    Args:
         before: what the first weights are called.
         after: what the second are called.
         step: of training, where it was measured during it.

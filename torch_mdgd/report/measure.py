@@ -225,7 +225,7 @@ def progress(total: int, label: str, show: bool) -> Any:
     if not show:
         return lambda done: None
     try:
-        from tqdm.auto import tqdm
+        from tqdm.auto import tqdm  # type: ignore[import-untyped]
     except ImportError:
         warnings.warn("no progress is shown: pip install tqdm", stacklevel=2)
         return lambda done: None

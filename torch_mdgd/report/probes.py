@@ -14,7 +14,7 @@ KEYS = {"image", "question", "answer", "choices", "task"}
 class Probe:
     """A question about a picture.
 
-    Attributes:
+    Args:
         picture: an image of Pillow, or the path of one.
         question: as a user would ask it.
         answer: the right one.

@@ -22,7 +22,16 @@ Probes = Sequence[Probe] | Sequence[Mapping[str, Any]]
 
 
 class Comparison(Compared):
-    """A model before and after; as a text it is a table."""
+    """A model before and after, as :meth:`ForgettingReport.measure` returns it; as a text it is a table.
+
+    Args:
+        before: what the first weights are called.
+        after: what the second are called.
+        step: of training; None where it is about none.
+        sets: scores, KL and layers of the probes, and of the new task where there is one.
+        pictures: the probes of each set.
+        trace: the numbers of earlier steps.
+    """
 
     def __str__(self) -> str:
         return plain(self)

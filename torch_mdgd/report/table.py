@@ -55,7 +55,7 @@ def headline(comparison: Compared) -> str:
 
 def score_rows(one: SetComparison) -> Rows:
     """A row a task, then all: percent before → after, ± half a 95 % interval of the change."""
-    found = []
+    found: Rows = []
     for score in [*one.scores, one.total] if len(one.scores) != 1 else one.scores:
         chance = "–" if score.chance is None else f"{score.chance:.1f}"
         found.append((score.task, str(score.count), chance, _both(score.restricted), _both(score.exact)))

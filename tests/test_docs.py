@@ -1,4 +1,4 @@
-"""README and the pages of docs/: their code runs, their links lead somewhere, their names and numbers are the sources'."""
+"""README and the pages of docs/: their code runs, their links lead somewhere, and they say what the sources say."""
 
 import ast
 import copy

@@ -128,7 +128,7 @@ class DenseStorage(Storage):
         self.age = 0
 
     def restrict_(self, v: Tensors) -> list[Tensor | None]:
-        """V with zeros outside the mask, in place."""
+        """The directions v with zeros outside the mask, in place."""
         for x, mask in zip(v, self.masks or (), strict=False):
             if x is not None and mask is not None:
                 x.mul_(mask)

@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import torch_mdgd
+from torch_mdgd import MDGD, Anchor, DriftBudget, MDGDOptimizer, Random, mdgd_backward
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
@@ -43,21 +44,25 @@ def in_code(page):
     return blocks, SPAN.findall(re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE))
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if BLOCK.search(read(page)) and page not in ELSEWHERE])
-def test_code_runs(page, tmp_path, monkeypatch):
-    """On a small model; pages call it, its data and the model that it was by these names."""
+@pytest.fixture
+def names(monkeypatch, tmp_path):
+    """What the pages' code calls by name: a small model, its parameters and data, and the model that it was."""
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     monkeypatch.chdir(tmp_path)
     tiny = import_module("tiny")
     model = tiny.make_model()
     model.model.vision_tower.requires_grad_(False)
-    names = {
+    return {
         "torch": torch,
         "model": model,
         "base_model": copy.deepcopy(model),
         "parameters": [p for p in model.parameters() if p.requires_grad],
         "loader": DataLoader(tiny.make_samples(8), batch_size=2),
     }
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if BLOCK.search(read(page)) and page not in ELSEWHERE])
+def test_code_runs(page, names):
     for i, match in enumerate(BLOCK.finditer(read(page))):
         exec(compile(match[1], f"{page}, block {i}", "exec"), names)
 
@@ -132,7 +137,57 @@ def test_contributing_names_every_room():
     assert there - named <= {"__init__.py", "__pycache__", "py.typed"}
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_files_in_the_text_are_there(page):
+    """Such as ``torch_mdgd/models/families.py``; results of runs are not."""
+    for span in in_code(page)[1]:
+        if re.fullmatch(r"(torch_mdgd|tests|docs|examples|reproductions|benchmarks)/[\w/.-]*", span):
+            assert (ROOT / span).exists(), span
+
+
 # Numbers.
+
+
+@pytest.mark.parametrize(("page", "columns"), [("README.md", (2,)), ("docs/choosing.md", (2, 3))])
+def test_passes_in_the_tables_are_those_that_are_run(page, columns, names, monkeypatch):
+    model, batch = names["model"], next(iter(names["loader"]))
+    counts, backward = [0, 0], torch.autograd.backward
+    model.model.language_model.register_forward_pre_hook(lambda *_: count(counts, 0))
+    monkeypatch.setattr(torch.autograd, "backward", lambda *a, **k: (count(counts, 1), backward(*a, **k))[1])
+    known = {**vars(torch_mdgd), "model": model, "α": 1.0, "restore": 0.1}
+    tried = 0
+    for row in rows(read(page)):
+        told = "+".join(row[i] for i in columns) if len(row) > columns[-1] else ""
+        if not re.fullmatch(r"\d\+\d", told):
+            continue
+        optimizer = MDGDOptimizer(torch.optim.SGD(names["parameters"], lr=0.1), eval(row[0].strip("`"), known))
+        counts[:] = 0, 0
+        mdgd_backward(model, optimizer, batch)
+        optimizer.zero_grad()
+        assert told == "+".join(map(str, counts)), row[0]
+        tried += 1
+    assert tried == 6
+
+
+def count(counts, i):
+    counts[i] += 1
+
+
+def test_diagnostics_in_the_table_are_those_that_there_are(names):
+    (table,) = re.findall(r"\| key \| meaning \|\n(?:\|.*\n)+", read("docs/choosing.md"))
+    there = set()
+    for rule in (MDGD(), DriftBudget(MDGD(regularize=0), 0.1)):
+        base = torch.optim.SGD(names["parameters"], lr=0.1)
+        optimizer = MDGDOptimizer(base, rule, mask=None if rule.weights["regularize"] else Random(0.5))
+        mdgd_backward(names["model"], optimizer, next(iter(names["loader"])))
+        there |= optimizer.diagnostics.keys()
+        optimizer.zero_grad()
+    assert {key for row in rows(table)[2:] for key in SPAN.findall(row[0])} == there
+
+
+def test_strength_to_begin_with_is_the_default():
+    row = next(row for row in rows(read("docs/choosing.md")) if row[0].startswith("`strength`"))
+    assert float(row[1]) == inspect.signature(Anchor).parameters["strength"].default
 
 
 def test_readme_is_read_once():

@@ -165,7 +165,7 @@ def test_what_no_addition_reaches_is_rounded_and_counted(base, tmp_path):
     save_delta(model, tmp_path / "delta.safetensors", optimizer)
     found = export_adapter(own, tmp_path / "delta.safetensors", out)
     assert found.rounded == 1
-    assert "but 1 numbers that are off by rounding" in str(found)
+    assert "but 1 elements that are off by rounding" in str(found)
     loaded = peft.PeftModel.from_pretrained(LlavaForConditionalGeneration.from_pretrained(own), out).merge_and_unload()
     assert abs(float(loaded.get_parameter(f"{LAYER}.mlp.up_proj.weight")[0, 0]) - 1e-30) <= 2.0**-23
     assert export_checkpoint(own, tmp_path / "delta.safetensors", tmp_path / "whole").rounded == 0

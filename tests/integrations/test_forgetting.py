@@ -52,5 +52,5 @@ def test_a_report_every_other_step(tmp_path, log):
 
 
 def test_every_is_checked():
-    with pytest.raises(ValueError, match="every must be a whole number from 1"):
+    with pytest.raises(ValueError, match="every must be a whole number of at least 1"):
         ForgettingCallback(None, every=0)

@@ -86,7 +86,7 @@ def test_what_is_wrong_is_said_without_a_traceback(before, data, tmp_path, capsy
         ((before, tmp_path / "nowhere"), "nowhere is no folder of a model or an adapter, and no delta"),
         ((before, adapter, "--data", data, "--limit", 1), "adapter has no safetensors files, but pickles"),
         ((before, before, "--data", bad), "bad.jsonl, line 1: the key 'image' is missing"),
-        ((before, before, "--limit", 0), "--limit must be a whole number from 1, got 0"),
+        ((before, before, "--limit", 0), "--limit must be a whole number of at least 1, got 0"),
     ):
         assert main([str(x) for x in arguments] + ["--out", str(tmp_path / "out"), "--device", "cpu"]) == 1
         assert message in capsys.readouterr().err

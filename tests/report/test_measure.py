@@ -193,7 +193,7 @@ def test_what_is_wrong_is_named(processor, probes):
         ({"probes": probes, "new_task": []}, ValueError, "new task are none"),
         ({"probes": [probes[0], as_batch(processor, probes)]}, ValueError, "probes mix Probe objects and batches"),
         ({"probes": ["what?"]}, TypeError, "Probe objects or batches with 'labels', got a str"),
-        ({"batch_size": 0}, ValueError, "batch_size must be a whole number from 1"),
+        ({"batch_size": 0}, ValueError, "batch_size must be a whole number of at least 1"),
     ):
         with pytest.raises(kind, match=message):
             ForgettingReport(model, processor, **arguments)

@@ -1,4 +1,4 @@
-"""A delta as an adapter of peft: SHiRA, which adds numbers to single elements of linear layers.
+"""A delta as an adapter of peft: SHiRA, which adds to single elements of linear layers.
 
 LoRA's product of two thin matrices is no form for a sparse delta, whose change of a matrix has full rank in general.
 """
@@ -36,7 +36,7 @@ def export_adapter(
 ) -> Exported:
     """Write a delta as a SHiRA adapter of peft, and compare base and adapter, merged, with base + delta.
 
-    Weights of 16 bits are equal bit for bit. Of float32, a number that moved far in proportion to its size may be off
+    Weights of 16 bits are equal bit for bit. Of float32, an element that moved far in proportion to its size may be off
     by the rounding of an addition, as no W + v may round to it; such are counted.
 
     Args:
@@ -64,7 +64,7 @@ def export_adapter(
     if digests_of(stored_buffers(model)) != buffers:
         raise ValueError(f"{delta} changes buffers of the model, which no adapter holds: {INSTEAD}")
     wanted, sizes = digests_of(tensors_of(model)), (len(parameters_of(model)), len(stored_buffers(model)))
-    kind, numbers = type(model).__name__, sum(x.numel() for x in tensors_of(model).values())
+    kind, elements = type(model).__name__, sum(x.numel() for x in tensors_of(model).values())
     rank = _rank(layers, found)
     adders = {name: _adder(name, before[name], found, rank * sum(before[name].shape)) for name in layers}
     model = load_model(base, dtype)
@@ -82,11 +82,11 @@ def export_adapter(
         rounded = sum(_rounded(f"{name}.weight", before[name], tensors, found) for name in layers)
         changed = {f"{name}.weight" for name in layers}
         require_equal(_without(wanted, changed), _without(digests_of(tensors), changed), what)
-    return Exported(Path(folder), (WEIGHTS,), (), kind, *sizes, numbers, rounded)
+    return Exported(Path(folder), (WEIGHTS,), (), kind, *sizes, elements, rounded)
 
 
 def _rounded(name: str, old: Tensor, tensors: dict[str, Tensor], delta: Delta) -> int:
-    """How many numbers of a merged weight are another than base + delta; a ValueError if that is more than rounding.
+    """How many elements of a merged weight are others than base + delta; a ValueError if that is more than rounding.
 
     Rounding of v = W′ − W and of W + v is at most 2⁻²⁴ (|v| + |W′|), and below 2⁻²³ (|W| + |W′|).
     """
@@ -98,7 +98,7 @@ def _rounded(name: str, old: Tensor, tensors: dict[str, Tensor], delta: Delta) -
     error = (merged.double() - wanted.double()).abs()[differing]
     bound = (old.flatten().double().abs() + wanted.double().abs())[differing] * 2.0**-23
     if not bool((error <= bound).all()):
-        raise ValueError(f"the adapter, merged, has other numbers in {name!r} than base + delta: {INSTEAD}")
+        raise ValueError(f"the adapter, merged, has other elements in {name!r} than base + delta: {INSTEAD}")
     return int(differing.sum())
 
 
@@ -138,7 +138,7 @@ def _rank(layers: dict[str, nn.Linear], delta: Delta) -> int:
 def _adder(name: str, weight: Tensor, delta: Delta, count: int) -> tuple[Tensor, Tensor]:
     """Where a layer's adapter adds what: flat indices that ascend, and float32 values; both of this length.
 
-    Where nothing changed it adds −0, which leaves all numbers as they are.
+    Where nothing changed it adds −0, which leaves everything as it is.
     """
     positions, new = delta.changes[f"{name}.weight"]
     old = weight.flatten()[positions.long()]

@@ -34,7 +34,7 @@ class Exported:
         kind: the class that was loaded.
         parameters: how many were compared.
         buffers: how many were compared.
-        numbers: how many numbers these are.
+        elements: how many elements these have.
         rounded: how many of them are off by the rounding of an addition; none but in adapters.
     """
 
@@ -44,7 +44,7 @@ class Exported:
     kind: str
     parameters: int
     buffers: int
-    numbers: int
+    elements: int
     rounded: int = 0
 
     def __str__(self) -> str:
@@ -53,8 +53,8 @@ class Exported:
             f"written   {self.folder}\n"
             f"rewritten {len(self.rewritten)} of {total} files of weights: {', '.join(self.rewritten) or 'none'}\n"
             f"checked   loaded back as {self.kind}: {self.parameters} parameters and {self.buffers} buffers, "
-            f"{self.numbers:,} numbers, equal base + delta bit for bit"
-            + (f", but {self.rounded:,} numbers that are off by rounding" if self.rounded else "")
+            f"{self.elements:,} elements, equal base + delta bit for bit"
+            + (f", but {self.rounded:,} elements that are off by rounding" if self.rounded else "")
         )
 
 
@@ -84,12 +84,12 @@ def export_checkpoint(
     model = base_model(base, found, dtype)
     apply_delta(model, delta)
     wanted, sizes = digests_of(tensors_of(model)), (len(parameters_of(model)), len(stored_buffers(model)))
-    kind, numbers = type(model), sum(x.numel() for x in tensors_of(model).values())
+    kind, elements = type(model), sum(x.numel() for x in tensors_of(model).values())
     with appearing(Path(folder)) as part:
         rewritten, copied = _write(base, part, reverted(model), None if dtype == "auto" else dtype)
         del model
         require_equal(wanted, digests_of(tensors_of(load_model(part))), f"{folder}: what was written")
-    return Exported(Path(folder), rewritten, copied, kind.__name__, *sizes, numbers)
+    return Exported(Path(folder), rewritten, copied, kind.__name__, *sizes, elements)
 
 
 def base_model(base: Path, delta: Delta, dtype: Any) -> nn.Module:

@@ -23,7 +23,7 @@ class ForgettingCallback(TrainerCallback):
             ``log_history`` alone.
 
     Raises:
-        ValueError: ``every`` is no whole number from 1.
+        ValueError: ``every`` is no whole number of at least 1.
     """
 
     def __init__(

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from torch_mdgd.checks import require_whole
 from torch_mdgd.delta import apply_delta
 from torch_mdgd.models.folders import load_model, load_processor, require_safetensors
 from torch_mdgd.report.drawn import drawn_probes
@@ -89,8 +90,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(given: argparse.Namespace) -> None:
     """Measure both, one after the other in memory; print and write what is found."""
-    if given.limit is not None and given.limit < 1:
-        raise ValueError(f"--limit must be a whole number from 1, got {given.limit}")
+    if given.limit is not None:
+        require_whole("--limit", given.limit)
     require_weights(given.after)
     dtype = DTYPES[given.dtype]
     probes = probes_of(given.data, given.limit)

@@ -43,7 +43,7 @@ def drawn_probes(per_task: int = 16, seed: int = 0) -> list[Probe]:
 
     Raises:
         ImportError: Pillow is not installed.
-        ValueError: ``per_task`` is no whole number from 1.
+        ValueError: ``per_task`` is no whole number of at least 1.
     """
     require_whole("per_task", per_task)
     probes = []

@@ -219,9 +219,10 @@ def test_verdicts_in_words_are_the_committed_ones():
         for row in rows(read(f"{STUDY}/verdicts.md"))
         if len(row) == 6 and "**" in row[2]
     }
-    assert len(committed) > 20
-    shown = {row[0]: row[1:] for row in rows(read("docs/evidence.md")) if row[0] in committed}
-    assert shown == committed
+    shown = {row[0]: row[1:] for row in rows(read("docs/evidence.md")) if len(row) == 5 and row[0] != "claim"}
+    assert len(shown) > 20
+    for claim, outcomes in shown.items():
+        assert outcomes == committed[claim], claim
 
 
 def test_points_lost_in_the_faq_are_the_committed_ones():

@@ -4,6 +4,7 @@ Triton decides when it is imported whether its kernels are compiled for CUDA or 
 has either. Without CUDA, test_triton.py runs these tests again in a process that interprets.
 """
 
+import importlib.util
 import os
 
 import pytest
@@ -25,7 +26,8 @@ if INTERPRETED:
 def backends():
     if INTERPRETED:
         return ["triton"]
-    return ["eager", "triton"] if torch.cuda.is_available() else ["eager"]
+    names = {"compiled": importlib.util.find_spec("numba") is not None, "triton": torch.cuda.is_available()}
+    return ["eager", *(name for name, there in names.items() if there)]
 
 
 @pytest.fixture(params=backends(), scope="module")
@@ -36,6 +38,12 @@ def backend(request):
         patch.setattr(selection, "BLOCK", 64)
         patch.setattr(selection, "COMPUTED_BLOCK", 40)
         patch.setattr(selection, "SAMPLE", 128)
+        if request.param == "compiled":
+            from torch_mdgd.kernels.compiled import chunks as compiled_chunks
+
+            patch.setattr(compiled_chunks, "CHUNK", 40)
+            patch.setattr(compiled_chunks, "LEAST", 1)
+            patch.setattr(torch, "get_num_threads", lambda: 2)
         if request.param == "triton":
             from torch_mdgd.kernels.triton import chunks
 

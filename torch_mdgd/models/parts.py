@@ -216,6 +216,6 @@ def decoder_layers(decoder: nn.Module) -> nn.ModuleList:
 def has_to_finish(model: nn.Module) -> bool:
     """Whether a pass that ends at an inner module would leave outer ones in the middle of theirs.
 
-    So it is with modules sharded by ``fully_shard``, offloaded by accelerate, or compiled.
+    So it is with modules sharded by ``fully_shard``, partitioned by DeepSpeed, offloaded by accelerate, or compiled.
     """
-    return any(hasattr(m, name) for m in model.modules() for name in ("unshard", "_hf_hook", "_orig_mod"))
+    return any(hasattr(m, name) for m in model.modules() for name in ("unshard", "ds_id", "_hf_hook", "_orig_mod"))

@@ -27,7 +27,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.distributed import checkpoints, integrations, losses, rules, setups
+from tests.distributed import checkpoints, fsdp2, integrations, losses, rules, setups
 from torch_mdgd import Given, Magnitude, MDGDOptimizer, Project, Random, kernels, mdgd_backward
 from torch_mdgd.delta import apply_delta, save_delta
 from torch_mdgd.parallel import dtensor
@@ -92,6 +92,7 @@ def with_libraries(case: Callable[..., None], folder: Path, rank: int) -> None:
         case(f"resumed, {settings}", integrations.resumed_trainer, folder / f"resumed {settings}", settings)
     case("untold", error, integrations.lightning, rank, WORLD, folder, "published", integrations.Untold)
     case("another strategy", error, integrations.another_strategy, folder)
+    fsdp2.run(case, folder, rank)
 
 
 def not_wrapped(rank: int) -> tuple[list[dict[str, Any]], list[str]]:
@@ -184,7 +185,7 @@ def sharded_after_it_was_wrapped(form: str, rank: int) -> dict[str, list[dict[st
 def error(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
     try:
         function(*args, **kwargs)
-    except (TypeError, ValueError, RuntimeError) as raised:
+    except (TypeError, ValueError, RuntimeError, FileNotFoundError) as raised:
         return f"{type(raised).__name__}: {raised}"
     return "nothing was raised"
 

@@ -199,8 +199,10 @@ class MDGDEngine:
         engine, before = self.engine, getattr(self.engine, "_is_gradient_accumulation_boundary", None)
         last = engine.is_gradient_accumulation_boundary() if boundary is None else boundary
         passes = _Passes(self, batch, loss, visual_weight, last, scale_wrt_gas)
-        if self._begins and not passes.pictures:
-            _clear_gradients(self.trained)
+        if self._begins:
+            self._recorded = {}
+            if not passes.pictures:
+                _clear_gradients(self.trained)
         alpha = None if separate else self.rule.joint(self._weights, False)
         try:
             with passes.sparing():

@@ -51,6 +51,9 @@ class MDGDTrainerMixin:
     With each of the Trainer's training logs go :attr:`MDGDOptimizer.diagnostics` of its last step (``visual_loss`` of
     its last micro-batch), by their names.
 
+    With FSDP2 (``fsdp=True``, ``fsdp_config={"version": 2, ...}``) parameters, φ and masks are sharded, and rules are
+    those of one process.
+
     With a ``deepspeed`` configuration of ZeRO-1, 2 or 3 the rule is given to a
     :class:`~torch_mdgd.integrations.deepspeed.MDGDEngine` around the engine, :attr:`mdgd_engine`; the optimizer stays
     DeepSpeed's. Rules that correct parameters after the step, and masks, are refused there.
@@ -287,7 +290,7 @@ class MDGDTrainerMixin:
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         trainer: Any = self
         model = trainer.model if model is None else model
-        if isinstance(model, PreTrainedModel) and not trainer.is_fsdp_enabled:
+        if isinstance(model, PreTrainedModel) and not _holds_shards(trainer):
             load_weights(model, resume_from_checkpoint)
         else:
             parent: Any = super()
@@ -295,7 +298,7 @@ class MDGDTrainerMixin:
 
     def _load_best_model(self) -> None:
         trainer: Any = self
-        if isinstance(trainer.model, PreTrainedModel) and not trainer.is_fsdp_enabled:
+        if isinstance(trainer.model, PreTrainedModel) and not _holds_shards(trainer):
             load_weights(trainer.model, trainer.state.best_model_checkpoint)
         else:
             parent: Any = super()
@@ -370,6 +373,15 @@ def _replaced(owner: Any, **attributes: Any) -> Iterator[None]:
         vars(owner).update(before)
 
 
+def _holds_shards(trainer: Any) -> bool:
+    """Whether whole weights are not in the model, and have a way of their own into it."""
+    return bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+
+
+def _fsdp_plugin(trainer: Any) -> Any:
+    return getattr(trainer.accelerator.state, "fsdp_plugin", None)
+
+
 def _watching(tap: VisualTap | None, model: nn.Module) -> _Watching:
     return _Watching(tap or VisualTap.for_model(model))
 
@@ -384,8 +396,8 @@ def _refuse_unsupported(trainer: Any) -> None:
             trainer.is_deepspeed_enabled and bool(trainer.mdgd_mask or trainer.mdgd_compact)
         ),
         "DataParallel (several GPUs in one process; use one, or torchrun)": args.n_gpu > 1,
-        "FSDP, whose plugin wraps and saves the model its own way (use DDP, or fully_shard in a loop of your own)": (
-            trainer.is_fsdp_enabled
+        "FSDP1, which mixes parameters in flat shards (set version 2 in fsdp_config)": (
+            trainer.is_fsdp_enabled and getattr(_fsdp_plugin(trainer), "fsdp_version", 1) != 2
         ),
         "context or sequence parallelism": getattr(trainer.accelerator, "parallelism_config", None) is not None,
         "checkpointing with use_reentrant=True, which drops gradients silently (use False)": (

@@ -151,10 +151,11 @@ def freeze_all_but(model: nn.Module, modules: Iterable[nn.Module]) -> list[nn.Pa
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel, torch.compile and a PeftModel."""
+    """The model inside DistributedDataParallel, DeepSpeed's engine, torch.compile and a PeftModel."""
     inner: Any = model
     while True:
-        if isinstance(inner, nn.parallel.DistributedDataParallel):
+        engine = type(inner).__module__.startswith("deepspeed.runtime.")
+        if engine or isinstance(inner, nn.parallel.DistributedDataParallel):
             inner = inner.module
         elif hasattr(inner, "_orig_mod"):
             inner = inner._orig_mod

@@ -30,6 +30,7 @@ def test_there_are_examples():
         "own_rule",
         "trainer",
         "trl_sft",
+        "two_lines",
     }
     assert names <= set(SCRIPTS)
 

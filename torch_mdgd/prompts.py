@@ -129,7 +129,7 @@ def question_batches(
         ValueError: no pictures or no questions; the processor has neither chat template nor image token.
     """
     if not len(pictures) or not questions:
-        raise ValueError(f"question_batches: {len(pictures)} pictures and {len(questions)} questions")
+        raise ValueError(f"question_batches: needs both, got {len(pictures)} pictures and {len(questions)} questions")
     draw = random.Random(seed)
     for start in range(0, len(pictures), batch_size):
         chosen = list(pictures[start : start + batch_size])

@@ -11,7 +11,7 @@ def describe(delta: Delta) -> str:
     total = sum(x.numel for x in delta.parameters.values())
     lines = [
         f"base      {delta.base}",
-        f"changed   {delta.numbers:,} of {total:,} numbers, in {len(delta.changes)} of {len(delta.parameters)} "
+        f"changed   {delta.elements:,} of {total:,} elements, in {len(delta.changes)} of {len(delta.parameters)} "
         "parameters",
         f"buffers   {len(delta.buffers)}",
         "",

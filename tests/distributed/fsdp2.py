@@ -1,18 +1,12 @@
-"""FSDP2 through accelerate and the Trainer, in every process of a test.
+"""FSDP2 through accelerate and the Trainer, in every process of a test."""
 
-accelerate shards on accelerators alone: it is told here that these processes have one each, which is the CPU.
-"""
-
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate import Accelerator
+from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import nn
 from transformers import TrainingArguments
 
@@ -31,14 +25,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 STEPS, MICRO_BATCHES, CLIP = 3, 2, 0.05
 LAYER = "LlamaDecoderLayer"
-
-
-@contextmanager
-def accelerators() -> Iterator[None]:
-    """accelerate as on a machine with an accelerator for each process."""
-    backend = mock.patch.object(PartialState, "_prepare_backend", return_value=("gloo", DistributedType.MULTI_GPU))
-    with accelerate_state.fresh(), backend, mock.patch.dict(os.environ, {"ACCELERATE_TORCH_DEVICE": "cpu"}):
-        yield
 
 
 def network() -> nn.Module:
@@ -62,7 +48,7 @@ def trainer(
     diagnose_every: int | None = None,
     **more: Any,
 ) -> dict[str, Any]:
-    with accelerators() if world > 1 else accelerate_state.fresh():
+    with accelerate_state.accelerators() if world > 1 else accelerate_state.fresh():
         model = network()
         if resume is not None:
             with torch.no_grad():
@@ -96,7 +82,7 @@ def resumed_trainer(folder: Path, settings: str, kind: str) -> tuple[dict[str, A
 
 
 def accelerated(rank: int, world: int, settings: str) -> dict[str, Any]:
-    with accelerators() if world > 1 else accelerate_state.fresh():
+    with accelerate_state.accelerators() if world > 1 else accelerate_state.fresh():
         plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=[LAYER]
         )

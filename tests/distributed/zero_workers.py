@@ -10,16 +10,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tests.distributed import integrations
-from tests.distributed.workers import error
+from tests.distributed.setups import error
 
 WORLD = 2
 
 
 def run(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    integrations.environment(rank, WORLD)
-    os.environ |= {"DS_ACCELERATOR": "cpu", "MASTER_PORT": "29513", "CUDA_VISIBLE_DEVICES": ""}
+    # What a launcher sets.
+    ranks = dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank))
+    os.environ |= {**ranks, **dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(WORLD))}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29513"}
+    os.environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     import deepspeed
     import deepspeed.ops
     from deepspeed.utils import logger

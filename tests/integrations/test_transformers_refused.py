@@ -59,5 +59,5 @@ def test_fsdp1_is_refused(tmp_path):
             super().create_accelerator_and_postprocess()
             self.is_fsdp_enabled = True
 
-    with pytest.raises(ValueError, match="MDGDTrainer does not support FSDP1.*set version 2 in fsdp_config"):
+    with pytest.raises(ValueError, match=r"MDGDTrainer does not support FSDP1.*set version 2 in fsdp_config"):
         Sharding(model=llava(), args=arguments(tmp_path), train_dataset=dataset())

@@ -37,7 +37,6 @@ from torch_mdgd.rules.anchor import Anchor
 from torch_mdgd.rules.around import Around
 from torch_mdgd.rules.base import KINDS, PREFIX, Rule
 from torch_mdgd.rules.mdgd import MDGD
-from torch_mdgd.storage.exchange import exchange_
 
 FILE = "mdgd.safetensors"
 FORMAT = "torch_mdgd engine 1"
@@ -76,10 +75,16 @@ class ZeroReference(Reference):
         finally:
             self._exchange()
 
+    @torch.no_grad()
     def _exchange(self) -> None:
         # What was gathered is of the other values.
         _release(self.engine)
-        exchange_([_held(p) for p in self.trained], self.values)
+        for p, x in zip(self.trained, self.values, strict=True):
+            held = _held(p)
+            before = held.clone()
+            held.copy_(x)
+            x.copy_(before)
+        torch.clear_autocast_cache()
 
     def is_there(self) -> bool:
         """Whether no parameter has left φ, as far as this process holds them."""

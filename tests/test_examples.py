@@ -24,6 +24,7 @@ def test_there_are_examples():
         "accelerate_loop",
         "ddp",
         "float16",
+        "forgetting_report",
         "fsdp",
         "fsdp2_trainer",
         "hook_api",

@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import torch_mdgd
+import torch_mdgd.report
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -162,7 +163,7 @@ def test_wheel_works_beside_torch_alone(wheel: Path, tmp_path: Path) -> None:
 
 DOCUMENTED = {
     name: found
-    for module in (torch_mdgd, torch_mdgd.rules, torch_mdgd.masks, torch_mdgd.delta)
+    for module in (torch_mdgd, torch_mdgd.rules, torch_mdgd.masks, torch_mdgd.delta, torch_mdgd.report)
     for name, found in vars(module).items()
     if (inspect.isclass(found) or inspect.isfunction(found)) and found.__module__.startswith("torch_mdgd")
     if not name.startswith("_")

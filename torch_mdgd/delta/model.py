@@ -205,7 +205,12 @@ def _put(x: Tensor, positions: Tensor | None, values: Tensor) -> None:
 
 
 def _same(x: Tensor, y: Tensor) -> bool:
-    return x.shape == y.shape and torch.equal(_bits(x), _bits(y))
+    return x.shape == y.shape and bool(same_bits(x, y).all())
+
+
+def same_bits(x: Tensor, y: Tensor) -> Tensor:
+    """Where two tensors of one shape and dtype have the same bits: bool."""
+    return _bits(x) == _bits(y)
 
 
 def _bits(x: Tensor) -> Tensor:

@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
 READMES = ["README.md", "CONTRIBUTING.md", "reproductions/README.md", "benchmarks/README.md"]
 PAGES = [*READMES, *DOCS]
-# Its program is run by tests/delta/test_format.py, on a file.
-ELSEWHERE = {"docs/delta.md"}
+# Programs that tests/delta/test_format.py runs, on a file, and tests/distributed, in several processes.
+ELSEWHERE = {"docs/delta.md", "docs/distributed.md"}
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 SPAN = re.compile(r"`([^`\n]+)`")
 STUDY = "reproductions/mini/results/study"

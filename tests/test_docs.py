@@ -11,6 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 import torch_mdgd
@@ -20,8 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
 READMES = ["README.md", "CONTRIBUTING.md", "reproductions/README.md", "benchmarks/README.md"]
 PAGES = [*READMES, *DOCS]
-# Its program is run by tests/delta/test_format.py, on a file.
-ELSEWHERE = {"docs/delta.md"}
+# The program of the first is run by tests/delta/test_format.py, on a file; those of the second have a test here.
+ELSEWHERE = {"docs/delta.md", "docs/distributed.md"}
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 SPAN = re.compile(r"`([^`\n]+)`")
 STUDY = "reproductions/mini/results/study"
@@ -65,6 +69,34 @@ def names(monkeypatch, tmp_path):
 def test_code_runs(page, names):
     for i, match in enumerate(BLOCK.finditer(read(page))):
         exec(compile(match[1], f"{page}, block {i}", "exec"), names)
+
+
+DISTRIBUTED = "docs/distributed.md"
+
+
+@pytest.mark.parametrize("block", [block for block in BLOCK.findall(read(DISTRIBUTED)) if "eepspeed" not in block])
+def test_code_of_several_processes_runs_with_one(block, names, tmp_path):
+    """Each block begins anew: a model is either in DDP or sharded. DeepSpeed's engine has tests of its own."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        base = torch.optim.AdamW(names["parameters"], lr=1e-2)
+        optimizer = MDGDOptimizer(base, MDGD(regularize=0))
+        mdgd_backward(names["model"], optimizer, next(iter(names["loader"])))
+        optimizer.step()
+        optimizer.zero_grad()
+        if "no_sync" in block:
+            names["model"] = DistributedDataParallel(names["model"])
+        exec(
+            compile(block, DISTRIBUTED, "exec"),
+            {
+                **vars(torch_mdgd), **names, "AdamW": torch.optim.AdamW, "dcp": dcp, "fully_shard": fully_shard,
+                "device": "cpu", "local_rank": None, "folder": str(tmp_path), "optimizer": optimizer,
+                # On the CPU there are no device numbers.
+                "DistributedDataParallel": lambda model, device_ids=None: DistributedDataParallel(model),
+            },
+        )  # fmt: skip
+    finally:
+        dist.destroy_process_group()
 
 
 def test_the_site_builds_without_a_warning(tmp_path):

@@ -24,8 +24,9 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
 READMES = ["README.md", "CONTRIBUTING.md", "reproductions/README.md", "benchmarks/README.md"]
 PAGES = [*READMES, *DOCS]
-# The program of the first is run by tests/delta/test_format.py, on a file; those of the second have a test here.
-ELSEWHERE = {"docs/delta.md", "docs/distributed.md"}
+# The program of the first is run by tests/delta/test_format.py, on a file; those of the second have a test below; those
+# of the third need frameworks and weights, and tests of the integrations take their place.
+ELSEWHERE = {"docs/delta.md", "docs/distributed.md", "docs/recipes.md"}
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 SPAN = re.compile(r"`([^`\n]+)`")
 STUDY = "reproductions/mini/results/study"
@@ -97,6 +98,21 @@ def test_code_of_several_processes_runs_with_one(block, names, tmp_path):
         )  # fmt: skip
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if BLOCK.search(read(page))])
+def test_what_code_imports_of_the_package_is_there(page):
+    """Read, and not imported: an integration may need its framework."""
+    for block in BLOCK.findall(read(page)):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "torch_mdgd":
+                path = ROOT / node.module.replace(".", "/")
+                source = ast.parse((path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text())
+                defined = {x.id for x in ast.walk(source) if isinstance(x, ast.Name) and isinstance(x.ctx, ast.Store)}
+                defined |= {x.name for x in ast.walk(source) if isinstance(x, ast.FunctionDef | ast.ClassDef)}
+                defined |= {x.asname or x.name for x in ast.walk(source) if isinstance(x, ast.alias)}
+                defined |= {x.stem for x in path.glob("*")}
+                assert {alias.name for alias in node.names} <= defined, node.module
 
 
 def test_the_site_builds_without_a_warning(tmp_path):

@@ -142,10 +142,11 @@ def test_calls_in_the_text_fit_the_signatures(page):
             call = ast.parse(span, mode="eval").body
         except SyntaxError:
             continue
-        found = getattr(torch_mdgd, call.func.id, None) if isinstance(call, ast.Call) and is_name(call) else None
-        if found is not None:
+        if isinstance(call, ast.Call) and is_name(call) and call.func.id in torch_mdgd.__all__:
             placeholders = [None] * len(call.args)
-            inspect.signature(found).bind_partial(*placeholders, **{word.arg: None for word in call.keywords})
+            inspect.signature(getattr(torch_mdgd, call.func.id)).bind_partial(
+                *placeholders, **{word.arg: None for word in call.keywords}
+            )
 
 
 def is_name(call):

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 
 from tests.properties import assert_same_bits
 from tests.tiny_models import llava, llava_batch, text_batch
-from torch_mdgd import MDGD, MDGDOptimizer, connector, freeze_all_but, last_decoder_layers, mdgd_backward
+from torch_mdgd import MDGD, Anchor, MDGDOptimizer, connector, freeze_all_but, last_decoder_layers, mdgd_backward
 from torch_mdgd.loss import Reference, visual_loss
 
 
@@ -83,3 +83,23 @@ def test_adapters_that_have_moved_are_copied():
 def test_a_model_without_trained_parameters():
     with pytest.raises(ValueError, match="no parameter of the model requires gradients"):
         Reference(llava().requires_grad_(False))
+
+
+def test_the_anchors_loss_holds_no_copy_of_adapters_that_begin_as_nothing():
+    model, parameters = lora()
+    anchor = Anchor(model).hold()
+    anchor.calibrate([llava_batch()])
+    own = {p.data_ptr() for p in parameters}
+    assert sum(x.untyped_storage().nbytes() for x in anchor._phi if x.data_ptr() not in own) <= 4 * len(parameters)
+    optimizer = MDGDOptimizer(torch.optim.SGD(parameters, lr=0.1), Anchor(model))
+    optimizer.rule.calibrate([llava_batch()])
+    optimizer.set_reference()
+    move(parameters)
+    optimizer.set_gradients(task=[torch.zeros_like(p) for p in parameters])
+    optimizer.combine()
+    wanted = [p.grad.clone() for p in parameters]
+    optimizer.zero_grad()
+    anchor.loss().backward()
+    scale = max(float(x.abs().max()) for x in wanted)
+    for p, x in zip(parameters, wanted, strict=True):
+        assert (p.grad - x).abs().max() <= 1e-5 * scale

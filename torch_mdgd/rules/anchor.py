@@ -433,7 +433,13 @@ class Anchor(Around):
         trained = [p for p in found if p.requires_grad]
         dtensor.refuse_sharded("Anchor.hold", trained, "give the rule to an MDGDOptimizer, and call mdgd_backward")
         self.attach(trained, masked=False)
-        self._phi = [p.detach().clone() for p in trained]
+        # LoRA whose B is zero is nothing at φ, whatever A is: no copy.
+        pairs = [layer.lora for layer in self.layers if layer.lora is not None and _is_nothing(layer)]
+        live, zero = ({pair[k] for pair in pairs} for k in (0, 1))
+        self._phi = [
+            p.detach() if i in live else p.new_zeros(()).expand_as(p) if i in zero else p.detach().clone()
+            for i, p in enumerate(trained)
+        ]
         self._places = {p: i for i, p in enumerate(trained)}
         return self
 
@@ -516,6 +522,12 @@ def _flat(x: Tensor, chosen: Tensor | None) -> Tensor:
     """The chosen rows of inputs or answers, shape (n, width)."""
     flat = x.detach().reshape(-1, x.shape[-1])
     return flat if chosen is None else flat[chosen.reshape(-1).to(x.device)]
+
+
+def _is_nothing(layer: Linear) -> bool:
+    """Whether LoRA's B is zero."""
+    matrices: Any = layer.module.lora_B
+    return not bool(matrices[layer.adapter].weight.detach().any())
 
 
 def _equal(moments: Moments, sums: Tensor, size: Tensor) -> bool:

@@ -2,9 +2,10 @@
 
 from typing import Any
 
+from swift.callbacks import TrainerCallback, callbacks_map
 from swift.optimizers import OptimizerCallback, optimizers_map
 
-from torch_mdgd.integrations.transformers import MDGDTrainerMixin, adopt
+from torch_mdgd.integrations.transformers import adopt
 from torch_mdgd.integrations.written import ADVISED
 
 
@@ -16,27 +17,22 @@ def register(name: str = "mdgd", **options: Any) -> None:
         **options: the arguments of :class:`~torch_mdgd.integrations.transformers.MDGDTrainerMixin`; ``rule`` is
             ``"MDGD(3.0, regularize=0)"`` if it is left out.
     """
+    settings = {"rule": ADVISED, **options}
 
-    class MDGDCallback(_Callback):
-        settings = {"rule": ADVISED, **options}
+    class Passes(TrainerCallback):  # type: ignore[misc]
+        """Puts the passes into the trainer as soon as it is made, so that it loads checkpoints, too."""
 
-    optimizers_map[name] = MDGDCallback
+        def on_init_end(self, *args: Any, **kwargs: Any) -> None:
+            adopt(self.trainer, **settings)
 
+    class Switch(OptimizerCallback):  # type: ignore[misc]
+        """Makes the optimizer that ms-swift makes by default, which the trainer then wraps."""
 
-class _Callback(OptimizerCallback):  # type: ignore[misc]
-    """Makes the optimizer that ms-swift would make, and the trainer one that takes the passes."""
+        def __init__(self, args: Any, trainer: Any) -> None:
+            super().__init__(args, trainer)
+            args.callbacks = [*(x for x in args.callbacks if x != name), name]
+            if args.gradient_checkpointing and not (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+                # On one device ms-swift takes the other kind unless it is told, and that drops gradients.
+                args.gradient_checkpointing_kwargs = {"use_reentrant": False}
 
-    settings: dict[str, Any] = {}
-
-    def __init__(self, args: Any, trainer: Any) -> None:
-        super().__init__(args, trainer)
-        if args.gradient_checkpointing and not (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
-            # ms-swift takes the other kind on one device unless it is told, and that drops gradients.
-            args.gradient_checkpointing_kwargs = {"use_reentrant": False}
-
-    def create_optimizer(self, model: Any = None) -> Any:
-        """The trainer's, which asks here again for the one to wrap."""
-        if isinstance(self.trainer, MDGDTrainerMixin):
-            return super().create_optimizer(model)
-        adopt(self.trainer, **self.settings)
-        return self.trainer.create_optimizer(model)
+    callbacks_map[name], optimizers_map[name] = Passes, Switch

@@ -265,6 +265,7 @@ def resumed_trainer(name: str) -> str:
             one = trainer(
                 model=adapted(name), args=args, train_dataset=tiny.make_samples(2 * STEPS), rule=MDGD(0.5, regularize=0)
             )
+            one.remove_callback(transformers.PrinterCallback)
             one.train(resume_from_checkpoint=checkpoint)
             found.append([p.detach() for p in one.model.parameters() if p.requires_grad])
     return "works" if close(*found) else "other weights"
@@ -274,9 +275,13 @@ def merged(name: str) -> str:
     """Whether the merged model answers as the adapters do."""
     model, _ = adapter_run(name)
     batch = next(batches(2, 3))
+    # Merged before it answers: on a CPU bitsandbytes packs weights anew for answering, which peft does not know of.
+    whole = copy.deepcopy(model).merge_and_unload()
     with torch.no_grad():
         wanted = model.eval()(**batch).logits
-        off = float((model.merge_and_unload()(**batch).logits - wanted).abs().max() / wanted.abs().max())
+        off = float((whole.eval()(**batch).logits - wanted).abs().max() / wanted.abs().max())
+    if name.startswith("QLoRA"):
+        return "rounded" if 1e-4 < off < 0.3 else f"off by {100 * off:.0f} %"
     return "works" if off <= 1e-4 else f"off by {100 * off:.0f} %"
 
 
@@ -310,20 +315,24 @@ def outcome(name: str, check: str) -> str:
             return f"refused: {' '.join(str(error).split())}"
 
 
-def main() -> None:
+def tables() -> Iterator[str]:
+    """The lines of the tables; what the installed libraries do not know is left out, with a word to stderr."""
     for kind, names, checks in (("optimizer", OPTIMIZERS, CHECKS), ("adapter", ADAPTERS, ADAPTER_CHECKS)):
-        print(f"| {kind} | of | " + " | ".join(checks) + " |")
-        print("|---|---|" + "---|" * len(checks))
+        refusals = []
+        yield f"| {kind} | of | " + " | ".join(checks) + " |"
+        yield "|---|---|" + "---|" * len(checks)
         for name in names:
             found = [outcome(name, check) for check in checks]
             if ABSENT in found:
                 print(f"{name}: {library_of(name)} is {ABSENT}", file=sys.stderr)
-            else:
-                print(f"| {name} | {library_of(name)} | " + " | ".join(found) + " |", flush=True)
-        print()
+                continue
+            yield f"| {name} | {library_of(name)} | " + " | ".join(x.partition(":")[0] for x in found) + " |"
+            refusals += [f"- {name}, {check}: {x}" for check, x in zip(checks, found, strict=True) if ":" in x]
+        yield from ("", *refusals, "")
     libraries = sorted({library_of(name) for name in (*OPTIMIZERS, *ADAPTERS)})
-    print("Versions: " + ", ".join(f"{name} {version(name).partition('+')[0]}" for name in libraries) + ".")
+    yield "Versions: " + ", ".join(f"{name} {version(name).partition('+')[0]}" for name in libraries) + "."
 
 
 if __name__ == "__main__":
-    main()
+    for line in tables():
+        print(line)

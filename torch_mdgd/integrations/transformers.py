@@ -291,10 +291,13 @@ def adopt(trainer: Trainer, **options: Any) -> None:
     kind = type(trainer)
     if isinstance(trainer, MDGDTrainerMixin):
         raise TypeError(f"adopt: {kind.__name__} has the mixin already")
-    _refuse_unsupported(trainer)
     trainer.__class__ = type(f"MDGD{kind.__name__}", (MDGDTrainerMixin, kind), {})
     adopted: Any = trainer
-    adopted._take(**options)
+    try:
+        adopted._take(**options)
+    except BaseException:
+        trainer.__class__ = kind
+        raise
 
 
 @torch.no_grad()

@@ -48,7 +48,9 @@ def simple(path: str, **options: Any) -> Callable[[nn.Module], torch.optim.Optim
     def make(model: nn.Module) -> torch.optim.Optimizer:
         module, _, name = path.rpartition(".")
         kind: Any = getattr(importlib.import_module(module), name)
-        made: torch.optim.Optimizer = kind([p for p in model.parameters() if p.requires_grad], **{"lr": RATE, **options})
+        made: torch.optim.Optimizer = kind(
+            [p for p in model.parameters() if p.requires_grad], **{"lr": RATE, **options}
+        )
         return made
 
     return make

@@ -250,4 +250,3 @@ def test_unsloth(installed, wanted, tmp_path):
     trainer = made(door.MDGDUnslothTrainer, tmp_path, **SETTINGS)
     trainer.train()
     assert_same_bits(weights(trainer), weights(wanted))
-

@@ -50,7 +50,9 @@ def state(out):
 
 def swift(folder, out, rule, full, resume=None):
     """The command line of docs/recipes.md, on a CPU."""
-    (folder / "plugin.py").write_text(f"from torch_mdgd.integrations.swift import register\n\nregister(rule={rule!r})\n")
+    (folder / "plugin.py").write_text(
+        f"from torch_mdgd.integrations.swift import register\n\nregister(rule={rule!r})\n"
+    )
     door = [] if rule is None else ["--external_plugins", folder / "plugin.py", "--optimizer", "mdgd"]
     more = [x for name, value in COMMON.items() for x in (f"--{name}", value)]
     run(

@@ -40,7 +40,9 @@ class MDGDPlugin(BasePlugin):  # type: ignore[misc]
         if cfg.get("gradient_checkpointing"):
             options = cfg.get("gradient_checkpointing_kwargs") or {}
             if options.get("use_reentrant"):
-                raise ValueError("gradient_checkpointing_kwargs: use_reentrant: true drops gradients of MDGD: use false")
+                raise ValueError(
+                    "gradient_checkpointing_kwargs: use_reentrant: true drops gradients of MDGD: use false"
+                )
             cfg["gradient_checkpointing_kwargs"] = {**options, "use_reentrant": False}
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:

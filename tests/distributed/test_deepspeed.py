@@ -88,14 +88,14 @@ def test_trainer(found, tmp_path, stage, form):
     for actual in found(f"trainer, {stage}, {form}"):
         assert_agree(actual, wanted)
         for one, other in zip(actual["logs"], wanted["logs"], strict=True):
-            assert one.keys() == other.keys()
-            for name, value in other.items():
-                assert math.isclose(one[name], value, rel_tol=1e-3, abs_tol=1e-5), name
+            # The optimizer goes on showing the last L_v at steps that have none.
+            assert other.keys() - one.keys() <= {"visual_loss"}
+            for name, value in one.items():
+                assert math.isclose(other[name], value, rel_tol=1e-3, abs_tol=1e-5), name
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_a_resumed_trainer_is_the_uninterrupted_one(found, stage):
-    for whole, resumed in found(f"resumed trainer, {stage}"):
+def test_a_resumed_trainer_is_the_uninterrupted_one(found):
+    for whole, resumed in found("resumed trainer"):
         assert_agree(resumed, whole)
         for one, other in zip(resumed["logs"][:-1], whole["logs"][:-1], strict=True):
             assert one.keys() == other.keys()

@@ -24,9 +24,9 @@ from torch_mdgd import MDGD, Anchor, DriftBudget, MDGDOptimizer, Project, StepPr
 from torch_mdgd.integrations.transformers import MDGDTrainer
 from torch_mdgd.loss import Reference, visual_loss
 
-STEPS, MICRO_BATCHES, CLIP = 4, 2, 0.5
+STEPS, MICRO_BATCHES, CLIP = 3, 2, 0.5
 # By micro-batch: one of text alone comes first in its step, one last.
-TEXT = (2, 7)
+TEXT = (2, 5)
 
 Rules = dict[str, Callable[[nn.Module], Any]]
 RULES: Rules = {
@@ -279,9 +279,9 @@ def collate(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def resumed_trainer(stage: int, folder: Path, trained: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    more = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    more = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1}
     whole = trainer(2, stage, "anchor and lazy", folder, trained, **more)
-    again = trainer(2, stage, "anchor and lazy", folder, trained, **more, resume=str(folder / "checkpoint-2"))
+    again = trainer(2, stage, "anchor and lazy", folder, trained, **more, resume=str(folder / "checkpoint-1"))
     return whole, again
 
 
@@ -341,5 +341,4 @@ def run(case: Callable[..., None], error: Callable[..., str], folder: Path, rank
         case(f"trainer, {stage}, {form}", trainer, world, stage, form, folder / "trainer")
     case("example, engine", example, "deepspeed_engine", folder)
     case("example, trainer", trainer_example, folder)
-    for stage, trained in ((2, "all"), (3, "lora")):
-        case(f"resumed trainer, {stage}", resumed_trainer, stage, folder / f"trainer {stage}", trained)
+    case("resumed trainer", resumed_trainer, 3, folder / "resumed trainer", "lora")

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, Trainer
 
 from torch_mdgd.backward import find_optimizer, mdgd_backward
 from torch_mdgd.diagnostics import effective_rank
+from torch_mdgd.integrations.written import written_mask, written_rule
 from torch_mdgd.masks.base import Mask
 from torch_mdgd.models.tap import Batch, VisualTap
 from torch_mdgd.optimizer import MDGDOptimizer
@@ -63,8 +64,9 @@ class MDGDTrainerMixin:
 
     Args:
         *args: the Trainer's own, like all keywords but these.
-        rule: of the :class:`MDGDOptimizer`, or a function of the model that returns it; ``MDGD()`` if None.
-        mask: of the :class:`MDGDOptimizer`.
+        rule: of the :class:`MDGDOptimizer`, or a function of the model that returns it, or text such as
+            ``"MDGD(3.0, regularize=0)"``; ``MDGD()`` if None.
+        mask: of the :class:`MDGDOptimizer`, or text such as ``"Random(0.1)"``.
         compact: of the :class:`MDGDOptimizer`.
         tap: where z comes from; ``VisualTap.for_model(model)`` if None.
         alignment: the form of L_v (5).
@@ -91,8 +93,8 @@ class MDGDTrainerMixin:
     def __init__(
         self,
         *args: Any,
-        rule: Rule | Callable[[nn.Module], Rule] | None = None,
-        mask: Mask | None = None,
+        rule: Rule | Callable[[nn.Module], Rule] | str | None = None,
+        mask: Mask | str | None = None,
         compact: bool = False,
         tap: VisualTap | None = None,
         alignment: Literal["l1", "mse"] = "l1",
@@ -102,8 +104,24 @@ class MDGDTrainerMixin:
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self._take(rule, mask, compact, tap, alignment, effective_rank_steps, separate, diagnose_every)
+
+    def _take(
+        self,
+        rule: Rule | Callable[[nn.Module], Rule] | str | None = None,
+        mask: Mask | str | None = None,
+        compact: bool = False,
+        tap: VisualTap | None = None,
+        alignment: Literal["l1", "mse"] = "l1",
+        effective_rank_steps: int = 0,
+        separate: bool = False,
+        diagnose_every: int | None = None,
+    ) -> None:
+        """The arguments that are ours."""
         trainer: Any = self
-        self.mdgd_rule, self.mdgd_mask, self.mdgd_compact = rule, mask, compact
+        self.mdgd_rule = written_rule(rule) if isinstance(rule, str) else rule
+        self.mdgd_mask = written_mask(mask) if isinstance(mask, str) else mask
+        self.mdgd_compact = compact
         self._given_tap = tap
         self.mdgd_tap = _watching(tap, trainer.model)
         self.mdgd_alignment: Literal["l1", "mse"] = alignment
@@ -307,6 +325,29 @@ class MDGDTrainerMixin:
 
 class MDGDTrainer(MDGDTrainerMixin, Trainer):
     """The Trainer of transformers around MDGD: see :class:`MDGDTrainerMixin` for its own arguments."""
+
+
+def adopt(trainer: Trainer, **options: Any) -> None:
+    """Put :class:`MDGDTrainerMixin` before the class of a trainer that a framework has made, before it trains.
+
+    Args:
+        trainer: any trainer of transformers, whose class becomes one of its own.
+        **options: the mixin's own arguments.
+
+    Raises:
+        TypeError: the mixin is there already, or the model is not one of transformers and there is no ``tap``.
+        ValueError: settings of the trainer that the passes do not support, naming them.
+    """
+    kind = type(trainer)
+    if isinstance(trainer, MDGDTrainerMixin):
+        raise TypeError(f"adopt: {kind.__name__} has the mixin already")
+    trainer.__class__ = type(f"MDGD{kind.__name__}", (MDGDTrainerMixin, kind), {})
+    adopted: Any = trainer
+    try:
+        adopted._take(**options)
+    except BaseException:
+        trainer.__class__ = kind
+        raise
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""``python docs/optimizers.py``: try MDGD around other libraries' optimizers and with adapters; print optimizers.md's tables.
+"""``python docs/optimizers.py``: try MDGD with other libraries' optimizers and adapters; print optimizers.md's tables.
 
 Each trains the examples' LLaVA. Optimizers: a step has to be the wrapped optimizer's own on d, bit for bit; a run that
 was saved and loaded has to go on as it would have; under a mask all other elements have to stay as they were.
@@ -110,6 +110,7 @@ class Run:
         self.gradients: list[list[Tensor | None]] = []
 
     def steps(self, first: int, last: int) -> "Run":
+        """Train on these batches."""
         mode: Any = getattr(self.optimizer, "train", lambda: None)
         mode()
         for batch in batches(first, last):
@@ -120,14 +121,17 @@ class Run:
         return self
 
     def weights(self) -> list[Tensor]:
+        """Copies of all parameters."""
         return [p.detach().clone() for p in self.model.parameters()]
 
 
 def same(a: list[Tensor], b: list[Tensor]) -> bool:
+    """Bit for bit."""
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 def close(a: list[Tensor], b: list[Tensor]) -> bool:
+    """To rounding."""
     return all(bool((x - y).abs().max() <= 1e-6 * (1 + y.abs().max())) for x, y in zip(a, b, strict=True))
 
 
@@ -249,7 +253,7 @@ def reference(name: str) -> str:
 
 def anchored(name: str) -> str:
     """Whether the anchor holds the layers."""
-    model, optimizer = adapter_run(name, lambda model: Anchor(model, warmup=1))
+    model, _ = adapter_run(name, lambda model: Anchor(model, warmup=1))
     return "works" if all(bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad) else "not finite"
 
 
@@ -329,7 +333,9 @@ def tables() -> Iterator[str]:
                 print(f"{name}: {library_of(name)} is {ABSENT}", file=sys.stderr)
                 continue
             yield f"| {name} | {library_of(name)} | " + " | ".join(x.partition(":")[0] for x in found) + " |"
-            refusals += [f"- {name}, {check}: {x}" for check, x in zip(checks, found, strict=True) if ":" in x]
+            # Brackets would be links.
+            told = [x.replace("[", "\\[") for x in found]
+            refusals += [f"- {name}, {check}: {x}" for check, x in zip(checks, told, strict=True) if ":" in x]
         yield from ("", *refusals, "")
     libraries = sorted({library_of(name) for name in (*OPTIMIZERS, *ADAPTERS)})
     yield "Versions: " + ", ".join(f"{name} {version(name).partition('+')[0]}" for name in libraries) + "."

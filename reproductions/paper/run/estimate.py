@@ -13,7 +13,7 @@ c is 1 if activations are computed again in backward passes; V and N are the vis
 is frozen and runs once an example. Gradients pass through all of the language model, since the connector is trained.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -24,7 +24,7 @@ from reproductions.methods import METHODS, Method
 from reproductions.methods.base import trained_parameters
 from reproductions.methods.mdgd_gm import MDGDGM
 from reproductions.paper.config import Experiment, method_of
-from reproductions.paper.data import DATASETS
+from reproductions.paper.data import DATASETS, Split
 from reproductions.paper.models import skeleton
 from torch_mdgd import connector, last_decoder_layers
 from torch_mdgd.models.parts import text_decoder
@@ -236,11 +236,21 @@ def _activations(experiment: Experiment, size: Size, trains: bool) -> float:
 
 def downloads(experiment: Experiment) -> dict[str, float]:
     """Gigabytes to fetch: the weights, and each data set's splits."""
-    found = {experiment.model: 2 * size_of(experiment.model).total / 1e9}
+    weights = {experiment.model: 2 * size_of(experiment.model).total / 1e9}
+    return weights | _of_data(experiment, lambda split: split.gigabytes)
+
+
+def copies(experiment: Experiment) -> dict[str, float]:
+    """Gigabytes of the copies that `datasets` makes of each data set's splits."""
+    return _of_data(experiment, lambda split: split.unpacked)
+
+
+def _of_data(experiment: Experiment, size: Callable[[Split], float]) -> dict[str, float]:
+    found = {}
     for task in experiment.tasks:
         data = DATASETS[task]
         splits = {data.evaluation} | ({str(data.training)} if task == experiment.target else set())
-        found[task] = max(data.splits[split].gigabytes for split in splits)
-        if len({data.pattern(split) for split in splits}) > 1:
-            found[task] = sum(data.splits[split].gigabytes for split in splits)
+        # Several splits may lie in one file.
+        of_files = {data.pattern(split): size(data.splits[split]) for split in splits}
+        found[task] = sum(of_files.values())
     return found

@@ -75,7 +75,9 @@ def answer(work: Workshop, task: str, examples: Sequence[Any], path: Path, bars:
     work.network.eval()
     with path.open("a", encoding="utf-8") as file:
         for inputs in batches(work, examples, len(predictions)):
-            texts = work.model.generate(inputs, longest)
+            texts = work.model.generate(
+                inputs, longest, beams=settings.beams, repetition_penalty=settings.repetition_penalty
+            )
             batch = examples[len(predictions) : len(predictions) + len(texts)]
             file.write("".join(_line(x, text, None) for x, text in zip(batch, texts, strict=True)))
             file.flush()

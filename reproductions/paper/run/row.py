@@ -18,7 +18,7 @@ from transformers import TrainerCallback, set_seed
 
 from reproductions.methods import Method
 from reproductions.methods.mdgd_gm import MDGDGM
-from reproductions.paper.config import Experiment, method_of
+from reproductions.paper.config import WHEREABOUTS, Experiment, differences, method_of
 from reproductions.paper.run.evaluate import evaluate
 from reproductions.paper.run.masking import analyse_masking
 from reproductions.paper.run.train import CHECKPOINTS, train
@@ -27,11 +27,6 @@ from reproductions.paper.run.work import Workshop
 from reproductions.shared.fields import ConfigError
 from reproductions.shared.files import alone_in, write
 
-WHEREABOUTS = (
-    "data.source", "data.organisation", "training.workers", "training.save_every", "training.log_every",
-    "training.report_to", "training.checkpointing", "evaluation.batch",
-)  # fmt: skip
-"""Settings that results do not depend on: a run may be taken up with others."""
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "safetensors", "torch-mdgd")
 
 
@@ -194,7 +189,7 @@ def _write_config(experiment: Experiment, method: Method, folder: Path, smoke: b
     if path.is_file():
         there = json.loads(path.read_text())
         pairs = [(there["configuration"], configuration), ({"smoke": there["smoke"]}, {"smoke": smoke})]
-        keys = ", ".join([key for pair in pairs for key in _differences(*pair) if key not in WHEREABOUTS][:5])
+        keys = ", ".join([key for pair in pairs for key in differences(*pair) if key not in WHEREABOUTS][:5])
         if keys:
             raise ConfigError(
                 f"{folder} holds a run with another configuration ({keys}): choose other --results, or remove it"
@@ -220,16 +215,6 @@ def _relevant(experiment: Experiment, method: Method) -> dict[str, Any]:
     """What a run's results depend on: not the settings of other methods."""
     own = {name: experiment.methods.get(name, {}) for name in (method.name, method.begins_with) if name}
     return {**experiment.as_dict(), "methods": own}
-
-
-def _differences(before: Any, now: Any, prefix: str = "") -> list[str]:
-    if not (isinstance(before, dict) and isinstance(now, dict)):
-        return [] if before == now else [prefix.removesuffix(".")]
-    return [
-        found
-        for key in dict.fromkeys([*before, *now])
-        for found in _differences(before.get(key), now.get(key), f"{prefix}{key}.")
-    ]
 
 
 def _version(name: str) -> str | None:

@@ -46,19 +46,23 @@ class Workshop:
         ).network  # fmt: skip
         return {name: p.detach() for name, p in fresh.named_parameters()}
 
-    def examples(self, task: str, split: str, limit: int = 0) -> Sequence[Example]:
-        """Examples of a data set; 0 for all. A split that the folder of ``data.source`` lacks comes from the hub."""
+    def examples(self, task: str, split: str, limit: int = 0, seed: int = 0) -> Sequence[Example]:
+        """Examples of a data set, so many at random; 0 for all.
+
+        A split that the folder of ``data.source`` lacks comes from the hub.
+        """
         data = self.experiment.data
         options = tuple(data.options.get(task, {}).items())
-        return _open(task, split, data.source, data.organisation, limit, options)
+        revision = data.revisions.get(task)
+        return _open(task, split, data.source, data.organisation, revision, limit, seed, options)
 
     def training_examples(self) -> Sequence[Example]:
         """What the target task teaches with."""
         e = self.experiment
-        return self.examples(e.target, str(DATASETS[e.target].training), e.training.examples)
+        return self.examples(e.target, str(DATASETS[e.target].training), e.training.examples, e.seed)
 
     def evaluation_examples(self, task: str) -> Sequence[Example]:
-        """What a task is measured on."""
+        """What a task is measured on: where it is a sample, the same one whatever the seed, so that runs compare."""
         return self.examples(task, DATASETS[task].evaluation, self.experiment.evaluation.examples)
 
     def memory(self) -> Sequence[Example]:
@@ -70,8 +74,9 @@ class Workshop:
         tasks = [task for task in self.experiment.pretrained if DATASETS[task].training is not None]
         if not tasks:
             raise ValueError(f"{self.experiment.name}: no pre-trained task has a training split to remember")
-        limit = self.experiment.training.examples
-        return _Chained([self.examples(task, str(DATASETS[task].training), limit) for task in tasks])
+        e = self.experiment
+        limit = e.training.examples
+        return _Chained([self.examples(task, str(DATASETS[task].training), limit, e.seed) for task in tasks])
 
     def target_batches(self, count: int) -> Iterator[Batch]:
         """Batches of one example of the target task, with labels."""
@@ -104,8 +109,15 @@ class _Chained(Sequence[Example]):
 
 @lru_cache(maxsize=64)
 def _open(
-    task: str, split: str, source: str, organisation: str, limit: int, options: tuple[tuple[str, Any], ...]
+    task: str,
+    split: str,
+    source: str,
+    organisation: str,
+    revision: str | None,
+    limit: int,
+    seed: int,
+    options: tuple[tuple[str, Any], ...],
 ) -> Sequence[Example]:
     data, folder = DATASETS[task].with_options(**dict(options)), Path(source) / task
     here = folder if source and data.holds(folder, split) else None
-    return data.load(split, source=here, limit=limit or None, organisation=organisation)
+    return data.load(split, source=here, limit=limit or None, seed=seed, organisation=organisation, revision=revision)

@@ -163,7 +163,10 @@ def test_the_instruction_of_llava(llava):
     example = examples()[0]
     tokens = llava.encode(example.image, example.question).tokens
     assert tokens.count(llava.tokenizer.bos_token_id) == 1
-    assert llava.tokenizer.decode(tokens[1:]) == f"USER: {4 * '<image>'}\nWhat is this? ASSISTANT:"
+    assert llava.tokenizer.decode(tokens[1:]) == (
+        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+        f"and polite answers to the user's questions. USER: {4 * '<image>'}\nWhat is this? ASSISTANT:"
+    )
 
 
 @pytest.mark.parametrize("size", [(64, 16), (16, 64), (32, 32)])

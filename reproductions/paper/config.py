@@ -115,8 +115,8 @@ class Data:
         source: folder with one folder a data set, named as the data sets are; splits that it lacks, or all if this is
             empty, come from the hub.
         organisation: whose copies on the hub; if empty, lmms-lab-encoder's and else lmms-lab's, as it was called.
-        revisions: commits of the hub's repositories, by data set; a folder of results keeps to those that it began
-            with, in `revisions.json`.
+        revisions: commits of the hub's repositories, by "data set/split"; a folder of results keeps to those that it
+            began with, in `revisions.json`.
         options: of data sets, by name: see the fields of each.
     """
 
@@ -280,9 +280,10 @@ def _check_names(experiment: Experiment, where: str) -> None:
         if name not in DATASETS:
             raise ConfigError(f"{where}: data.options: no data set {name!r}; there are {', '.join(DATASETS)}")
         build(type(DATASETS[name]), values, where, f"data.options.{name}.")
+    splits = [f"{name}/{split}" for name, data in DATASETS.items() for split in data.splits]
     for name in experiment.data.revisions:
-        if name not in DATASETS:
-            raise ConfigError(f"{where}: data.revisions: no data set {name!r}; there are {', '.join(DATASETS)}")
+        if name not in splits:
+            raise ConfigError(f"{where}: data.revisions: no split {name!r}; there are {', '.join(splits)}")
     for name, values in experiment.methods.items():
         if name not in METHODS:
             raise ConfigError(f"{where}: methods: no method {name!r}; there are {', '.join(METHODS)}")

@@ -30,7 +30,7 @@ KEPT = "P, comparable"
 """The mean over the pre-trained tasks whose published numbers are of the quantity that is measured here."""
 IGNORED = (
     *WHEREABOUTS, "name", "title", "seed", "evaluation.rank_examples", "evaluation.feature_examples",
-    "evaluation.beams", "evaluation.repetition_penalty", "masking",
+    "evaluation.beams", "evaluation.repetition_penalty", "masking", "data.revisions",
 )  # fmt: skip
 """Settings that a published number is compared in spite of."""
 

@@ -19,7 +19,7 @@ from reproductions.paper.config import Experiment
 from reproductions.paper.run.weights import NAME, changes, load_changes, save_changes
 from reproductions.paper.run.work import Workshop
 from reproductions.paper.run.workers import errors_of_workers
-from reproductions.shared.files import read_until_cut, write
+from reproductions.shared.files import named, read_until_cut, write
 from torch_mdgd.integrations.transformers import MDGDTrainerMixin
 
 CHECKPOINTS, LOG, TRAINED = "checkpoints", "training.jsonl", "trained_parameters.safetensors"
@@ -44,11 +44,18 @@ class SmallCheckpoints:
     @torch.no_grad()
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         trainer: Any = self
-        saved = load_file(Path(resume_from_checkpoint) / TRAINED)
+        path = Path(resume_from_checkpoint) / TRAINED
+        with named(path.parent, "a whole checkpoint"):
+            saved = load_file(path)
         for name, p in _trained(trainer.model if model is None else model):
             if name not in saved:
                 raise ValueError(f"{resume_from_checkpoint} lacks {name}: it is a checkpoint of another run")
             p.copy_(saved[name])
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        trainer: Any = super()
+        with named(Path(checkpoint or ""), "a whole checkpoint"):
+            trainer._load_optimizer_and_scheduler(checkpoint)
 
 
 class PaperTrainer(SmallCheckpoints, Trainer):

@@ -53,7 +53,7 @@ class Workshop:
         """
         data = self.experiment.data
         options = tuple(data.options.get(task, {}).items())
-        revision = data.revisions.get(task)
+        revision = data.revisions.get(f"{task}/{split}")
         return _open(task, split, data.source, data.organisation, revision, limit, seed, options)
 
     def training_examples(self) -> Sequence[Example]:
@@ -107,6 +107,14 @@ class _Chained(Sequence[Example]):
         return self.parts[part][int(index) - (int(self.ends[part - 1]) if part else 0)]
 
 
+_COMMITS: dict[str, str] = {}
+
+
+def commits() -> dict[str, str]:
+    """The commits of the hub's repositories that splits of this process came from, by "data set/split"."""
+    return dict(_COMMITS)
+
+
 @lru_cache(maxsize=64)
 def _open(
     task: str,
@@ -120,4 +128,8 @@ def _open(
 ) -> Sequence[Example]:
     data, folder = DATASETS[task].with_options(**dict(options)), Path(source) / task
     here = folder if source and data.holds(folder, split) else None
-    return data.load(split, source=here, limit=limit or None, seed=seed, organisation=organisation, revision=revision)
+    if here is None:
+        here = data.fetch(split, organisation, revision)
+        if here.parent.name == "snapshots":
+            _COMMITS[f"{task}/{split}"] = here.name
+    return data.load(split, source=here, limit=limit or None, seed=seed)

@@ -130,7 +130,7 @@ def test_smoke_runs_have_no_difference(tmp_path):
     assert any("random models" in note for note in table.notes)
     assert "│ smoke " in text(folder)
     assert "difference" not in text(folder)
-    assert "ours" not in markdown(folder)
+    assert "| ours |" not in markdown(folder)
 
 
 def test_an_unfinished_run_says_so(tmp_path):

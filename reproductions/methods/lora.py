@@ -30,7 +30,7 @@ def lora_config(model: nn.Module, rank: int = 16, alpha: float | None = None) ->
         alpha: scale of the adapters, times r; 2 r by default.
 
     Raises:
-        ValueError: ``rank`` is less than 1, or the connector cannot be told.
+        ValueError: ``rank`` is less than 1, or there is no connector.
     """
     from peft import LoraConfig
 
@@ -38,14 +38,14 @@ def lora_config(model: nn.Module, rank: int = 16, alpha: float | None = None) ->
         raise ValueError(f"lora: rank must be at least 1, got {rank}")
     names = {id(module): name for name, module in model.named_modules()}
     language, whole = names[id(text_decoder(model))], connector(model)
-    if id(whole) not in names:
-        raise ValueError("lora: the model has several connectors; give peft a configuration of your own")
+    # Several connectors, as those of Qwen3-VL, are trained all.
+    parts = [whole] if id(whole) in names else list(whole.children())
     return LoraConfig(
         r=rank,
         lora_alpha=2 * rank if alpha is None else alpha,  # type: ignore[arg-type]
         lora_dropout=0.0,
         target_modules=rf"{re.escape(language)}\..*\.({'|'.join(TARGETS)})",
-        modules_to_save=[names[id(whole)]],
+        modules_to_save=[names[id(part)] for part in parts],
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from reproductions.methods import METHODS, Method
 from reproductions.methods.model_tailor import ModelTailor
 from reproductions.paper.data import DATASETS
+from reproductions.paper.models import MODELS
 from reproductions.shared.fields import ConfigError, build, limited
 
 if sys.version_info >= (3, 11):
@@ -150,7 +151,7 @@ class Experiment:
 
     name: str
     title: str
-    model: str = limited(MISSING, choices=("llava-1.5-7b", "minicpm-v-2", "minicpm-v-4.6"))
+    model: str = limited(MISSING, choices=tuple(MODELS))
     layers: int = limited(MISSING, least=1)
     target: str = ""
     pretrained: tuple[str, ...] = ()

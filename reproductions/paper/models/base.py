@@ -51,12 +51,17 @@ class VisionLanguageModel(ABC):
     Attributes:
         name: what configurations call the family.
         source: where its published weights are.
+        picture: tokens of a common picture, 640 × 480, for the decoder, and patches for the vision tower.
+        tiles_in_turn: whether the vision tower looks at one tile after the other, so that the last alone is remembered
+            from one pass over the same batch to the next.
         network: called as ``network(**batch)``; its output has ``loss`` where the batch has labels.
         tokenizer: of transformers.
     """
 
     name: ClassVar[str]
     source: ClassVar[str]
+    picture: ClassVar[tuple[int, int]]
+    tiles_in_turn: ClassVar[bool] = False
 
     def __init__(self, network: nn.Module, tokenizer: Any) -> None:
         self.network = network

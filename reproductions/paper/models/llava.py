@@ -34,6 +34,7 @@ class Llava(VisionLanguageModel):
 
     name = "llava-1.5-7b"
     source = "llava-hf/llava-1.5-7b-hf"
+    picture = (576, 577)
 
     def __init__(self, network: nn.Module, tokenizer: Any, pixels: Any) -> None:
         super().__init__(network, tokenizer)

@@ -25,7 +25,7 @@ from reproductions.methods.base import trained_parameters
 from reproductions.methods.mdgd_gm import MDGDGM
 from reproductions.paper.config import Experiment, method_of
 from reproductions.paper.data import DATASETS, Split
-from reproductions.paper.models import skeleton
+from reproductions.paper.models import MODELS, skeleton
 from torch_mdgd import connector, last_decoder_layers
 from torch_mdgd.models.parts import text_decoder
 
@@ -95,9 +95,6 @@ class Estimate:
         return self.training_hours + self.evaluation_hours + self.analysis_hours
 
 
-# A picture of MiniCPM-V is an overview and up to nine slices; four is what 0.8 megapixels are cut into.
-TOKENS = {"llava-1.5-7b": (576, 577), "minicpm-v-2": (5 * 64, 5 * 1024), "minicpm-v-4.6": (5 * 64, 5 * 1024)}
-
 
 @lru_cache
 def size_of(model: str) -> Size:
@@ -105,11 +102,12 @@ def size_of(model: str) -> Size:
     network: Any = skeleton(model)
     decoder: Any = text_decoder(network)
     total = count(network)
-    embeddings = count(decoder.get_input_embeddings())
-    head = embeddings  # of the same shape, and not tied to them
-    language = count(decoder) - embeddings + head
-    vision = total - count(decoder) - head - count(connector(network))
-    image_tokens, patches = TOKENS[model]
+    embeddings = decoder.get_input_embeddings().weight
+    # The head is of the embeddings' shape: their own weight, or one beside them.
+    beside = sum(p.numel() for p in network.parameters() if p.shape == embeddings.shape) - embeddings.numel()
+    language = count(decoder)
+    vision = total - count(decoder) - beside - count(connector(network))
+    image_tokens, patches = MODELS[model].picture
     return Size(
         total, language, vision, decoder.config.hidden_size, len(decoder.layers), decoder.config.vocab_size,
         image_tokens, patches,
@@ -177,8 +175,7 @@ def estimate(experiment: Experiment, name: str) -> Estimate:
     if learns:
         f, b = PASSES[asked.gradients]
         one = tokens * (2 * size.language * (f + b * t.checkpointing) + b * 2 * (size.language + dense))
-        # MiniCPM-V-2.0 looks at one slice after the other, of which the last alone is remembered.
-        looks = f if experiment.model == "minicpm-v-2" else 1
+        looks = f if MODELS[experiment.model].tiles_in_turn else 1
         one = (one + 2 * size.vision * size.patches * looks) / (OPERATIONS * UTILISATION) / 3600
     # With a ratio of 1 everything is inside the mask.
     short = experiment.masking if masked else None

@@ -1,6 +1,7 @@
 """One run's model and data, as methods and evaluation see them."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from reproductions.paper.config import Experiment
 from reproductions.paper.data import DATASETS, Example
 from reproductions.paper.models import Batch, load_model, to_device
+from torch_mdgd.prompts import QUESTIONS
 
 
 class Workshop:
@@ -81,6 +83,13 @@ class Workshop:
     def target_batches(self, count: int) -> Iterator[Batch]:
         """Batches of one example of the target task, with labels."""
         yield from self._singles(self.training_examples(), count)
+
+    def prompt_batches(self, count: int) -> Iterator[Batch]:
+        """Batches of one picture of the target task under a general question, without labels."""
+        examples, rng = self.training_examples(), np.random.default_rng(self.experiment.seed)
+        for i in rng.permutation(len(examples))[:count]:
+            asked = replace(examples[int(i)], question=QUESTIONS[int(rng.integers(len(QUESTIONS)))])
+            yield to_device(self.model.collate([asked], answers=False), self.device)
 
     def memory_batches(self, count: int) -> Iterator[Batch]:
         """Batches of one example of what the model could answer before, with labels."""

@@ -43,7 +43,8 @@ def lora_config(
     names = {id(module): name for name, module in model.named_modules()}
     language, whole = names[id(text_decoder(model))], connector(model)
     # Several connectors, as those of Qwen3-VL, are trained all.
-    parts = [whole] if id(whole) in names else list(whole.children())
+    parts = [part for part in whole.modules() if id(part) in names and not isinstance(part, nn.ModuleList)]
+    parts = [part for part in parts if not any(part is not other and part in set(other.modules()) for other in parts)]
     return LoraConfig(
         r=rank,
         lora_alpha=2 * rank if alpha is None else alpha,  # type: ignore[arg-type]

@@ -239,7 +239,8 @@ def measure(way: Way, settings: Settings, part: str) -> Memory:
         highest = max(allocation.peak(training.step) for _ in range(way.steps))
         reference = rule = 0
         if isinstance(optimizer, MDGDOptimizer):
-            reference = sum(p.nbytes for p in optimizer.trained)
+            held = optimizer.state_dict()["state"].values()
+            reference = sum(entry["mdgd_reference"].nbytes for entry in held if "mdgd_reference" in entry)
             rule = sum(size for at, size in _of_rule(optimizer.rule).items() if at not in inherent)
         return Memory(stays + highest, reference, sum(state.values()), rule)
 

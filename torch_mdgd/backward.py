@@ -93,6 +93,7 @@ def mdgd_backward(
         wrapped.average_over(ranks.group)
     strangers = [] if ranks.sharded else _strangers(model, wrapped, ranks)
     tap = tap or VisualTap.for_model(model)
+    wrapped.drop_reference(model)
     passes = _Passes(model, wrapped, batch, tap, loss, alignment, scaler, ranks)
     passes.strangers = strangers
     pictures, share = ranks.share(passes.images.sum())

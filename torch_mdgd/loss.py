@@ -3,7 +3,7 @@
 It goes into any Trainer's ``compute_loss``, and into engines that hide gradients.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from torch_mdgd.models.passes import known_of
 from torch_mdgd.models.tap import Batch, VisualTap, visual_alignment_loss
 from torch_mdgd.models.traces import Traces
 from torch_mdgd.optimizer import MDGDOptimizer
+from torch_mdgd.rules.mdgd import MDGD
 
 
 class Reference:
@@ -36,15 +37,14 @@ class Reference:
         trained = [p for p in model.parameters() if p.requires_grad]
         if not trained:
             raise ValueError("Reference: no parameter of the model requires gradients")
-        self.off = _begins_as_nothing(model)
         # It never steps: it holds φ, and knows how to exchange it.
-        self._holder = None if self.off else MDGDOptimizer(torch.optim.SGD(trained, lr=0.0))
+        self._holder = MDGDOptimizer(torch.optim.SGD(trained, lr=0.0), MDGD(regularize=0))
+        self.off = self._holder.drop_reference(model)
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
         """φ is in the model here. Autograd refuses a backward pass across it."""
-        model: Any = self.model
-        with model.disable_adapter() if self._holder is None else self._holder.reference(model):
+        with self._holder.reference(self.model):
             yield
 
 
@@ -66,7 +66,8 @@ def visual_loss(
     Args:
         model: called as ``model(**batch)``.
         batch: its inputs.
-        reference: where φ is: a :class:`Reference`, an MDGDOptimizer, or a second model.
+        reference: where φ is: a :class:`Reference`, an MDGDOptimizer, or a second model, of which no pass leaves a
+            trace: its buffers, its mode and the random generators are afterwards as they were.
         tap: where z comes from; ``VisualTap.for_model(model)`` if None.
         alignment: the form of L_v (5).
 
@@ -79,7 +80,8 @@ def visual_loss(
     if isinstance(reference, nn.Module):
         there = VisualTap.for_model(reference, tap.layers)
         known_of(there.text_module).other_kernels = known_of(tap.text_module).other_kernels
-        with traces.aside():
+        # Its own buffers too are as before, and its pass sees the same random numbers.
+        with Traces(reference).aside():
             z_reference = _features(there, reference, batch)
     else:
         at_reference: AbstractContextManager[Any] = (
@@ -98,13 +100,3 @@ def visual_loss(
 
 def _features(tap: VisualTap, model: nn.Module, batch: Batch) -> Tensor:
     return tap.features(model, batch, whole=True) if has_to_finish(model) else tap.features(model, batch)
-
-
-def _begins_as_nothing(model: nn.Module) -> bool:
-    """Whether all that is trained is LoRA whose B is zero, so that switching it off is φ."""
-    if not hasattr(model, "disable_adapter"):
-        return False
-    names: Sequence[str] = [name for name, p in model.named_parameters() if p.requires_grad]
-    last = [p for name, p in model.named_parameters() if p.requires_grad and ".lora_B." in name]
-    known = all(".lora_A." in name or ".lora_B." in name for name in names)
-    return known and bool(last) and not any(bool(p.detach().any()) for p in last)

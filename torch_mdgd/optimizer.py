@@ -20,7 +20,9 @@ from torch_mdgd.diagnostics import gradient_diagnostics
 from torch_mdgd.kernels import Tensors
 from torch_mdgd.kernels.exact import exact
 from torch_mdgd.masks.base import Mask, ScoreInputs
+from torch_mdgd.models.adapters import can_be_left_out, matrices_from_nothing, without_adapters
 from torch_mdgd.parallel import ranks
+from torch_mdgd.parallel.dtensor import is_sharded
 from torch_mdgd.rules.base import KINDS, PREFIX, Rule
 from torch_mdgd.rules.mdgd import MDGD
 from torch_mdgd.storage import among_trained, storage_for
@@ -31,6 +33,10 @@ Group = dict[str, Any]
 RULE, COMPACT = f"{PREFIX}rule", f"{PREFIX}compact"
 AGE = "mask_age"
 NO_REFERENCE = "the state dict holds no reference: it stays at the wrapped weights: right if training began there"
+NO_COPY = (
+    "no copy of it is held, since it is the model without its adapters. Begin training with a rule that needs one, as "
+    "with regularize above 0"
+)
 NOT_CHOSEN = (
     "a gradient holds NaN or Inf at the step that chooses the mask; nothing was changed. zero_grad() and go on with "
     "another batch, or train under a gradient scaler, which skips such steps"
@@ -159,10 +165,16 @@ class MDGDOptimizer(Optimizer):
 
         Args:
             pictures: False for a step without pictures, which needs no more than "task" unless it chooses a mask.
+
+        Raises:
+            RuntimeError: it needs gradients at φ, after :meth:`drop_reference`.
         """
         if self._mask_is_due():
             return KINDS
-        return self.rule.needs(self._weights(), self.mask is not None) if pictures else KINDS[:1]
+        needs = self.rule.needs(self._weights(), self.mask is not None)
+        if self._storage.dropped and KINDS[2] in needs:
+            raise RuntimeError(f"{self.rule} needs gradients at the reference: {NO_COPY}")
+        return needs if pictures else KINDS[:1]
 
     def joint(self, measure_every: int | None = None) -> float | None:
         """α where one backward pass of L + αL_v, captured as "joint", gives the d of the next combine; else None.
@@ -198,6 +210,8 @@ class MDGDOptimizer(Optimizer):
             raise ValueError(f"capture: kind must be 'task', 'visual' or 'joint', got {kind!r}")
         if kind == JOINT and (self._storage.swapped or self.joint() is None):
             raise RuntimeError("capture: this step needs task and visual gradients apart: ask joint() before")
+        if self._storage.swapped and self._storage.dropped:
+            raise RuntimeError(f"capture: a {kind} gradient at the reference: {NO_COPY}")
         self._made.clear()
         return self._captures.record(f"reference_{kind}" if self._storage.swapped else kind, self.parameters, scale)
 
@@ -206,7 +220,8 @@ class MDGDOptimizer(Optimizer):
         """The reference φ is in the parameters here; θ comes back bit for bit, also after an exception.
 
         Run forward and backward inside: autograd refuses a backward pass across the exchange. If ``fully_shard`` has
-        sharded the parameters, pass the model: it drops what it gathered of them.
+        sharded the parameters, pass the model: it drops what it gathered of them. After :meth:`drop_reference` the
+        adapters do nothing here, and gradients cannot be captured.
 
         Args:
             model: that holds the parameters.
@@ -218,12 +233,43 @@ class MDGDOptimizer(Optimizer):
             raise RuntimeError("reference: already inside reference() or capture()")
         parameters = self.parameters
         self._warn_of_moved(parameters)
+        if self._storage.dropped and model is not None and can_be_left_out(model):
+            self._storage.swapped = True
+            try:
+                with without_adapters(model):
+                    yield
+            finally:
+                self._storage.swapped = False
+            return
         with ranks.resharded(parameters, model):
             self._storage.exchange_(parameters, places)
             try:
                 yield
             finally:
                 self._storage.exchange_(parameters, places)
+
+    def drop_reference(self, model: nn.Module) -> bool:
+        """Hold no copy of φ where it is the model without its adapters. :func:`mdgd_backward` does this by itself.
+
+        So it is before the first step, when all that this optimizer trains is LoRA whose B is zero, the rule needs no
+        gradient at φ, and nothing is masked or sharded. :meth:`set_reference` makes copies again. To load by
+        ``torch.distributed.checkpoint`` what was saved so, call this on the fresh adapters first.
+
+        Args:
+            model: the PeftModel, also inside DistributedDataParallel or torch.compile.
+
+        Returns:
+            whether it is done; if not, the copy stays.
+        """
+        parameters = self._idle("drop_reference")
+        if self._made.began or "reference_task" in self.needs() or any(map(is_sharded, parameters)):
+            return False
+        matrices = matrices_from_nothing(model)
+        trained = {p for p in parameters if p.requires_grad}
+        if matrices is None or trained != matrices.keys():
+            return False
+        self._warn_of_moved(parameters)
+        return self._storage.drop([matrices.get(p) if p.requires_grad else None for p in parameters])
 
     @torch.no_grad()
     def set_reference(self, values: Sequence[Tensor] | None = None) -> None:

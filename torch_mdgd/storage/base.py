@@ -67,6 +67,18 @@ class Storage(ABC):
         """Hold all where the parameters are: moved, sharded or unfrozen since the last call, as by accelerate."""
 
     @abstractmethod
+    def drop(self, zero: Sequence[bool | None]) -> bool:
+        """Hold no φ of the parameters that this is not None of: it is zero where True, and the present value else.
+
+        That is right of LoRA's B and A, which together are nothing at φ. Returns whether it is done.
+        """
+
+    @property
+    def dropped(self) -> bool:
+        """Whether :meth:`drop` was done."""
+        return False
+
+    @abstractmethod
     def exchange_(self, parameters: Sequence[Tensor], places: bool = False) -> None:
         """Swap θ and φ; with ``places`` their places in memory, where they have such."""
 

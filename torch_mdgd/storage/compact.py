@@ -76,6 +76,10 @@ class CompactStorage(Storage):
             self.reference = [x.to(d) for x, d in zip(self.reference, devices, strict=True)]
 
     @torch.no_grad()
+    def drop(self, zero: Sequence[bool | None]) -> bool:
+        """Not done: φ is small as it is, and the positions belong to it."""
+        return False
+
     def exchange_(self, parameters: Sequence[Tensor], places: bool = False) -> None:
         """Swap θ and φ where they can differ; they have no places that could be swapped."""
         self.follow(parameters)

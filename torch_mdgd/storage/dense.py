@@ -11,9 +11,13 @@ from torch_mdgd import kernels
 from torch_mdgd.kernels import Tensors
 from torch_mdgd.masks.base import Mask, restore_outside_
 from torch_mdgd.parallel import dtensor
-from torch_mdgd.rules.base import require_shapes
+from torch_mdgd.rules.base import as_count, require_shapes
 from torch_mdgd.storage.base import Correct, Entries, Storage, counts, is_per_element, snapshot
 from torch_mdgd.storage.exchange import exchange_
+
+DROPPED = "dropped"
+CODES = (None, True, False)
+"""What is saved of a parameter whose φ is held, is zero, and is the present value, by number."""
 
 
 class DenseStorage(Storage):
@@ -22,6 +26,10 @@ class DenseStorage(Storage):
     def __init__(self, parameters: Sequence[Tensor], mask: Mask | None = None) -> None:
         super().__init__(parameters, mask)
         self.reference: list[Tensor | None] = [None] * len(parameters)
+        # Of a parameter whose φ is not held: whether it is zero.
+        self.zero: list[bool | None] = [None] * len(parameters)
+        # What is exchanged, while it is.
+        self._values: list[Tensor | None] = []
         self._hold(None)
         self.follow(parameters)
 
@@ -42,13 +50,14 @@ class DenseStorage(Storage):
     def extend(self, parameters: Sequence[Tensor]) -> None:
         """Copies of the new parameters."""
         self.trained += [p.requires_grad for p in parameters]
+        self.zero += [None] * len(parameters)
         self.reference += [snapshot(p) if p.requires_grad else None for p in parameters]
 
     def follow(self, parameters: Sequence[Tensor]) -> None:
         """Move φ and the mask to where the parameters are."""
         for t, p in enumerate(parameters):
             held = self.reference[t]
-            if held is None and p.requires_grad:
+            if held is None and p.requires_grad and self.zero[t] is None:
                 self.reference[t], self.trained[t] = snapshot(p), True
                 if self.masks is not None:
                     self.masks[t] = torch.zeros_like(p, dtype=torch.bool)
@@ -58,25 +67,52 @@ class DenseStorage(Storage):
                 if self.masks is not None and mask is not None:
                     self.masks[t] = dtensor.shard_like(mask, p)
 
+    def drop(self, zero: Sequence[bool | None]) -> bool:
+        """Not under a mask, which is chosen by gradients at φ or lies in a checkpoint with it."""
+        if self.chooses:
+            return False
+        self.zero = list(zero)
+        self.reference = [x if one is None else None for x, one in zip(self.reference, zero, strict=True)]
+        return True
+
+    @property
+    def dropped(self) -> bool:
+        """Of all that are trained."""
+        there = [zero is not None for zero, one in zip(self.zero, self.trained, strict=True) if one]
+        return all(there) and bool(there)
+
     def exchange_(self, parameters: Sequence[Tensor], places: bool = False) -> None:
-        """Swap each trained parameter with its copy."""
+        """Swap each trained parameter with its copy, or with zero."""
         self.follow(parameters)
-        exchange_(parameters, self.reference, places)
+        if not self.swapped:
+            self._values = [
+                torch.zeros_like(p) if z else x for p, x, z in zip(parameters, self.reference, self.zero, strict=True)
+            ]
+        exchange_(parameters, self._values, places)
         self.swapped = not self.swapped
+        if not self.swapped:
+            self._values = []
 
     def difference(self, parameters: Sequence[Tensor], t: int) -> Tensor:
         """At full size."""
+        zero = self.zero[t]
+        if zero is not None:
+            return snapshot(parameters[t]) if zero else torch.zeros_like(parameters[t])
         p, x = dtensor.local([parameters[t], self.reference[t]])
         out: Tensor = p.detach() - x
         return out
 
     def has_moved(self, parameters: Sequence[Tensor], t: int) -> bool:
         """At full size."""
+        zero = self.zero[t]
+        if zero is not None:
+            return zero and bool(parameters[t].detach().any())
         p, x = dtensor.local([parameters[t], self.reference[t]])
         return not torch.equal(p.detach(), x)
 
     def renew(self, parameters: Sequence[Tensor], values: Sequence[Tensor] | None) -> None:
-        """Copies."""
+        """Copies, also of what was dropped."""
+        self.zero = [None] * len(parameters)
         self.follow(parameters)
         for t, p in enumerate(parameters):
             if self.trained[t]:
@@ -136,6 +172,15 @@ class DenseStorage(Storage):
         """φ and the mask, or a place for it."""
         self.follow([p for group in base.param_groups for p in group["params"]])
         own: dict[str, Tensors] = {"reference": self.reference}
+        if any(zero is not None for zero in self.zero):
+            # Each parameter has both entries, so that none can be missed.
+            own["reference"] = [
+                x if x is not None or not one else torch.zeros(0, device="cpu")
+                for x, one in zip(self.reference, self.trained, strict=True)
+            ]
+            own[DROPPED] = [
+                as_count(CODES.index(zero)) if one else None for zero, one in zip(self.zero, self.trained, strict=True)
+            ]
         if self.masks is not None:
             own["mask"] = self.masks
         elif self.chooses:
@@ -147,16 +192,24 @@ class DenseStorage(Storage):
         """Without a mask there, the present one stays."""
         if "positions" in found:
             raise ValueError("the state dict was saved with compact=True: build the MDGDOptimizer so, too")
+        codes = found.get(DROPPED, [None] * len(parameters))
+        zero = [None if code is None else CODES[int(code)] for code in codes]
         for name in ("reference", "mask"):
             if name in found:
-                require_shapes(name, found[name], [p.shape for p in parameters])
+                gone = zero if name == "reference" else [None] * len(zero)
+                require_shapes(
+                    name, found[name], [p.shape if z is None else (0,) for p, z in zip(parameters, gone, strict=True)]
+                )
         masks: Tensors = found.get("mask", [])
         chosen = any(counts(masks))
         if chosen and not self.chooses:
             raise ValueError("the state dict was saved with a mask: build the MDGDOptimizer with it, too")
         base.load_state_dict(inner)
         for t, (x, p) in enumerate(zip(found.get("reference", ()), parameters, strict=False)):
-            if x is not None:
+            self.zero[t] = zero[t]
+            if x is not None and zero[t] is not None:
+                self.reference[t], self.trained[t] = None, True
+            elif x is not None:
                 self.reference[t], self.trained[t] = dtensor.shard_like(x, p, p.dtype), True
         if chosen:
             pairs = zip(masks, parameters, strict=True)

@@ -40,6 +40,7 @@ class Training:
         epochs: over the target's training split.
         steps: optimizer steps in place of epochs; 0 for epochs.
         examples: of the training split, drawn with the experiment's seed; 0 for all.
+        captions: of each picture that are taught, where a data set has several; the first alone by default.
         learning_rate: the peak.
         schedule: of the learning rate, by transformers' name.
         warmup: share of the steps in which the learning rate rises.
@@ -58,6 +59,7 @@ class Training:
     epochs: float = limited(1.0, least=0)
     steps: int = limited(0, least=0)
     examples: int = limited(0, least=0)
+    captions: int = limited(1, least=1)
     learning_rate: float = limited(1e-4, least=0)
     schedule: str = limited("cosine", choices=("constant", "linear", "cosine", "constant_with_warmup"))
     warmup: float = limited(0.03, least=0, most=1)
@@ -80,6 +82,7 @@ class Evaluation:
         batch: examples in a pass.
         examples: of each task, the same ones for every method and seed; 0 for all.
         answer_tokens: longest answer; 0 for what each data set allows.
+        split: "validation" for examples that tables are not measured on, to choose settings by.
         beams: of the search for an answer; 1 is greedy. MiniCPM-V-2.0's own chat takes 3.
         repetition_penalty: 1 for none. MiniCPM-V-2.0's own chat takes 1.2.
         rank_examples: whose image tokens the effective rank is of.
@@ -89,6 +92,7 @@ class Evaluation:
     batch: int = limited(16, least=1)
     examples: int = limited(0, least=0)
     answer_tokens: int = limited(0, least=0)
+    split: str = limited("evaluation", choices=("evaluation", "validation"))
     beams: int = limited(1, least=1)
     repetition_penalty: float = limited(1.0, least=1)
     rank_examples: int = limited(64, least=1)
@@ -194,9 +198,7 @@ class Preset:
     card: str = limited("24 GB", choices=CARDS)
 
 
-def preset_names() -> list[str]:
-    """Presets, the shortest first."""
-    return sorted((path.stem for path in PRESETS.glob("*.toml")), key=["hour", "day"].index)
+PRESET_NAMES = ("hour", "day")
 
 
 def load_preset(name: str) -> tuple[Path, Preset]:
@@ -207,7 +209,7 @@ def load_preset(name: str) -> tuple[Path, Preset]:
     """
     path = PRESETS / f"{name}.toml"
     if not path.is_file():
-        raise ConfigError(f"no preset {name!r}; there are {', '.join(preset_names())}")
+        raise ConfigError(f"no preset {name!r}; there are {', '.join(PRESET_NAMES)}")
     preset = build(Preset, _read(path).get("preset", {}), path.name, "preset.")
     for method in preset.rows:
         if method not in METHODS:

@@ -47,9 +47,7 @@ class POPEMetric(EachMetric):
         if "" in places:
             return out
         strict = {name: _f1([said[i] for i in some], [true[i] for i in some])[0] for name, some in places.items()}
-        loose = [
-            _f1([_by_llava(predictions[i]) for i in some], [true[i] for i in some])[0] for some in places.values()
-        ]
+        loose = [_f1([_by_llava(predictions[i]) for i in some], [true[i] for i in some])[0] for some in places.values()]
         out |= {f"f1_{name}": value for name, value in strict.items()}
         return out | {"f1_categories": fmean(strict.values()), "f1_llava": fmean(loose)}
 

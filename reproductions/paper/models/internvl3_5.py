@@ -27,6 +27,7 @@ class InternVL351B(ChatModel):
     source = "OpenGVLab/InternVL3_5-1B-HF"
     # Up to twelve tiles, and the whole; a picture of 640 × 480 has twelve.
     picture = (13 * 256, 13 * 1024)
+    elsewhere = ("internvl_hf", "")
     images = {"crop_to_patches": True}
     placeholder = IMAGE
 

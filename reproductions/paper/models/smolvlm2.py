@@ -28,6 +28,7 @@ class SmolVLM2(ChatModel):
     source = "HuggingFaceTB/SmolVLM2-2.2B-Instruct"
     # Four by three tiles, and the whole.
     picture = (13 * 81, 13 * 729)
+    elsewhere = ("", "SmolVLM2")
     images = {"return_row_col_info": True}
     placeholder = IMAGE
 

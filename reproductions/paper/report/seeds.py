@@ -57,9 +57,7 @@ def _mean(found: Mapping[int, Mapping[str, float]], quantity: str) -> Estimate:
     return estimate([values[quantity] for values in found.values()])
 
 
-def _apart(
-    method: str, control: str, values: Mapping[str, Mapping[int, Mapping[str, float]]], quantity: str
-) -> str:
+def _apart(method: str, control: str, values: Mapping[str, Mapping[int, Mapping[str, float]]], quantity: str) -> str:
     one, other = values[method], values[control]
     if method == control or not one.keys() & other.keys():
         return "–"

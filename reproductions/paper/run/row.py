@@ -114,7 +114,7 @@ def _do(
             result = evaluate(work, task, folder, bars)
             status.tick()
             console.print(f"  {task:12} {result['scores']['score']:6.2f}   rank {result['effective_rank']:.1f}")
-    if isinstance(method, MDGDGM):
+    if isinstance(method, MDGDGM) and experiment.evaluation.split == "evaluation":
         # Its models are loaded one after the other.
         del work
         with status.during("analysis"):

@@ -44,8 +44,9 @@ class Assets:
         for name, data in DATASETS.items():
             marker = self.data / name / "written"
             if not marker.is_file():
-                for split in {data.evaluation, data.training} - {None}:
-                    data.write_sample(self.data / name, str(split), 2 * EXAMPLES, 0)
+                for split in dict.fromkeys((data.evaluation, data.training, data.validation)):
+                    if split is not None:
+                        data.write_sample(self.data / name, split, 2 * EXAMPLES, 0)
                 marker.touch()
         return self
 

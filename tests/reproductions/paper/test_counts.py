@@ -38,7 +38,8 @@ def test_every_method_trains_the_published_count(name):
         expected = (
             {"zero-shot": 0, "corda": wanted["lora"], "attention": ATTENTION[experiment.model]}
             | dict.fromkeys(("lora-all", "lora-all-lv", "lora-all-anchor"), EVERYWHERE[experiment.model])
-            | wanted | dict.fromkeys(LIKE_FINE_TUNE, wanted["fine-tune"])
+            | wanted
+            | dict.fromkeys(LIKE_FINE_TUNE, wanted["fine-tune"])
         )
         assert count == expected[method], method
     for method, row in published()[name].rows.items():

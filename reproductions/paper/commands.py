@@ -211,9 +211,8 @@ class _refusals:  # noqa: N801
         from reproductions.shared.fields import ConfigError
         from reproductions.shared.files import BusyError, FileError
 
-        if isinstance(
-            error, BusyError | ConfigError | DataError | FileError | ModelError | ResultError | RowsFailedError
-        ):
+        told = BusyError | ConfigError | DataError | FileError | ModelError | ResultError | RowsFailedError
+        if isinstance(error, told):
             typer.secho(str(error), err=True, fg="red")
             raise typer.Exit(1 if isinstance(error, RowsFailedError) else 2) from error
 

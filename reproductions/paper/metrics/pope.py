@@ -25,8 +25,8 @@ class POPEMetric(EachMetric):
         return float(_said(prediction) == example.answers[0])
 
     def score(self, predictions: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
-        """F1 over all questions as "score", "accuracy", "precision", "recall" (0 where they are 0 / 0), "answered": with
-        yes or no.
+        """F1 over all questions as "score", "accuracy", "precision", "recall" (0 where they are 0 / 0), "answered":
+        with yes or no.
 
         Where examples have a category, "f1_<category>" and their mean "f1_categories" too, and "f1_llava", which is
         that mean by the rule of LLaVA's script.

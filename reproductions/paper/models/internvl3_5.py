@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import AutoModelForImageTextToText, GotOcr2ImageProcessorPil, InternVLConfig, PreTrainedConfig
@@ -28,7 +28,7 @@ class InternVL351B(ChatModel):
     # Up to twelve tiles, and the whole; a picture of 640 × 480 has twelve.
     picture = (13 * 256, 13 * 1024)
     elsewhere = ("internvl_hf", "")
-    images = {"crop_to_patches": True}
+    images: ClassVar = {"crop_to_patches": True}
     placeholder = IMAGE
 
     @classmethod

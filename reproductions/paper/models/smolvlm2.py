@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import AutoModelForImageTextToText, PreTrainedConfig, SmolVLMConfig, SmolVLMImageProcessorPil
@@ -29,7 +29,7 @@ class SmolVLM2(ChatModel):
     # Four by three tiles, and the whole.
     picture = (13 * 81, 13 * 729)
     elsewhere = ("", "SmolVLM2")
-    images = {"return_row_col_info": True}
+    images: ClassVar = {"return_row_col_info": True}
     placeholder = IMAGE
 
     @classmethod

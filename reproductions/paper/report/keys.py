@@ -1,4 +1,4 @@
-"""Other metrics of the same answers, which cost nothing: beside the number of the table, what else it might have been."""
+"""Other metrics of the same answers, at no cost: beside the number of the table, what else it might have been."""
 
 from collections.abc import Mapping
 

@@ -13,6 +13,9 @@ from reproductions.paper.data import DATASETS
 from reproductions.paper.run.estimate import ASSUMPTIONS, Estimate, copies, downloads, estimate, size_of
 from reproductions.paper.run.preset import tell
 
+HEADS = (
+    "method", "numbers trained", "train h", "evaluate h", "analyse h", "GPU GB", "fits", "host GB", "disk GB", "has run",
+)  # fmt: skip
 FIGURES = {
     "1": ("effective rank of what is seen before and after fine-tuning, by task", ("zero-shot", "fine-tune"), ""),
     "2": ("t-SNE of features of MiniCPM", ("zero-shot", "fine-tune", "mdgd"), "minicpm"),
@@ -31,18 +34,7 @@ def print_list(overrides: Sequence[str], results: Path, console: Console) -> Non
     for name in experiment_names():
         experiment = load_experiment(name, overrides)
         table = Table(title=f"{name}: {experiment.title}", title_justify="left")
-        for head in (
-            "method",
-            "numbers trained",
-            "train h",
-            "evaluate h",
-            "analyse h",
-            "GPU GB",
-            "fits",
-            "host GB",
-            "disk GB",
-            "has run",
-        ):
+        for head in HEADS:
             table.add_column(head, justify="left" if head in ("method", "has run") else "right")
         for method in methods_of(experiment.model):
             found = estimate(experiment, method)

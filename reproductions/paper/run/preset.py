@@ -1,4 +1,4 @@
-"""`run --preset`: the claim in the small, with its controls and several seeds; what it takes is told before it starts."""
+"""`run --preset`: the claim in the small, with its controls and several seeds, and first what it takes."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -170,13 +170,8 @@ def _in_turn(rows: Rows, experiments: Mapping[str, Experiment], results: Path, s
                 # The others can still be done; this one is taken up by the next call.
                 # Not rich's own, which holds on to what the frames held: a model on the device.
                 told = isinstance(error, BusyError | ConfigError | DataError | FileError | ModelError)
-                console.print(
-                    str(error) if told else traceback.format_exc(),
-                    style="red",
-                    markup=False,
-                    highlight=False,
-                    soft_wrap=True,
-                )
+                text = str(error) if told else traceback.format_exc()
+                console.print(text, style="red", markup=False, highlight=False, soft_wrap=True)
                 failed.append(f"{name} {method}{hint}")
             # Also what a row that failed left on the device: the next one needs the room.
             gc.collect()

@@ -70,8 +70,8 @@ class Line:
     spread: Mapping[str, float] = field(default_factory=dict)
 
     def rows(self, columns: Sequence[str]) -> list[tuple[str, list[str]]]:
-        """What to print, one kind a row: "published", "ours" or "smoke", the "difference" of real numbers of one quantity
-        that were made with the published settings, and the state of what is not done."""
+        """What to print, one kind a row: "published", "ours" or "smoke", the "difference" of real numbers of one
+        quantity that were made with the published settings, and the state of what is not done."""
         out = [("published", _cells(self.published, columns))] if self.published else []
         if self.ours:
             out.append(("smoke" if self.smoke else "ours", _cells(self.ours, columns)))

@@ -14,7 +14,8 @@ from reproductions.paper.run.estimate import ASSUMPTIONS, Estimate, copies, down
 from reproductions.paper.run.preset import tell
 
 HEADS = (
-    "method", "numbers trained", "train h", "evaluate h", "analyse h", "GPU GB", "fits", "host GB", "disk GB", "has run",
+    "method", "numbers trained", "train h", "evaluate h", "analyse h", "GPU GB", "fits", "host GB", "disk GB",
+    "has run",
 )  # fmt: skip
 FIGURES = {
     "1": ("effective rank of what is seen before and after fine-tuning, by task", ("zero-shot", "fine-tune"), ""),

@@ -27,9 +27,9 @@ def require_share(name: str, value: Any) -> float:
 
 
 def require_whole(name: str, value: Any) -> int:
-    """The argument as an int; a ValueError that names it unless it is a whole number from 1."""
+    """The argument as an int; a ValueError that names it unless it is a whole number of at least 1."""
     if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be a whole number from 1, got {value!r}")
+        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
     return int(value)
 
 

@@ -333,7 +333,7 @@ def test_dora_is_refused_by_name():
     ("arguments", "message"),
     [
         ({"strength": -1.0}, "Anchor: strength must be a finite number ≥ 0"),
-        ({"rank": 0}, "Anchor: rank must be a whole number from 1"),
+        ({"rank": 0}, "Anchor: rank must be a whole number of at least 1"),
         ({"tokens": "answers"}, "Anchor: tokens must be"),
         ({"warmup": 0}, "Anchor: warmup"),
         ({"every": 0}, "Anchor: every"),

@@ -175,7 +175,7 @@ class ProtectInputs(Rule):
         return KINDS[:1]
 
     def coefficients(self, products: Tensor, w: Weights, masked: bool) -> Tensor:
-        """D = g."""
+        """(1): the wrapped optimizer gets g."""
         return task_alone(products)
 
     def sum_over(self, groups: Sequence[Any]) -> None:
@@ -250,7 +250,7 @@ class ProtectInputs(Rule):
             self.age += 1
 
     def _on(self, device: torch.device, i: int) -> Tensor:
-        """C, where its layer now is."""
+        """The covariance C, on the device that its layer is on now."""
         if self.covariances[i].device != device:
             self.covariances[i], self.bases[i] = self.covariances[i].to(device), self.bases[i].to(device)
         return self.covariances[i]

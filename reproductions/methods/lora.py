@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
@@ -86,7 +86,7 @@ class LoRA(base.Method):
 
     name = "lora"
     title = "LoRA"
-    Settings = LoraSettings
+    Settings: ClassVar[type] = LoraSettings
 
     def targets(self, decoder: nn.Module) -> tuple[str, ...]:
         """Last names of the layers that get adapters."""

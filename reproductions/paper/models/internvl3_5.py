@@ -52,9 +52,10 @@ class InternVL351B(ChatModel):
             "hidden_size": WIDTH, "intermediate_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2,
             "image_size": [16, 16], "patch_size": [4, 4],
         }  # fmt: skip
+        token: Any = tokenizer.convert_tokens_to_ids(IMAGE)
         config = InternVLConfig(
             text_config=text, vision_config=vision, tie_word_embeddings=False,
-            image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
+            image_token_id=token,
         )  # fmt: skip
         AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -307,7 +307,7 @@ def require_reporting(experiment: Experiment) -> None:
     Raises:
         ConfigError: it is not, or transformers knows no such integration.
     """
-    from transformers.integrations import get_available_reporting_integrations
+    from transformers.integrations.integration_utils import get_available_reporting_integrations
 
     name, found = experiment.training.report_to, get_available_reporting_integrations()
     if name not in ("none", "tensorboard", *found):

@@ -90,7 +90,7 @@ def tune(
     for name in names:
         if not METHODS[name].trains:
             raise ConfigError(f"{name} trains nothing that could be tuned")
-        tried = []
+        tried: list[dict[str, Any]] = []
         for i, settings in enumerate(candidates(experiment, name)):
             own = {**experiment.methods.get(name, {}), **settings}
             candidate = replace(there, methods={**experiment.methods, name: own})

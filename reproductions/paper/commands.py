@@ -74,7 +74,10 @@ def run(
         try:
             if preset is not None:
                 from reproductions.paper.run.preset import run_preset
+                from reproductions.shared.fields import ConfigError
 
+                if experiment or method or all_rows or seeds != "0":
+                    raise ConfigError("--preset names model, rows and seeds itself: pass no other rows and no --seeds")
                 run_preset(preset, model, settings, folder, smoke=smoke, console=console)
             else:
                 found = rows.chosen(experiment, method, all_rows, beyond, smoke, settings)

@@ -64,7 +64,7 @@ def chosen(
             more = more[place :: len(names)] if smoke and experiment is None else []
         rows = methods_of(load_experiment(name, overrides).model)
         found[name] = [method] if method else [*rows, *more]
-    if smoke and experiment is None and method is None:
+    if smoke and experiment is None and method is None and not any(x.startswith("model=") for x in overrides):
         # Every model of today too, with the rows of the tables and what users train most.
         for model in MODELS:
             if model not in {load_experiment(name).model for name in names}:

@@ -81,6 +81,8 @@ def test_presets_fit_their_cards_and_hold_the_controls(name):
 def test_a_preset_has_seeds_of_its_own_and_a_name(tmp_path):
     done = call("run", "--preset", "hour", "--smoke", "--results", tmp_path, "--set", "seed=4")
     assert (done.exit_code, "has seeds of its own (0, 1, 2)" in done.output) == (2, True)
+    done = call("run", "llava-okvqa", "--preset", "hour")
+    assert (done.exit_code, "--preset names model, rows and seeds itself" in done.output) == (2, True)
     done = call("run", "--preset", "week")
     assert (done.exit_code, "no preset 'week'; there are hour, day" in done.output) == (2, True)
 

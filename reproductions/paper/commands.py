@@ -160,9 +160,9 @@ class _refusals:  # noqa: N801
         from reproductions.paper.report.results import ResultError
         from reproductions.paper.run.rows import RowsFailedError
         from reproductions.shared.fields import ConfigError
-        from reproductions.shared.files import BusyError
+        from reproductions.shared.files import BusyError, FileError
 
-        if isinstance(error, BusyError | ConfigError | DataError | ModelError | ResultError | RowsFailedError):
+        if isinstance(error, BusyError | ConfigError | DataError | FileError | ModelError | ResultError | RowsFailedError):
             typer.secho(str(error), err=True, fg="red")
             raise typer.Exit(1 if isinstance(error, RowsFailedError) else 2) from error
 

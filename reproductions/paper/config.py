@@ -12,6 +12,7 @@ from typing import Any
 from reproductions.methods import METHODS, Method
 from reproductions.methods.model_tailor import ModelTailor
 from reproductions.paper.data import DATASETS
+from reproductions.paper.models import MODELS
 from reproductions.shared.fields import ConfigError, build, limited
 
 if sys.version_info >= (3, 11):
@@ -20,6 +21,11 @@ else:
     import tomli as tomllib
 
 EXPERIMENTS = Path(__file__).parent / "experiments"
+WHEREABOUTS = (
+    "data.source", "data.organisation", "training.workers", "training.save_every", "training.log_every",
+    "training.report_to", "training.checkpointing", "evaluation.batch",
+)  # fmt: skip
+"""Settings that results do not depend on: a run may be taken up with others."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +37,7 @@ class Training:
     Attributes:
         epochs: over the target's training split.
         steps: optimizer steps in place of epochs; 0 for epochs.
-        examples: of the training split, from the first; 0 for all.
+        examples: of the training split, drawn with the experiment's seed; 0 for all.
         learning_rate: the peak.
         schedule: of the learning rate, by transformers' name.
         warmup: share of the steps in which the learning rate rises.
@@ -70,8 +76,10 @@ class Evaluation:
 
     Attributes:
         batch: examples in a pass.
-        examples: of each task, from the first; 0 for all.
+        examples: of each task, the same ones for every method and seed; 0 for all.
         answer_tokens: longest answer; 0 for what each data set allows.
+        beams: of the search for an answer; 1 is greedy. MiniCPM-V-2.0's own chat takes 3.
+        repetition_penalty: 1 for none. MiniCPM-V-2.0's own chat takes 1.2.
         rank_examples: whose image tokens the effective rank is of.
         feature_examples: whose features are kept for t-SNE.
     """
@@ -79,6 +87,8 @@ class Evaluation:
     batch: int = limited(16, least=1)
     examples: int = limited(0, least=0)
     answer_tokens: int = limited(0, least=0)
+    beams: int = limited(1, least=1)
+    repetition_penalty: float = limited(1.0, least=1)
     rank_examples: int = limited(64, least=1)
     feature_examples: int = limited(500, least=1)
 
@@ -105,12 +115,15 @@ class Data:
     Attributes:
         source: folder with one folder a data set, named as the data sets are; splits that it lacks, or all if this is
             empty, come from the hub.
-        organisation: whose copies on the hub.
+        organisation: whose copies on the hub; if empty, lmms-lab-encoder's and else lmms-lab's, as it was called.
+        revisions: commits of the hub's repositories, by "data set/split"; a folder of results keeps to those that it
+            began with, in `revisions.json`.
         options: of data sets, by name: see the fields of each.
     """
 
     source: str = ""
-    organisation: str = "lmms-lab"
+    organisation: str = ""
+    revisions: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -138,7 +151,7 @@ class Experiment:
 
     name: str
     title: str
-    model: str = limited(MISSING, choices=("llava-1.5-7b", "minicpm-v-2", "minicpm-v-4.6"))
+    model: str = limited(MISSING, choices=tuple(MODELS))
     layers: int = limited(MISSING, least=1)
     target: str = ""
     pretrained: tuple[str, ...] = ()
@@ -215,6 +228,17 @@ def methods_of(model: str) -> list[str]:
     return [m.name for m in METHODS.values() if m.in_paper and (m is not ModelTailor or model.startswith("llava"))]
 
 
+def differences(before: Any, now: Any, prefix: str = "") -> list[str]:
+    """The keys, such as "training.steps", at which two nested dictionaries differ."""
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        return [] if before == now else [prefix.removesuffix(".")]
+    return [
+        found
+        for key in dict.fromkeys([*before, *now])
+        for found in differences(before.get(key), now.get(key), f"{prefix}{key}.")
+    ]
+
+
 def _override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
@@ -257,6 +281,10 @@ def _check_names(experiment: Experiment, where: str) -> None:
         if name not in DATASETS:
             raise ConfigError(f"{where}: data.options: no data set {name!r}; there are {', '.join(DATASETS)}")
         build(type(DATASETS[name]), values, where, f"data.options.{name}.")
+    splits = [f"{name}/{split}" for name, data in DATASETS.items() for split in data.splits]
+    for name in experiment.data.revisions:
+        if name not in splits:
+            raise ConfigError(f"{where}: data.revisions: no split {name!r}; there are {', '.join(splits)}")
     for name, values in experiment.methods.items():
         if name not in METHODS:
             raise ConfigError(f"{where}: methods: no method {name!r}; there are {', '.join(METHODS)}")

@@ -105,6 +105,9 @@ class MiniCPMV2Model(VisionLanguageModel):
 
     name = "minicpm-v-2"
     source = "openbmb/MiniCPM-V-2"
+    # An overview and up to nine slices; four is what 0.8 megapixels are cut into.
+    picture = (5 * 64, 5 * 1024)
+    tiles_in_turn = True
 
     @classmethod
     def skeleton(cls) -> nn.Module:

@@ -13,7 +13,7 @@ c is 1 if activations are computed again in backward passes; V and N are the vis
 is frozen and runs once an example. Gradients pass through all of the language model, since the connector is trained.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -24,8 +24,8 @@ from reproductions.methods import METHODS, Method
 from reproductions.methods.base import trained_parameters
 from reproductions.methods.mdgd_gm import MDGDGM
 from reproductions.paper.config import Experiment, method_of
-from reproductions.paper.data import DATASETS
-from reproductions.paper.models import skeleton
+from reproductions.paper.data import DATASETS, Split
+from reproductions.paper.models import MODELS, skeleton
 from torch_mdgd import connector, last_decoder_layers
 from torch_mdgd.models.parts import text_decoder
 
@@ -95,9 +95,6 @@ class Estimate:
         return self.training_hours + self.evaluation_hours + self.analysis_hours
 
 
-# A picture of MiniCPM-V is an overview and up to nine slices; four is what 0.8 megapixels are cut into.
-TOKENS = {"llava-1.5-7b": (576, 577), "minicpm-v-2": (5 * 64, 5 * 1024), "minicpm-v-4.6": (5 * 64, 5 * 1024)}
-
 
 @lru_cache
 def size_of(model: str) -> Size:
@@ -105,11 +102,12 @@ def size_of(model: str) -> Size:
     network: Any = skeleton(model)
     decoder: Any = text_decoder(network)
     total = count(network)
-    embeddings = count(decoder.get_input_embeddings())
-    head = embeddings  # of the same shape, and not tied to them
-    language = count(decoder) - embeddings + head
-    vision = total - count(decoder) - head - count(connector(network))
-    image_tokens, patches = TOKENS[model]
+    embeddings = decoder.get_input_embeddings().weight
+    # The head is of the embeddings' shape: their own weight, or one beside them.
+    beside = sum(p.numel() for p in network.parameters() if p.shape == embeddings.shape) - embeddings.numel()
+    language = count(decoder)
+    vision = total - count(decoder) - beside - count(connector(network))
+    image_tokens, patches = MODELS[model].picture
     return Size(
         total, language, vision, decoder.config.hidden_size, len(decoder.layers), decoder.config.vocab_size,
         image_tokens, patches,
@@ -177,8 +175,7 @@ def estimate(experiment: Experiment, name: str) -> Estimate:
     if learns:
         f, b = PASSES[asked.gradients]
         one = tokens * (2 * size.language * (f + b * t.checkpointing) + b * 2 * (size.language + dense))
-        # MiniCPM-V-2.0 looks at one slice after the other, of which the last alone is remembered.
-        looks = f if experiment.model == "minicpm-v-2" else 1
+        looks = f if MODELS[experiment.model].tiles_in_turn else 1
         one = (one + 2 * size.vision * size.patches * looks) / (OPERATIONS * UTILISATION) / 3600
     # With a ratio of 1 everything is inside the mask.
     short = experiment.masking if masked else None
@@ -236,11 +233,21 @@ def _activations(experiment: Experiment, size: Size, trains: bool) -> float:
 
 def downloads(experiment: Experiment) -> dict[str, float]:
     """Gigabytes to fetch: the weights, and each data set's splits."""
-    found = {experiment.model: 2 * size_of(experiment.model).total / 1e9}
+    weights = {experiment.model: 2 * size_of(experiment.model).total / 1e9}
+    return weights | _of_data(experiment, lambda split: split.gigabytes)
+
+
+def copies(experiment: Experiment) -> dict[str, float]:
+    """Gigabytes of the copies that `datasets` makes of each data set's splits."""
+    return _of_data(experiment, lambda split: split.unpacked)
+
+
+def _of_data(experiment: Experiment, size: Callable[[Split], float]) -> dict[str, float]:
+    found = {}
     for task in experiment.tasks:
         data = DATASETS[task]
         splits = {data.evaluation} | ({str(data.training)} if task == experiment.target else set())
-        found[task] = max(data.splits[split].gigabytes for split in splits)
-        if len({data.pattern(split) for split in splits}) > 1:
-            found[task] = sum(data.splits[split].gigabytes for split in splits)
+        # Several splits may lie in one file.
+        of_files = {data.pattern(split): size(data.splits[split]) for split in splits}
+        found[task] = sum(of_files.values())
     return found

@@ -10,7 +10,7 @@ from rich.table import Table
 from reproductions.methods import METHODS
 from reproductions.paper.config import experiment_names, load_experiment, methods_of
 from reproductions.paper.data import DATASETS
-from reproductions.paper.run.estimate import ASSUMPTIONS, Estimate, downloads, estimate, size_of
+from reproductions.paper.run.estimate import ASSUMPTIONS, Estimate, copies, downloads, estimate, size_of
 
 FIGURES = {
     "1": ("effective rank of what is seen before and after fine-tuning, by task", ("zero-shot", "fine-tune"), ""),
@@ -26,6 +26,7 @@ def print_list(overrides: Sequence[str], results: Path, console: Console) -> Non
     """Print all rows, figures, downloads and totals."""
     rows: list[Estimate] = []
     fetched: dict[str, float] = {}
+    copied: dict[str, float] = {}
     for name in experiment_names():
         experiment = load_experiment(name, overrides)
         table = Table(title=f"{name}: {experiment.title}", title_justify="left")
@@ -37,6 +38,7 @@ def print_list(overrides: Sequence[str], results: Path, console: Console) -> Non
             rows.append(found)
         console.print(table)
         own = downloads(experiment)
+        copied |= {what: max(size, copied.get(what, 0.0)) for what, size in copies(experiment).items()}
         fetched |= {what: max(size, fetched.get(what, 0.0)) for what, size in own.items()}
         sizes = ", ".join(f"{DATASETS[task].title} {own[task]:.1f}" for task in experiment.tasks)
         weights = f"{experiment.model} {own[experiment.model]:.1f}"
@@ -53,8 +55,7 @@ def print_list(overrides: Sequence[str], results: Path, console: Console) -> Non
     console.print(f"Beyond the paper: {beyond}\n")
     hours, memory = sum(found.hours for found in rows), max(found.memory for found in rows)
     disk = sum(found.disk for found in rows) + 2 * max(found.checkpoints for found in rows)
-    # Pictures stay encoded, so that the copy which `datasets` makes of a parquet file is of its size.
-    unpacked = sum(size for what, size in fetched.items() if what in DATASETS)
+    unpacked = sum(copied.values())
     console.print(
         f"All rows: about {hours:.0f} GPU hours, {hours / 2:.0f} on two GPUs of {memory / 1e9:.0f} GB or more; "
         f"{sum(fetched.values()):.0f} GB to fetch, {unpacked:.0f} GB for the copy that `datasets` makes of the data, "

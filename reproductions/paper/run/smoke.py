@@ -24,7 +24,8 @@ SETTINGS: dict[str, Any] = {
     "masking": {"ratios": [0.1, 0.5, 1.0], "steps": 2, "batches": 1},
     "methods": {
         "lora": {"rank": 2}, "corda": {"rank": 2, "samples": 2}, "ewc": {"samples": 2}, "model-tailor": {"samples": 2},
-        "replay": {"share": 0.5},
+        "replay": {"share": 0.5}, "anchor": {"samples": 2}, "lora-all": {"rank": 2}, "lora-all-lv": {"rank": 2},
+        "lora-all-anchor": {"rank": 2, "samples": 2},
     },
 }  # fmt: skip
 

@@ -18,7 +18,13 @@ COUNTS = {
     "minicpm-v-2": {"fine-tune": 517_777_920, "lora": 35_265_024, "mdgd-gm": 51_777_792},
 }
 LIKE_FINE_TUNE = ("model-tailor", "mdgd", "mdgd-no-align", "fine-tune-lv", "project", "step", "inputs", "l2-sp", "ewc",
-                  "replay")  # fmt: skip
+                  "replay", "replay-1", "replay-5", "replay-10", "fine-tune-low", "lazy", "anchor", "wise-ft",
+                  "kl")  # fmt: skip
+# Rank 16 on all linear layers, and the connector: 16 · 32 · (4 · 2 · 4096 + 3 · (4096 + 11008)) + 20,979,712, and
+# 16 · 40 · (4 · 2 · 2304 + 3 · (2304 + 5760)) + 29,366,784.
+EVERYWHERE = {"llava-1.5-7b": 60_956_672, "minicpm-v-2": 56_646_144}
+# Six layers of four projections of 4096², and eight of 2304².
+ATTENTION = {"llava-1.5-7b": 6 * 4 * 4096**2, "minicpm-v-2": 8 * 4 * 2304**2}
 
 
 @pytest.mark.parametrize("name", ["llava-okvqa", "minicpm-pathvqa"])
@@ -30,7 +36,9 @@ def test_every_method_trains_the_published_count(name):
             continue
         count = trained_numbers(experiment, method_of(experiment, method))
         expected = (
-            {"zero-shot": 0, "corda": wanted["lora"]} | wanted | dict.fromkeys(LIKE_FINE_TUNE, wanted["fine-tune"])
+            {"zero-shot": 0, "corda": wanted["lora"], "attention": ATTENTION[experiment.model]}
+            | dict.fromkeys(("lora-all", "lora-all-lv", "lora-all-anchor"), EVERYWHERE[experiment.model])
+            | wanted | dict.fromkeys(LIKE_FINE_TUNE, wanted["fine-tune"])
         )
         assert count == expected[method], method
     for method, row in published()[name].rows.items():

@@ -8,23 +8,39 @@ from statistics import fmean
 from reproductions.mini.experiment.outcomes import SCORES, CellOutcomes, Outcome
 from reproductions.mini.experiment.scores import mean
 from reproductions.mini.experiment.systems import SHORT, SYSTEMS
+from reproductions.mini.report.razor import correlation, diverged
 from reproductions.mini.report.verdicts import FEWEST_SEEDS
+from reproductions.mini.world.questions import PRETRAINED_TASKS
+from reproductions.shared.results import Result
 from reproductions.shared.stats import Difference, estimate, holm
 from reproductions.shared.tables import Table
 
 NONE = "–"
 SCORED = ("T", "P exact", "P restricted", "Avg", "H", "H LLaVA", "H MiniCPM")
+FIRST = "T of the first"
+"""What a sequence of targets has kept of the one before."""
 RIVALS = ("fine-tune-low", "align")
 COMPARED = ("T", "P", "H")
 
 
 def tables(cell: CellOutcomes) -> list[Table]:
-    """All tables of a cell: scores, costs and features, differences from rivals, values beyond edges, if there are."""
+    """All tables of a cell: scores, form and sight, costs and features, and differences from rivals.
+
+    Where results hold them, the divergence on the new task and values beyond edges too.
+    """
     if not cell.systems:
         return []
     rivals = [rival for rival in RIVALS if rival in cell.systems]
     edges = [edge_table(cell)] if cell.edges else []
-    return [score_table(cell), cost_table(cell), *(difference_table(cell, rival) for rival in rivals), *edges]
+    razor = [divergence_table(cell)] if diverged(cell) else []
+    return [
+        score_table(cell),
+        form_table(cell),
+        cost_table(cell),
+        *razor,
+        *(difference_table(cell, rival) for rival in rivals),
+        *edges,
+    ]
 
 
 def summary_table(cells: Sequence[CellOutcomes]) -> Table:
@@ -67,8 +83,9 @@ def _costs(cell: CellOutcomes, name: str) -> tuple[str, str]:
 
 def score_table(cell: CellOutcomes) -> Table:
     """Scores of every system that was tested, mean ± 95 % interval over seeds."""
+    scored = (*SCORED, FIRST) if cell.cell.first else SCORED
     rows = [
-        (o.system.label, chosen_settings(o), *(_estimate(o, measure) for measure in SCORED), _seeds(o))
+        (o.system.label, chosen_settings(o), *(_estimate(o, measure) for measure in scored), _seeds(o))
         for o in cell.systems.values()
     ]
     caption = cell.cell.target == "caption"
@@ -82,7 +99,41 @@ def score_table(cell: CellOutcomes) -> Table:
         + " H of P and T; H LLaVA of P and Avg; H MiniCPM of Avg and T.",
         *missing(cell),
     ]
-    return Table(f"{cell.title}: scores", ("system", "settings", *SCORED, "seeds"), tuple(rows), tuple(notes))
+    return Table(f"{cell.title}: scores", ("system", "settings", *scored, "seeds"), tuple(rows), tuple(notes))
+
+
+def form_table(cell: CellOutcomes) -> Table:
+    """Of every pre-trained task, answers in the right form, and answers that are right among the task's own."""
+    rows = []
+    for o in cell.systems.values():
+        runs = [run for run in o.runs.values() if "failed" not in run]
+        rows.append((o.system.label, *(_form_and_sight(runs, task) for task in PRETRAINED_TASKS)))
+    note = (
+        "Percent, means over the seeds that did not diverge: answers that are right word for word, which takes sight "
+        "and the form of the answer, / questions whose right answer is the likeliest of the task's own, which takes "
+        "sight alone."
+    )
+    return Table(f"{cell.title}: form and sight by task", ("system", *PRETRAINED_TASKS), tuple(rows), (note,))
+
+
+def _form_and_sight(runs: Sequence[Result], task: str) -> str:
+    if not runs:
+        return NONE
+    return " / ".join(f"{fmean(run[kind][task] for run in runs):.0f}" for kind in ("exact", "restricted"))
+
+
+def divergence_table(cell: CellOutcomes) -> Table:
+    """How far the answers to the target's prompts have moved, beside what was forgotten."""
+    found = diverged(cell)
+    rows = [
+        (SYSTEMS[name].label, f"{estimate(list(kl.values())):.3f}", f"{lost:+.1f}")
+        for name, (kl, lost) in found.items()
+    ]
+    note = (
+        "KL(p_φ ‖ p_θ) in nats a token at the pre-trained model's own answers to the target's test prompts, and the "
+        f"change of P on the same seeds. {correlation(found)}"
+    )
+    return Table(f"{cell.title}: KL on the new task, and forgetting", ("system", "KL", "ΔP"), tuple(rows), (note,))
 
 
 def cost_table(cell: CellOutcomes) -> Table:

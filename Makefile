@@ -14,16 +14,17 @@ PYTHON ?= $(shell for p in $(candidates); do "$$p" -c '$(supported)' 2>/dev/null
 pip_install := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
 	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: help demo test lint format bench wheel clean
+.PHONY: help demo test docs lint format bench wheel clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    run the small experiment on real pictures"
 	@echo "make test    run the tests"
+	@echo "make docs    build this library's site into site/"
 	@echo "make lint    ruff (check and format) and mypy"
 	@echo "make format  let ruff mend and format the sources"
 	@echo "make bench   print the tables of the benchmarks"
-	@echo "make wheel   build the wheel into dist/"
+	@echo "make wheel   build wheel and sdist into dist/, and check them"
 	@echo "make clean   remove .venv, caches and builds"
 	@echo
 	@echo "PYTHON=...       the Python to use, 3.10 to 3.13 (here: $(or $(PYTHON),none found))"
@@ -51,6 +52,10 @@ demo: $(VENV)/.dev
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n auto --dist loadgroup
 
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "site/index.html is the site; $(BIN)/mkdocs serve shows it while you write"
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -64,8 +69,9 @@ bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks
 
 wheel: $(VENV)/.dev
-	$(BIN)/python -m build --wheel --no-isolation
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/twine check --strict dist/*
 
 clean:
-	rm -rf $(VENV) dist .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) dist site .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -44,7 +44,8 @@ def test_returns_the_task_loss_and_records_the_visual_loss():
     z, z_phi = (VisualTap.for_model(m)(m, batch)[1] for m in (model, phi))
     loss = mdgd_backward(model, optimizer, batch, weight=0.25)
     assert loss.item() == model(**batch).loss.item()
-    assert optimizer.diagnostics["visual_loss"] == visual_alignment_loss(z, z_phi).item()
+    # The pass at φ has no graph here.
+    assert optimizer.diagnostics["visual_loss"] == pytest.approx(visual_alignment_loss(z, z_phi).item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("make", [(lambda: llava(0.2), llava_batch), (qwen, qwen_batch)], ids=["llava", "qwen2-vl"])

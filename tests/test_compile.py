@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tests import networks
 from tests.networks import capture_needed
-from tests.properties import assert_close, assert_same_bits
+from tests.properties import assert_close, assert_near
 from torch_mdgd import MDGDOptimizer, StepProject, TopK, VisualTap, mdgd_backward
 
 FORMS = {
@@ -92,7 +92,7 @@ def in_place(model):
 @pytest.mark.parametrize("layers", [-1, (0, 1, -1)])
 @pytest.mark.parametrize("compile_", [around, in_place])
 def test_gradients_of_a_compiled_model_are_those_of_the_model(compile_, layers):
-    assert_same_bits(trained(compile_, layers), trained(lambda model: model, layers))
+    assert_near(trained(compile_, layers), trained(lambda model: model, layers))
 
 
 def test_a_compiled_model_that_ran_before_says_what_to_do_and_then_works(monkeypatch):
@@ -100,7 +100,7 @@ def test_a_compiled_model_that_ran_before_says_what_to_do_and_then_works(monkeyp
         trained(around, before=True)
     torch.compiler.reset()
     monkeypatch.setattr(torch._dynamo.config, "skip_nnmodule_hook_guards", False)
-    assert_same_bits(trained(around, before=True), trained(lambda model: model))
+    assert_near(trained(around, before=True), trained(lambda model: model))
 
 
 def stepped(form, change=lambda optimizer: None, base=torch.optim.AdamW, base_change=lambda optimizer: None):
@@ -124,7 +124,7 @@ def test_compiling_what_the_wrapper_does_changes_nothing(name, verbs):
         for verb in verbs:
             setattr(optimizer, verb, torch.compile(getattr(optimizer, verb), backend="eager"))
 
-    assert_same_bits(stepped(FORMS[name], compiled), stepped(FORMS[name]))
+    assert_near(stepped(FORMS[name], compiled), stepped(FORMS[name]))
 
 
 @pytest.mark.parametrize("name", FORMS)

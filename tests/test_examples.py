@@ -23,6 +23,7 @@ def test_there_are_examples():
         "accelerate_loop",
         "ddp",
         "float16",
+        "forgetting_report",
         "fsdp",
         "hook_api",
         "lightning_module",
@@ -30,6 +31,7 @@ def test_there_are_examples():
         "own_rule",
         "trainer",
         "trl_sft",
+        "two_lines",
     }
     assert names <= set(SCRIPTS)
 

@@ -33,7 +33,10 @@ def sgd(model: nn.Module, rule=None, **settings) -> MDGDOptimizer:
         (lambda: DriftBudget(StepProject(), 0.1), r"an align above 0, not StepProject\(restore=0\)"),
         (lambda: ProtectInputs(network(), 1.5, text_module=network()), "ProtectInputs: energy must lie in"),
         (lambda: ProtectInputs(network(), decay=1, text_module=network()), "ProtectInputs: decay must lie in"),
-        (lambda: ProtectInputs(network(), refresh=0, text_module=network()), "refresh must be a whole number from 1"),
+        (
+            lambda: ProtectInputs(network(), refresh=0, text_module=network()),
+            "refresh must be a whole number of at least 1",
+        ),
     ],
 )
 def test_arguments_of_a_rule_out_of_range_are_refused(make, message):
@@ -46,8 +49,8 @@ def test_arguments_of_a_rule_out_of_range_are_refused(make, message):
     [
         ({"rule": "project"}, r"rule must be a Rule such as MDGD\(\), or None, got 'project'"),
         ({"rule": MDGD}, "rule must be a Rule such as MDGD"),
-        ({"mask": 0.1}, r"mask must be such as TopK\(0\.1\), or None, got 0\.1"),
-        ({"mask": TopK}, "mask must be such as TopK"),
+        ({"mask": 0.1}, r"mask must be a Mask such as TopK\(0\.1\), or None, got 0\.1"),
+        ({"mask": TopK}, "mask must be a Mask such as TopK"),
         ({"compact": 0.1, "mask": TopK(0.1)}, r"compact must be True or False, got 0\.1"),
         ({"align": 1.0}, "unexpected keyword argument 'align'"),
     ],

@@ -1,10 +1,13 @@
 """The visual loss for those who own no optimizer: the same numbers as the wrapper's."""
 
 import copy
+import random
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch import nn
 
 from tests.properties import assert_same_bits
 from tests.tiny_models import llava, llava_batch, text_batch
@@ -60,6 +63,68 @@ def test_at_the_reference_it_is_zero_and_the_weights_come_back(make):
     _, visual = visual_loss(model, llava_batch(), reference=reference)
     assert visual == 0
     assert_same_bits(parameters, before)
+
+
+class Remembering(nn.Module):
+    """Draws from every generator, counts its passes and follows statistics."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.norm, self.calls = inner, nn.BatchNorm1d(16), 0
+        self.register_buffer("rows", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        self.rows += len(x)
+        noise = random.random() + float(np.random.rand()) + torch.rand(())
+        y = self.inner(x) * (1 + noise)
+        return self.norm(y.flatten(0, -2)).view_as(y)
+
+
+def remembering():
+    model = llava(dropout=0.1).train()
+    model.model.multi_modal_projector = Remembering(model.model.multi_modal_projector)
+    return model
+
+
+def seeded(call):
+    """What a call returns, and the next number of each generator after it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    return call(), (random.random(), float(np.random.rand()), float(torch.rand(())))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_second_model_as_the_reference_is_left_as_it_was(training):
+    model, plain = remembering(), remembering()
+    second = copy.deepcopy(model).train(training)
+    buffers = {name: x.clone() for name, x in second.named_buffers()}
+    modes = [module.training for module in second.modules()]
+    (_, visual), drawn = seeded(lambda: visual_loss(model, llava_batch(), reference=second))
+    visual.backward()
+    assert {name for name, x in second.named_buffers() if not torch.equal(x, buffers[name])} == set()
+    assert second.model.multi_modal_projector.calls == 0
+    assert [module.training for module in second.modules()] == modes
+    assert all(p.grad is None for p in second.parameters())
+    # The model itself has run once, with the random numbers of one pass; so has the second, with the same.
+    assert drawn == seeded(lambda: plain(**llava_batch()))[1]
+    assert model.model.multi_modal_projector.calls == 1
+    for (name, x), y in zip(model.named_buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=0, msg=name)
+    assert (visual == 0) == training
+
+
+def test_adapters_that_are_frozen_in_part_stay_so():
+    model, _ = lora()
+    frozen = [p for name, p in model.named_parameters() if ".lora_A." in name]
+    for p in frozen:
+        p.requires_grad_(False)
+    wanted = [p.requires_grad for p in model.parameters()]
+    reference = Reference(model)
+    assert reference.off
+    visual_loss(model, llava_batch(), reference=reference)
+    assert [p.requires_grad for p in model.parameters()] == wanted
 
 
 def test_text_alone_has_no_visual_loss():

@@ -4,8 +4,10 @@ import inspect
 import re
 import subprocess
 import sys
+import tarfile
 import venv
 import zipfile
+from email.message import Message
 from email.parser import HeaderParser
 from importlib.metadata import distribution
 from pathlib import Path
@@ -15,6 +17,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import torch_mdgd
+import torch_mdgd.report
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -61,10 +64,16 @@ def run(*command: object, cwd: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
-    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, ROOT, cwd=folder)
-    (built,) = folder.glob("*.whl")
+def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dist")
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, ROOT, cwd=folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(dist: Path) -> Path:
+    """Built from the sdist, which is then whole."""
+    (built,) = dist.glob("*.whl")
     return built
 
 
@@ -103,9 +112,38 @@ def test_wheel_holds_the_package_alone(wheel: Path) -> None:
     assert {name for name in names if name.startswith("torch_mdgd/")} == sources | {"torch_mdgd/py.typed"}
 
 
+def metadata(wheel: Path) -> Message:
+    return HeaderParser().parsestr(zipfile.ZipFile(wheel).read(f"{dist_info(wheel)}/METADATA").decode())
+
+
+def test_an_index_would_take_them(dist: Path) -> None:
+    (sdist,) = dist.glob("*.tar.gz")
+    (wheel,) = dist.glob("*.whl")
+    run(sys.executable, "-m", "twine", "check", "--strict", sdist, wheel, cwd=dist)
+    with tarfile.open(sdist) as archive:
+        tops = {name.split("/")[1] for name in archive.getnames() if "/" in name}
+    assert tops == {"torch_mdgd", "CHANGELOG.md", "LICENSE", "PKG-INFO", "README.md", "pyproject.toml", ".gitignore"}
+
+
+def test_metadata_and_notes_tell_of_one_release(wheel: Path) -> None:
+    told = metadata(wheel)
+    version = told["Version"]
+    assert told["License-Expression"] == "Apache-2.0"
+    assert told["Summary"]
+    assert len(told["Keywords"].split(",")) >= 5
+    assert "https://arxiv.org/abs/2502.11740" in "".join(told.get_all("Project-URL", []))
+    assert re.search(rf"^## \[{re.escape(version)}\] – \d{{4}}-\d\d-\d\d$", read("CHANGELOG.md"), re.MULTILINE)
+    assert f"version: {version}\n" in read("CITATION.cff")
+    torch_needed = next(x for x in told.get_all("Requires-Dist", []) if x.startswith("torch>"))
+    assert torch_needed.replace(">=", " >= ") in read("README.md")
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
 def test_wheel_requires_torch_alone(wheel: Path) -> None:
-    metadata = zipfile.ZipFile(wheel).read(f"{dist_info(wheel)}/METADATA").decode()
-    needs = [Requirement(line) for line in HeaderParser().parsestr(metadata).get_all("Requires-Dist", [])]
+    needs = [Requirement(line) for line in metadata(wheel).get_all("Requires-Dist", [])]
     always = [str(need) for need in needs if need.marker is None or "extra" not in str(need.marker)]
     assert always == ["torch>=2.10"]
 
@@ -125,7 +163,7 @@ def test_wheel_works_beside_torch_alone(wheel: Path, tmp_path: Path) -> None:
 
 DOCUMENTED = {
     name: found
-    for module in (torch_mdgd, torch_mdgd.rules, torch_mdgd.masks, torch_mdgd.delta)
+    for module in (torch_mdgd, torch_mdgd.rules, torch_mdgd.masks, torch_mdgd.delta, torch_mdgd.report)
     for name, found in vars(module).items()
     if (inspect.isclass(found) or inspect.isfunction(found)) and found.__module__.startswith("torch_mdgd")
     if not name.startswith("_")

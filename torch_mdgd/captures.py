@@ -91,7 +91,7 @@ class Captures:
         return JOINT if JOINT in self.gradients else "task"
 
     def require(self, kinds: Sequence[str]) -> None:
-        """Raise a RuntimeError that names the kinds which are not there, themselves, in g + αv or in g̃₀."""
+        """Raise a RuntimeError that names the kinds which were captured neither apart, nor in g + αv or g̃₀."""
         if len(self.gradients) > 1 and JOINT in self.gradients:
             raise RuntimeError("a step has either one backward pass of both losses ('joint') or one of each, not both")
         there = {*self.gradients, *(KINDS[2:] if REFERENCE in self.gradients else ())}

@@ -1,6 +1,7 @@
 """Arguments that are wrong, named at the earliest moment."""
 
 import math
+from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -26,7 +27,12 @@ def require_share(name: str, value: Any) -> float:
 
 
 def require_whole(name: str, value: Any) -> int:
-    """The argument as an int; a ValueError that names it unless it is a whole number from 1."""
+    """The argument as an int; a ValueError that names it unless it is a whole number of at least 1."""
     if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be a whole number from 1, got {value!r}")
+        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
     return int(value)
+
+
+def first_of(names: Sequence[str]) -> str:
+    """The first three names, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

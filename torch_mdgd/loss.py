@@ -66,7 +66,8 @@ def visual_loss(
     Args:
         model: called as ``model(**batch)``.
         batch: its inputs.
-        reference: where φ is: a :class:`Reference`, an MDGDOptimizer, or a second model.
+        reference: where φ is: a :class:`Reference`, an MDGDOptimizer, or a second model, of which no pass leaves a
+            trace: its buffers, its mode and the random generators are afterwards as they were.
         tap: where z comes from; ``VisualTap.for_model(model)`` if None.
         alignment: the form of L_v (5).
 
@@ -79,7 +80,8 @@ def visual_loss(
     if isinstance(reference, nn.Module):
         there = VisualTap.for_model(reference, tap.layers)
         known_of(there.text_module).other_kernels = known_of(tap.text_module).other_kernels
-        with traces.aside():
+        # Its own buffers too are as before, and its pass sees the same random numbers.
+        with Traces(reference).aside():
             z_reference = _features(there, reference, batch)
     else:
         at_reference: AbstractContextManager[Any] = (

@@ -343,12 +343,16 @@ class MDGDOptimizer(Optimizer):
             self._captures.gradients[REFERENCE] = out
 
     def average_over(self, group: ranks.Group | None) -> None:
-        """From now on, combine the means of all captures over these processes; not those of FSDP2, which has summed."""
+        """From now on, average captures over these processes before they are combined; FSDP2, which sums, needs no group.
+
+        Args:
+            group: a process group, such as ``ddp.process_group``; None for this process alone.
+        """
         self._captures.group = group
 
     @property
     def averaged_over(self) -> ranks.Group | None:
-        """What :meth:`average_over` was told."""
+        """The processes that :meth:`average_over` was given; None without."""
         return self._captures.group
 
     def discard(self) -> None:
@@ -637,7 +641,7 @@ class _Made:
         self.products = products
 
     def visual_for(self, parameters: Sequence[Tensor]) -> list[Tensor | None] | None:
-        """V of this step; None if every ``.grad`` was replaced since combine, e.g. by ``model.zero_grad()``.
+        """This step's v; None if every ``.grad`` was replaced since combine, e.g. by ``model.zero_grad()``.
 
         So it is after a gradient scaler has skipped a step. A warning says so if other gradients are there.
         """

@@ -129,21 +129,30 @@ def question_batches(
         ValueError: no pictures or no questions; the processor has neither chat template nor image token.
     """
     if not len(pictures) or not questions:
-        raise ValueError(f"question_batches: {len(pictures)} pictures and {len(questions)} questions")
+        raise ValueError(f"question_batches: needs both, got {len(pictures)} pictures and {len(questions)} questions")
     draw = random.Random(seed)
     for start in range(0, len(pictures), batch_size):
         chosen = list(pictures[start : start + batch_size])
-        texts = [_prompt(processor, draw.choice(questions)) for _ in chosen]
+        texts = [prompt(processor, draw.choice(questions)) for _ in chosen]
         batch = processor(images=[[x] for x in chosen], text=texts, return_tensors="pt", padding=True)
         yield {name: x.to(device) if device is not None and hasattr(x, "to") else x for name, x in batch.items()}
 
 
-def _prompt(processor: Any, question: str) -> str:
+def prompt(processor: Any, question: str) -> str:
+    """The text of a question about one picture, up to where the answer begins.
+
+    Args:
+        processor: as of :func:`question_batches`.
+        question: what is asked.
+
+    Raises:
+        ValueError: the processor has neither a chat template nor an image token.
+    """
     if getattr(processor, "chat_template", None):
         content = [{"type": "image"}, {"type": "text", "text": question}]
         text: str = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         return text
     token = getattr(processor, "image_token", None)
     if not token:
-        raise ValueError("question_batches: the processor has neither a chat template nor an image token")
+        raise ValueError("the processor has neither a chat template nor an image token")
     return f"{token}\n{question}"

@@ -67,8 +67,11 @@ WRONG = {
     "matrix": (sets(AT, lambda x: x.view(2, 2).clone()), "at positions of shape"),
     "another dtype": (sets(VALUES, lambda x: x.double()), "has values of torch.float64"),
     "no positions": (lambda tensors, metadata: tensors.pop(AT), "'1.weight' has no positions"),
-    "no values": (lambda tensors, metadata: tensors.pop(VALUES), "belongs to nothing"),
-    "more": (lambda tensors, metadata: tensors.update(more=torch.ones(1)), "'more' belongs to nothing"),
+    "no values": (lambda tensors, metadata: tensors.pop(VALUES), "neither values with positions nor a buffer"),
+    "more": (
+        lambda tensors, metadata: tensors.update(more=torch.ones(1)),
+        "'more' is neither values with positions nor a buffer",
+    ),
     "no such parameter": (of_metadata(lambda names: names.pop("1.weight")), "'1.weight' is none of the parameters"),
     "no names": (lambda tensors, metadata: metadata.update(parameters="?"), "not a well-formed delta"),
     "other names": (lambda tensors, metadata: metadata.update(parameters="[1]"), "not a well-formed delta"),

@@ -96,7 +96,7 @@ def test_show_prints_names_counts_shapes_and_the_fingerprint(saved, capsys):
     total = sum(p.numel() for p in base.parameters())
     moved = sum(int((p != q).sum()) for p, q in zip(base.parameters(), model.parameters(), strict=True))
     assert fingerprint(base) in found
-    assert f"{moved} of {total} numbers" in found
+    assert f"{moved} of {total} elements" in found
     weight = int((base[0].weight != model[0].weight).sum())
     assert re.search(rf"^0\.weight +{weight} of 108  float32 of shape \(4, 3, 3, 3\)$", found, re.MULTILINE)
     assert re.search(r"^1\.running_mean +4  buffer, float32 of shape \(4,\)$", found, re.MULTILINE)

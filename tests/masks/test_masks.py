@@ -45,8 +45,8 @@ def test_fraction_out_of_range_is_refused(fraction):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: TopK(0.1, refresh=0), "refresh must be a whole number from 1"),
-        (lambda: TopK(0.1, refresh=1.5), "refresh must be a whole number from 1, got 1.5"),
+        (lambda: TopK(0.1, refresh=0), "refresh must be a whole number of at least 1"),
+        (lambda: TopK(0.1, refresh=1.5), "refresh must be a whole number of at least 1, got 1.5"),
         (lambda: TopK("a"), "TopK: fraction must be a finite number"),
         (lambda: Random(0.0), "Random: fraction must lie in"),
         (lambda: Magnitude(2.0), "Magnitude: fraction must lie in"),

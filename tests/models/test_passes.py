@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tests.models.families import make_text_model
-from tests.properties import assert_same_bits
+from tests.properties import assert_near, assert_same_bits
 from tests.tiny_models import llava, llava_batch
 from torch_mdgd import MDGD, MDGDOptimizer, Project, VisualTap, mdgd_backward
 from torch_mdgd.models.passes import carrying, loss_of
@@ -167,14 +167,14 @@ def test_features_stop_early_only_while_one_pass_is_known_to_be_run():
     wanted = tap(model, llava_batch())[1].detach()
     fresh = VisualTap.for_model(llava())
     heads.clear()
-    assert_same_bits([tap.features(run, llava_batch())], [wanted])
+    assert_near([tap.features(run, llava_batch())], [wanted])
     assert not heads
     # Nothing is known of another model's function.
     other = llava()
     other.lm_head.register_forward_hook(lambda *args: heads.append(None))
     fresh = VisualTap.for_model(other)
     for count in (1, 1):
-        assert_same_bits([fresh.features(lambda **batch: other(**batch), llava_batch())], [wanted])
+        assert_near([fresh.features(lambda **batch: other(**batch), llava_batch())], [wanted])
         assert len(heads) == count
 
 

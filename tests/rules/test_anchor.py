@@ -1,6 +1,7 @@
 """The anchor: its pull is the float64 form's, of plain layers and of LoRA's, by each way to make C."""
 
 import copy
+import re
 import warnings
 
 import pytest
@@ -273,6 +274,55 @@ def test_what_is_not_held_is_named_once():
     assert "post_attention_layernorm.weight" in message
 
 
+class Attention(torch.nn.Module):
+    """Holds a layer whose weight it takes, but which it never calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj = torch.nn.Linear(4, 4)
+        self.attention = torch.nn.MultiheadAttention(4, 1, batch_first=True)
+
+    def forward(self, input_ids):
+        x = torch.nn.functional.one_hot(input_ids, 4).float()
+        return self.attention(*[self.proj(x)] * 3)[0]
+
+
+NEVER_RUN = r"has run these layers as modules.* trained freely: attention\.out_proj$"
+
+
+def test_layers_that_no_calibration_runs_are_named():
+    anchor = Anchor(model := Attention(), text_module=model)
+    MDGDOptimizer(sgd(model.parameters()), anchor)
+    with pytest.warns(UserWarning, match=NEVER_RUN):
+        anchor.calibrate([{"input_ids": torch.tensor([[1, 2, 3]])}])
+
+
+def test_layers_that_no_first_step_runs_are_named_once_when_c_is_made():
+    anchor = Anchor(model := Attention(), text_module=model, warmup=2)
+    optimizer = MDGDOptimizer(sgd(model.parameters()), anchor)
+    ids = torch.tensor([[1, 2, 3]])
+    seen = []
+    for _ in range(4):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            with anchor.observe(torch.zeros_like(ids, dtype=torch.bool), {"input_ids": ids}), optimizer.capture("task"):
+                model(ids).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        seen.append([str(one.message) for one in caught])
+    assert [len(messages) for messages in seen] == [0, 1, 0, 0]
+    assert re.search(NEVER_RUN, seen[1][0])
+
+
+def test_a_connector_is_named_if_no_calibration_has_pictures():
+    model, parameters = full()
+    anchor = Anchor(model)
+    MDGDOptimizer(sgd(parameters), anchor)
+    ids = {"input_ids": torch.tensor([[1, 2, 3]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
+    with pytest.warns(UserWarning, match=r"projector\.linear_1, model\.multi_modal_projector\.linear_2$"):
+        anchor.calibrate([ids])
+
+
 def test_dora_is_refused_by_name():
     model, parameters = adapted(LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
     with pytest.raises(ValueError, match=r"layers.0.self_attn.q_proj: DoRA"):
@@ -283,7 +333,7 @@ def test_dora_is_refused_by_name():
     ("arguments", "message"),
     [
         ({"strength": -1.0}, "Anchor: strength must be a finite number ≥ 0"),
-        ({"rank": 0}, "Anchor: rank must be a whole number from 1"),
+        ({"rank": 0}, "Anchor: rank must be a whole number of at least 1"),
         ({"tokens": "answers"}, "Anchor: tokens must be"),
         ({"warmup": 0}, "Anchor: warmup"),
         ({"every": 0}, "Anchor: every"),

@@ -1,8 +1,10 @@
-"""``python -m torch_mdgd.delta show FILE``: what a delta holds, and what it belongs on."""
+"""``python -m torch_mdgd.delta``: ``show FILE``, what a delta holds; ``export BASE DELTA OUT``, a folder to serve."""
 
 import argparse
 import sys
 
+from torch_mdgd.delta.adapter import export_adapter
+from torch_mdgd.delta.export import export_checkpoint
 from torch_mdgd.delta.file import Delta, read
 
 
@@ -11,7 +13,7 @@ def describe(delta: Delta) -> str:
     total = sum(x.numel for x in delta.parameters.values())
     lines = [
         f"base      {delta.base}",
-        f"changed   {delta.numbers:,} of {total:,} numbers, in {len(delta.changes)} of {len(delta.parameters)} "
+        f"changed   {delta.elements:,} of {total:,} elements, in {len(delta.changes)} of {len(delta.parameters)} "
         "parameters",
         f"buffers   {len(delta.buffers)}",
         "",
@@ -32,13 +34,21 @@ def describe(delta: Delta) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m torch_mdgd.delta", description="Look into a delta.")
+    parser = argparse.ArgumentParser(prog="python -m torch_mdgd.delta", description="Look into a delta, or export it.")
     commands = parser.add_subparsers(dest="command", required=True)
     show = commands.add_parser("show", help="print which parameters a delta changes, and its base model's fingerprint")
     show.add_argument("file", metavar="FILE")
-    path = parser.parse_args(arguments).file
+    export = commands.add_parser("export", help="write base + delta as a folder that transformers and servers load")
+    for name, told in (("base", "folder of the base model"), ("delta", "file"), ("out", "folder to be made")):
+        export.add_argument(name, metavar=name.upper(), help=told)
+    export.add_argument("--adapter", action="store_true", help="write a SHiRA adapter of peft instead")
+    given = parser.parse_args(arguments)
     try:
-        print(describe(read(path)))
+        if given.command == "show":
+            print(describe(read(given.file)))
+        else:
+            write = export_adapter if given.adapter else export_checkpoint
+            print(write(given.base, given.delta, given.out))
     except (OSError, ValueError, ImportError) as error:
         print(error, file=sys.stderr)
         return 1

@@ -67,8 +67,8 @@ class Delta:
         return out | {name + BUFFER: x for name, x in self.buffers.items()}
 
     @property
-    def numbers(self) -> int:
-        """How many numbers of parameters changed."""
+    def elements(self) -> int:
+        """How many elements of parameters changed."""
         return sum(values.numel() for _, values in self.changes.values())
 
     def write(self, path: str | os.PathLike[str]) -> None:
@@ -118,7 +118,7 @@ def _sorted(base: str, parameters: dict[str, Shape], tensors: Mapping[str, Tenso
         elif key.endswith(BUFFER):
             buffers[key.removesuffix(BUFFER)] = x
         elif not key.endswith(POSITIONS) or key.removesuffix(POSITIONS) + VALUES not in tensors:
-            raise ValueError(f"{key!r} belongs to nothing")
+            raise ValueError(f"{key!r} is neither values with positions nor a buffer")
     return Delta(base, parameters, changes, buffers)
 
 

@@ -29,10 +29,10 @@ class AppliedDelta:
 
     @torch.no_grad()
     def undo(self) -> None:
-        """Put the base model's numbers back, bit for bit; once that is done, nothing.
+        """Put the base model's elements back, bit for bit; a second call does nothing.
 
         Raises:
-            RuntimeError: a number that the delta wrote is no longer there, as after further training or under a later
+            RuntimeError: an element that the delta wrote is no longer there, as after further training or under a later
                 delta, naming its parameter; nothing was changed.
         """
         held = {**parameters_of(self.model), **buffers_of(self.model, large=False)}
@@ -52,10 +52,10 @@ class AppliedDelta:
 def save_delta(
     model: nn.Module, path: str | os.PathLike[str], optimizer: MDGDOptimizer | Sequence[MDGDOptimizer]
 ) -> int:
-    """Write the numbers in which the model differs from the reference φ, and its small persistent buffers.
+    """Write the elements in which the model differs from the reference φ, and its small persistent buffers.
 
     If ``fully_shard`` has sharded the parameters, all ranks call it and the first of them writes. Each gathers one
-    parameter at a time, for the fingerprint, and the changed numbers.
+    parameter at a time, for the fingerprint, and the changed elements.
 
     Args:
         model: the fine-tuned model, also inside ``torch.compile`` or DistributedDataParallel.
@@ -64,7 +64,7 @@ def save_delta(
             what accelerate has put around it.
 
     Returns:
-        how many numbers of parameters changed.
+        how many elements of parameters changed.
 
     Raises:
         ImportError: safetensors is not installed.
@@ -99,14 +99,14 @@ def save_delta(
         delta.write(path)
     if divided:
         torch.distributed.barrier()
-    return delta.numbers
+    return delta.elements
 
 
 @torch.no_grad()
 def apply_delta(model: nn.Module, path: str | os.PathLike[str]) -> AppliedDelta:
-    """Put a fine-tune's numbers on its base model, bit for bit.
+    """Put a fine-tune's elements on its base model, bit for bit.
 
-    Everything is checked before the first number is written.
+    Everything is checked before the first element is written.
 
     Args:
         model: the base model, whole on this process, also inside ``torch.compile`` or DistributedDataParallel.
@@ -205,7 +205,12 @@ def _put(x: Tensor, positions: Tensor | None, values: Tensor) -> None:
 
 
 def _same(x: Tensor, y: Tensor) -> bool:
-    return x.shape == y.shape and torch.equal(_bits(x), _bits(y))
+    return x.shape == y.shape and bool(same_bits(x, y).all())
+
+
+def same_bits(x: Tensor, y: Tensor) -> Tensor:
+    """Where two tensors of one shape and dtype have the same bits: bool."""
+    return _bits(x) == _bits(y)
 
 
 def _bits(x: Tensor) -> Tensor:

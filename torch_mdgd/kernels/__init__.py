@@ -103,9 +103,9 @@ def top_k_similarity_masks(g: Tensors, v: Tensors, g0: Tensors, a: Tensor | None
     The scores are computed block by block in float64, so that products of tiny or huge numbers keep their order.
 
     Args:
-        g: T tensors on one device; None counts as zero, here and below. Of sharded tensors there is no None.
-        v: T tensors.
-        g0: T tensors.
+        g: T tensors on one device; None counts as zero. Of sharded tensors there is no None.
+        v: T tensors, as g.
+        g0: T tensors, as g.
         a: shape (T,), float64; zeros if None (v is then not read).
         k: 1 ≤ k ≤ total count.
 

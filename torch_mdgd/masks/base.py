@@ -15,12 +15,12 @@ from torch_mdgd.kernels import Tensors
 
 @dataclass(frozen=True)
 class ScoreInputs:
-    """What similarities are computed from, of T trained parameters.
+    """What a mask may be chosen from, of T trained parameters: gradients of their shapes, None for a missing one.
 
     Args:
         g: the task gradient.
         v: the visual gradient.
-        g0_tilde: g̃₀ of (7).
+        g0_tilde: g̃₀ of (7), the task gradient at φ without its part along v₀.
         a: ⟨g, v⟩ / ⟨v, v⟩ of each parameter, float64, shape (T,).
     """
 
@@ -42,11 +42,14 @@ class Mask:
     refresh: int | None = None
 
     def choose(self, parameters: Sequence[Tensor], gradients: ScoreInputs | None) -> list[Tensor]:
-        """Bool tensors of the parameters' shapes, true where an element may move.
+        """Choose the mask; called when the optimizer is built, or at a step if ``scored``.
 
         Args:
-            parameters: those that are trained.
-            gradients: of a step, without NaN or Inf; None unless ``scored``.
+            parameters: the T trained parameters.
+            gradients: of the step, without NaN or Inf; None unless ``scored``.
+
+        Returns:
+            T bool tensors of the parameters' shapes, true where an element may move.
         """
         raise NotImplementedError
 

@@ -12,7 +12,7 @@ from torch_mdgd.parallel import dtensor
 
 @dataclass(frozen=True)
 class Given(Mask):
-    """These masks.
+    """A mask of your own making.
 
     Args:
         masks: bool tensors of the trained parameters' shapes, in parameter order; at least one element is true.

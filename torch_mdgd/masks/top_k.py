@@ -1,4 +1,4 @@
-"""The mask of MDGD-GM (10): where the gradients at θ and at φ agree most."""
+"""The mask of MDGD-GM, equation (10) of MDGD (arXiv 2502.11740): where the gradients at θ and at φ agree most."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

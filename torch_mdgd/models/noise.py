@@ -1,4 +1,4 @@
-"""Drift and noise: equal weights must give equal features.
+"""Equal weights must give equal features: what is left between z and z(φ) is drift, and no rounding.
 
 Some attention takes another kernel where no gradients are wanted, as SAM's with its bias and ``nn.TransformerEncoder``
 in evaluation mode. A pass at φ without gradients then differs from one at θ by rounding, and the sign in the gradient

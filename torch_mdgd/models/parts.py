@@ -182,6 +182,9 @@ def text_decoder(model: nn.Module) -> nn.Module:
             "modules yourself, as in VisualTap(text_module, mask)"
         )
     found: Any = _last_decoder(inner)
+    owner = _picture_model(inner)
+    if owner is not None and found not in set(owner.modules()):
+        found = _last_decoder(owner)
     while (head := head_of(found)) is not None:
         rest = [child for child in found.children() if child is not head and not isinstance(child, nn.Embedding)]
         largest = max(rest, key=lambda child: sum(p.numel() for p in child.parameters()), default=head)
@@ -193,6 +196,20 @@ def text_decoder(model: nn.Module) -> nn.Module:
         found = _last_decoder(largest)
     decoder: nn.Module = found
     return decoder
+
+
+def _picture_model(model: nn.Module) -> nn.Module | None:
+    """The smallest part of a model that is a vision-language model by itself: it owns a tower and a decoder.
+
+    A model may have another decoder beside it, which no picture enters: for actions, or for what is generated at once.
+    """
+    towers = {part for name, m in model.named_modules() if is_tower(name, m) for part in m.modules()}
+    owners = [
+        m
+        for m in model.modules()
+        if m not in towers and any(child in towers for child in m.children()) and _last_decoder(m) is not m
+    ]
+    return owners[-1] if owners else None
 
 
 def _last_decoder(module: Any) -> Any:

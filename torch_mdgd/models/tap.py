@@ -1,4 +1,4 @@
-"""The features whose loss is visual forgetting: hidden states at the image tokens, and their alignment (5)."""
+"""The features z whose loss is visual forgetting, and their alignment: equation (5) of MDGD (arXiv 2502.11740)."""
 
 import inspect
 import warnings
@@ -142,9 +142,9 @@ class VisualTap:
         return output, self._at_images(passes[index], batch)
 
     def features(self, model: Callable[..., Any], batch: Batch, *, whole: bool = False) -> Tensor:
-        """Z alone, without a graph, and of no more of the model than is needed for it.
+        """The features z alone, without a graph, from no more of the model than they need.
 
-        The same numbers as z of a whole run, bit for bit. The model is left behind its text module, before head and
+        They are z of a whole run, bit for bit. The model is left behind its text module, before head and
         loss, as soon as one call is known to run it once. A model whose passes without gradients are known to give
         other numbers is run with them.
 
@@ -269,7 +269,7 @@ class _Seen(BaseException):
 
 
 def visual_alignment_loss(z: Tensor, z_ref: Tensor, kind: Literal["l1", "mse"] = "l1") -> Tensor:
-    """(5) L_v, the mean over tokens and channels of |z − z_ref|, or of its square; 0 for no tokens.
+    """L_v of (5): the mean over tokens and channels of |z − z_ref|, or of its square; 0 for no tokens.
 
     Args:
         z: features, shape (tokens, hidden), any floating dtype; the difference is taken in float32.

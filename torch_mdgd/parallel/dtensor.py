@@ -18,7 +18,7 @@ def is_sharded(x: Tensor | None) -> bool:
 
 
 def local(tensors: Sequence[Tensor | None]) -> list[Any]:
-    """This rank's parts, which share memory with the tensors."""
+    """This rank's shards, which share memory with the tensors."""
     return [x.to_local() if is_sharded(x) else x for x in tensors]  # type: ignore[union-attr]
 
 
@@ -39,7 +39,7 @@ def shard_like(x: Tensor, like: Tensor, dtype: torch.dtype | None = None) -> Ten
 
 
 def same_shards(x: Tensor, y: Tensor) -> bool:
-    """Whether both are whole, or their parts are the same."""
+    """Whether both are whole, or both are sharded alike."""
     one: Any = x
     other: Any = y
     if is_sharded(x) and is_sharded(y):
@@ -53,7 +53,7 @@ def same_place(x: Tensor, y: Tensor) -> bool:
 
 
 def as_part(part: Tensor, like: Tensor) -> Tensor:
-    """Some of this rank's numbers of ``like``, shape (m,), m being each rank's own, as what the kernels here take."""
+    """Some elements of this rank's shard of ``like``, 1-D and of each rank's own number, as what the kernels take."""
     if not is_sharded(like):
         return part
     from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -80,18 +80,18 @@ def as_shard(part: Tensor, like: Tensor) -> Tensor:
 
 
 def indices(like: Tensor) -> Tensor:
-    """Where the numbers of this rank's part stand in the whole tensor, flattened: int64, shape (numel of the part,)."""
+    """Positions of this rank's shard in the whole tensor, flattened: int64, shape (elements of the shard,)."""
     whole = torch.arange(like.numel(), dtype=torch.int64, device=like.device).view(like.shape)
     index: Tensor = local([shard_like(whole, like)])[0].reshape(-1)
     return index
 
 
 def in_whole(positions: Tensor, values: Sequence[Tensor], like: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """All ranks' positions in their parts of a sharded tensor as ascending ones in the whole, with what is there.
+    """Positions in the ranks' shards as ascending positions in the whole tensor, with the values there.
 
     Args:
-        positions: of this rank's part, flattened, shape (m,), m being each rank's own.
-        values: 1-D tensors of a number for each.
+        positions: in this rank's shard, flattened, shape (m,); each rank has its own m.
+        values: tensors of shape (m,).
         like: the tensor.
 
     Returns:
@@ -112,7 +112,7 @@ def whole(x: Tensor) -> Tensor:
 
 
 def gather(part: Tensor, like: Tensor) -> Tensor:
-    """What the ranks hold of 1-D parts, of any sizes, one after the other; all ranks call it, and all get it."""
+    """The ranks' 1-D tensors, of any sizes, one after the other. A collective operation: all ranks call it."""
     tensor: Any = like
     for dim, placement in enumerate(tensor.placements if is_sharded(like) else ()):
         if not placement.is_replicate():
@@ -136,7 +136,7 @@ def _gather_over(part: Tensor, group: Any) -> Tensor:
 
 @torch.no_grad()
 def counts(masks: Sequence[Tensor]) -> list[int]:
-    """How many numbers are true in each whole mask. A collective operation: all ranks call it."""
+    """How many elements are true in each whole mask. A collective operation: all ranks call it."""
     if not masks:
         return []
     found: list[int] = sum_shards_(torch.stack([m.sum() for m in local(masks)]), masks).tolist()
@@ -144,12 +144,12 @@ def counts(masks: Sequence[Tensor]) -> list[int]:
 
 
 def count(masks: Sequence[Tensor]) -> int:
-    """How many numbers are true in whole masks. A collective operation: all ranks call it."""
+    """How many elements are true in all whole masks. A collective operation: all ranks call it."""
     return sum(counts(masks))
 
 
 def sum_shards_(table: Tensor, like: Sequence[Tensor | None]) -> Tensor:
-    """Add up, in place, each row over the ranks that hold the other parts of its tensor.
+    """Add up, in place, each row over the ranks that hold the other shards of its tensor.
 
     Args:
         table: T rows.

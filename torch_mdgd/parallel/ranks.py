@@ -65,15 +65,15 @@ class Ranks:
 
     @property
     def group(self) -> Group | None:
-        """Over which gradients have to be averaged; None where they are summed as they are made, or alone."""
+        """The processes whose gradients are averaged; None with FSDP2, which sums them itself, or alone."""
         return self.groups[0] if self.groups and not self.sharded else None
 
     def require_averaging(self, framework: str | None = None) -> None:
-        """Warn that gradients stay this process's own although there are others.
+        """Warn if there are other processes, and nobody averages gradients over them.
 
         Args:
-            framework: what a framework has put around the optimizer, by name. Such a one keeps processes alike, so that
-                a model which it does not wrap is an error.
+            framework: the class that a framework has put around the optimizer. A framework keeps processes alike, so
+                that a model which it does not wrap is an error.
 
         Raises:
             ValueError: a framework runs several processes, whose gradients nobody averages.
@@ -134,7 +134,7 @@ class Ranks:
 
 @torch.no_grad()
 def average_(kinds: Sequence[list[Tensor | None]], parameters: Sequence[Tensor], group: Group) -> None:
-    """The mean over ranks of each gradient, in place. One that some rank has, all get: missing, it counts as zero.
+    """Average each gradient over ranks, in place. A rank that lacks a gradient counts as zero, and gets the mean too.
 
     Args:
         kinds: lists of T gradients, of the same kinds on all ranks.

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from torch_mdgd.checks import require_number, require_whole
+from torch_mdgd.checks import first_of, require_number, require_whole
 from torch_mdgd.kernels import Tensors
 from torch_mdgd.kernels.exact import exact
 from torch_mdgd.models.linear import (
@@ -51,7 +51,7 @@ class Anchor(Around):
     What is held: for each distinct input 2 · rank rows of its width, in float32. For the last six layers of a 7 B LLaVA
     (widths 4096 and 11008) with rank 8 that is 9 MB, for LoRA on all its 32 layers 48 MB; a step reads each trained
     weight once more, and LoRA's matrices alone. Norms, embeddings, convolutions and fused experts are not held: a
-    warning names them once.
+    warning names them once, and another the linear layers that no prompt has reached when C is made.
 
     Args:
         model: whose layers are trained; also inside DistributedDataParallel or a PeftModel.
@@ -160,8 +160,7 @@ class Anchor(Around):
             raise ValueError("Anchor: the optimizer holds no linear layer of the model, plain or LoRA's")
         left = uncovered(self._model, places, found)
         if left and not self._parts:
-            some = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
-            warnings.warn(f"Anchor holds linear layers; these are trained freely: {some}", stacklevel=4)
+            warnings.warn(f"Anchor holds linear layers; these are trained freely: {first_of(left)}", stacklevel=4)
 
     def _empty(self, width: int, like: Tensor) -> Moments:
         """Of no inputs: one for all layers of a kind, so that those which share an input go on sharing its moments."""
@@ -272,6 +271,7 @@ class Anchor(Around):
         if not count:
             raise ValueError("Anchor.calibrate: batches is empty")
         self.seen = self.warmup
+        self._warn_of_idle()
         return self
 
     def sum_over(self, groups: Sequence[Any]) -> None:
@@ -308,6 +308,17 @@ class Anchor(Around):
             if bool(answers.isfinite().all()):
                 self.answers[key] = self.answers[key] + answers
         self._new, self._new_answers, self._covariances = {}, {}, {}
+
+    def _warn_of_idle(self) -> None:
+        """Name the layers that C is zero of, once it is made: those that hold what other modules take from them."""
+        answered = torch.stack([self.answers[layer.key][1].cpu() for layer in self.layers]).tolist()
+        idle = [layer.name for layer, count in zip(self.layers, answered, strict=True) if not count]
+        if idle:
+            warnings.warn(
+                "Anchor: no pass of those that C is made of has run these layers as modules, or at no token that "
+                f"counts, so they are trained freely: {first_of(idle)}",
+                stacklevel=4,
+            )
 
     def _require_agreement(self) -> None:
         """Processes that hold different C would pull apart what they keep equal otherwise."""
@@ -349,6 +360,8 @@ class Anchor(Around):
         if self.seen < self.warmup and (self._new or self._groups):
             self._take_in(self._groups)
             self.seen += 1
+            if self.seen == self.warmup:
+                self._warn_of_idle()
         if self._groups and not self._agreed:
             self._require_agreement()
         self.steps += 1

@@ -134,7 +134,7 @@ class Rule:
     def correct_(self, parameters: Tensors, before: Tensors, visual: Tensors | None, w: Weights) -> None:
         """Correct the parameters after the wrapped optimizer's step, in place.
 
-        In a compact storage all tensors are those of the selected numbers, 1-D.
+        In a compact storage all tensors hold the selected elements, 1-D.
 
         Args:
             parameters: T parameters; None for one that took no part in the step.

@@ -118,7 +118,7 @@ class DriftBudget(Around):
         super().forget()
 
     def state(self) -> dict[str, Tensor | Sequence[Tensor]]:
-        """S, and the rule's own; between measurements the ratio and the strength too."""
+        """The pull s and the inner rule's state; between measurements the ratio and the strength too."""
         own = {PULL: self.pull}
         if self.measure_every > 1:
             own |= {STRENGTH: self.strength, RATIO: self.ratio, AGE: as_count(self.age)}

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_mdgd.checks import require_number, require_whole
+from torch_mdgd.checks import first_of, require_number, require_whole
 from torch_mdgd.kernels import Tensors
 from torch_mdgd.kernels.exact import exact
 from torch_mdgd.models.linear import Linear, is_routed, rows, trained_linear_layers, watching
@@ -168,15 +168,14 @@ class ProtectInputs(Rule):
         return [layer for layer in layers if layer.weight is not None]
 
     def _warn(self, what: str, names: Sequence[str]) -> None:
-        some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        warnings.warn(f"ProtectInputs: {what}: {some}", stacklevel=4)
+        warnings.warn(f"ProtectInputs: {what}: {first_of(names)}", stacklevel=4)
 
     def needs(self, w: Weights, masked: bool) -> tuple[str, ...]:
         """The task gradient alone: one forward and one backward pass."""
         return KINDS[:1]
 
     def coefficients(self, products: Tensor, w: Weights, masked: bool) -> Tensor:
-        """D = g."""
+        """(1): the wrapped optimizer gets g."""
         return task_alone(products)
 
     def sum_over(self, groups: Sequence[Any]) -> None:
@@ -251,7 +250,7 @@ class ProtectInputs(Rule):
             self.age += 1
 
     def _on(self, device: torch.device, i: int) -> Tensor:
-        """C, where its layer now is."""
+        """The covariance C, on the device that its layer is on now."""
         if self.covariances[i].device != device:
             self.covariances[i], self.bases[i] = self.covariances[i].to(device), self.bases[i].to(device)
         return self.covariances[i]

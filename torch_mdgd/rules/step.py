@@ -35,7 +35,7 @@ class StepProject(Rule):
         self.weights = checked(StepProject, restore=restore)
 
     def coefficients(self, products: Tensor, w: Weights, masked: bool) -> Tensor:
-        """D = g."""
+        """(1, 0): the wrapped optimizer gets g."""
         return task_alone(products)
 
     def correct_(self, parameters: Tensors, before: Tensors, visual: Tensors | None, w: Weights) -> None:

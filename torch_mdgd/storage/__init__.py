@@ -22,7 +22,7 @@ def storage_for(parameters: Sequence[Tensor], base: Optimizer, mask: Mask | None
             :class:`torch_mdgd.storage.compact.CompactStorage`; a mask that is chosen anew, with Rprop or ASGD.
     """
     if mask is not None and not isinstance(mask, Mask):
-        raise TypeError(f"mask must be such as TopK(0.1), or None, got {mask!r}")
+        raise TypeError(f"mask must be a Mask such as TopK(0.1), or None, got {mask!r}")
     if not isinstance(compact, bool):
         raise TypeError(f"compact must be True or False, got {compact!r}")
     if mask is not None and mask.refresh is not None and isinstance(base, Rprop | ASGD):

@@ -54,7 +54,7 @@ class CompactStorage(Storage):
 
     @property
     def masked(self) -> bool:
-        """See :class:`Storage`, here and below."""
+        """Whether a mask has been chosen."""
         return self.positions is not None
 
     def kept(self, parameters: Sequence[Tensor]) -> tuple[int, int]:
@@ -62,7 +62,7 @@ class CompactStorage(Storage):
         return sum(self.sizes), sum(p.numel() for p, one in zip(parameters, self.trained, strict=True) if one)
 
     def extend(self, parameters: Sequence[Tensor]) -> None:
-        """Only their number is of account."""
+        """Take in new parameters: before the mask is chosen nothing is held of them."""
         self.trained += [p.requires_grad for p in parameters]
         self.sizes += [0] * len(parameters)
 
@@ -88,7 +88,7 @@ class CompactStorage(Storage):
         self.swapped = not self.swapped
 
     def difference(self, parameters: Sequence[Tensor], t: int) -> Tensor:
-        """At full size, zero outside the mask."""
+        """θ − φ at full size, zero outside the mask."""
         p = self._parts(parameters)[t]
         out = torch.zeros_like(p)
         if self.positions is not None:
@@ -96,12 +96,12 @@ class CompactStorage(Storage):
         return out
 
     def has_moved(self, parameters: Sequence[Tensor], t: int) -> bool:
-        """Inside the mask."""
+        """Whether an element inside the mask differs from φ."""
         p = self._parts(parameters)[t]
         return self.positions is not None and not torch.equal(_take(p, self.positions[t]), self.reference[t])
 
     def renew(self, parameters: Sequence[Tensor], values: Sequence[Tensor] | None) -> None:
-        """Inside the mask; outside it θ is φ, so new values there are refused."""
+        """A new φ inside the mask; outside it θ is φ, so other values there are refused."""
         self.follow(parameters)
         renewed = []
         for t, p in enumerate(self._parts(parameters)):
@@ -119,7 +119,7 @@ class CompactStorage(Storage):
 
     @torch.no_grad()
     def choose(self, masks: Tensors, base: Optimizer, parameters: Sequence[Tensor]) -> None:
-        """Once. What the wrapped optimizer already holds of other elements is dropped."""
+        """Choose the mask, once. State that the wrapped optimizer holds of other elements is dropped."""
         parts = self._parts(parameters)
         self.positions = [
             _nowhere(p.device) if mask is None else _positions(mask)
@@ -140,7 +140,7 @@ class CompactStorage(Storage):
                     state[name] = _take(x, at)
 
     def restrict_(self, v: Tensors) -> list[Tensor | None]:
-        """The selected elements, 1-D."""
+        """The selected elements of v, 1-D."""
         if self.positions is None:
             return list(v)
         rows = zip(v, dtensor.local(v), self.positions, strict=True)
@@ -176,7 +176,7 @@ class CompactStorage(Storage):
                 correct_(*(_as_parts(values, parameters) for values in (live, before)))
 
     def switch(self, base: Optimizer, parameters: Sequence[Tensor], mode: Callable[[], Any]) -> None:
-        """On the selected elements."""
+        """Run ``base.train`` or ``base.eval`` on the selected elements."""
         if self.positions is None:
             mode()
             return
@@ -250,7 +250,7 @@ class CompactStorage(Storage):
         return inner, {"positions": positions, "reference": reference}
 
     def load(self, inner: dict[str, Any], found: Entries, base: Optimizer, parameters: Sequence[Tensor]) -> bool:
-        """Without positions there, the present mask stays."""
+        """The opposite of :meth:`save`; without positions there, the present mask stays."""
         if "reference" in found and "positions" not in found:
             raise ValueError("the state dict was saved with compact=False: build the MDGDOptimizer so, too")
         entries = [entry for entry in inner["state"].values() if isinstance(entry, dict)]

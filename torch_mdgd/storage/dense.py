@@ -40,7 +40,7 @@ class DenseStorage(Storage):
 
     @property
     def masked(self) -> bool:
-        """See :class:`Storage`, here and below."""
+        """Whether a mask has been chosen."""
         return self.masks is not None
 
     def kept(self, parameters: Sequence[Tensor]) -> tuple[int, int]:
@@ -48,7 +48,7 @@ class DenseStorage(Storage):
         return self._kept, sum(p.numel() for p, one in zip(parameters, self.trained, strict=True) if one)
 
     def extend(self, parameters: Sequence[Tensor]) -> None:
-        """Copies of the new parameters."""
+        """Copy the new parameters."""
         self.trained += [p.requires_grad for p in parameters]
         self.zero += [None] * len(parameters)
         self.reference += [snapshot(p) if p.requires_grad else None for p in parameters]
@@ -94,7 +94,7 @@ class DenseStorage(Storage):
             self._values = []
 
     def difference(self, parameters: Sequence[Tensor], t: int) -> Tensor:
-        """At full size."""
+        """At full size, of a sharded parameter this process's shard."""
         zero = self.zero[t]
         if zero is not None:
             return snapshot(parameters[t]) if zero else torch.zeros_like(parameters[t])
@@ -103,7 +103,7 @@ class DenseStorage(Storage):
         return out
 
     def has_moved(self, parameters: Sequence[Tensor], t: int) -> bool:
-        """At full size."""
+        """At full size, of a sharded parameter this process's shard."""
         zero = self.zero[t]
         if zero is not None:
             return zero and bool(parameters[t].detach().any())
@@ -111,7 +111,7 @@ class DenseStorage(Storage):
         return not torch.equal(p.detach(), x)
 
     def renew(self, parameters: Sequence[Tensor], values: Sequence[Tensor] | None) -> None:
-        """Copies, also of what was dropped."""
+        """Copy the values, also of what was dropped."""
         self.zero = [None] * len(parameters)
         self.follow(parameters)
         for t, p in enumerate(parameters):
@@ -128,19 +128,19 @@ class DenseStorage(Storage):
         self.age = 0
 
     def restrict_(self, v: Tensors) -> list[Tensor | None]:
-        """In place, at full size."""
+        """The directions v with zeros outside the mask, in place."""
         for x, mask in zip(v, self.masks or (), strict=False):
             if x is not None and mask is not None:
                 x.mul_(mask)
         return list(v)
 
     def combine_(self, d: Tensors, gradients: Sequence[Tensors], coefficients: Tensor) -> None:
-        """One pass."""
+        """The combination under the mask, in one pass."""
         kernels.combine_(d, gradients, coefficients, self.masks)
         self.age += 1
 
     def step(self, base: Optimizer, parameters: Sequence[Tensor], correct_: Correct | None) -> None:
-        """Elements outside the mask get back what they had."""
+        """Step; elements outside the mask get back their values."""
         if self.masks is None and correct_ is None:
             base.step()
             return
@@ -159,7 +159,7 @@ class DenseStorage(Storage):
             correct_(live, before)
 
     def switch(self, base: Optimizer, parameters: Sequence[Tensor], mode: Callable[[], Any]) -> None:
-        """Inside the mask."""
+        """Run ``base.train`` or ``base.eval``; elements outside the mask get back their values."""
         self.follow(parameters)
         held = [
             (p, snapshot(p), mask) for p, mask in zip(parameters, self.masks or (), strict=False) if mask is not None
@@ -189,7 +189,7 @@ class DenseStorage(Storage):
         return base.state_dict(), own
 
     def load(self, inner: dict[str, Any], found: Entries, base: Optimizer, parameters: Sequence[Tensor]) -> bool:
-        """Without a mask there, the present one stays."""
+        """The opposite of :meth:`save`; without a mask there, the present one stays."""
         if "positions" in found:
             raise ValueError("the state dict was saved with compact=True: build the MDGDOptimizer so, too")
         codes = found.get(DROPPED, [None] * len(parameters))

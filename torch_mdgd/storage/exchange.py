@@ -1,7 +1,7 @@
 """The reference φ: the trainable values as they were when fine-tuning began, and how to evaluate there.
 
-One copy of the trainable numbers, exchanged in place with the live ones. A second model would cost the frozen
-numbers too; functional calls are silently wrong under gradient checkpointing and sharding. For passes without a graph,
+One copy of the trained elements, exchanged in place with the live ones. A second model would cost the frozen
+elements too; functional calls are silently wrong under gradient checkpointing and sharding. For passes without a graph,
 through modules that look up their parameters anew, θ and φ may swap places in memory instead, which takes no time.
 """
 
@@ -72,7 +72,7 @@ def _swap_places_(p: Tensor, x: Tensor) -> None:
 
 
 def _may_move(p: Tensor, x: Tensor) -> bool:
-    """Whether both are whole plain tensors on one device, each alone in its memory, and alike there."""
+    """Whether both are plain tensors on one device with the same strides, each alone in its memory."""
     plain = all(type(y) in (Tensor, nn.Parameter) and y._base is None for y in (p, x))
     return (
         plain

@@ -1,0 +1,1 @@
+"""Pages, and the programs that make some of them."""

@@ -138,7 +138,10 @@ def _opening(cells: Sequence[CellOutcomes], panels: Sequence[Path]) -> str:
     """The picture, in panels that stand beside each other where there is room, and the sentences."""
     told = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in sentences(cells))
     images = "".join(f'<img alt="{html.escape(path.stem)}" src="{embedded(path.read_bytes())}">' for path in panels)
-    caption = "What was learned (T) and what was kept (P), test scores in percent, means over seeds."
+    caption = (
+        "What was learned (T) and what was kept (P), test scores in percent, means over seeds. After captions P is the "
+        "share of old questions whose right answer is the likeliest of the task's own."
+    )
     picture = f'<figure class="panels">{images}<figcaption>{caption}</figcaption></figure>' if panels else ""
     return f'{picture}<ul class="told">{told}</ul>' if told else picture
 

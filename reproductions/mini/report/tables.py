@@ -7,7 +7,7 @@ from statistics import fmean
 
 from reproductions.mini.experiment.outcomes import SCORES, CellOutcomes, Outcome
 from reproductions.mini.experiment.scores import mean
-from reproductions.mini.experiment.systems import SHORT, SYSTEMS
+from reproductions.mini.experiment.systems import SHORT, SYSTEMS, System
 from reproductions.mini.report.razor import correlation, diverged
 from reproductions.mini.report.verdicts import FEWEST_SEEDS
 from reproductions.mini.world.questions import PRETRAINED_TASKS
@@ -16,6 +16,8 @@ from reproductions.shared.stats import Difference, estimate, holm
 from reproductions.shared.tables import Table
 
 NONE = "–"
+MARK = "†"
+KNOWS = f"{MARK} Knows examples of the old tasks, or how their questions are asked."
 SCORED = ("T", "P exact", "P restricted", "Avg", "H", "H LLaVA", "H MiniCPM")
 FIRST = "T of the first"
 """What a sequence of targets has kept of the one before."""
@@ -30,6 +32,16 @@ def tables(cell: CellOutcomes) -> list[Table]:
     """
     if not cell.systems:
         return []
+    return [_explained(table) for table in _tables(cell)]
+
+
+def _explained(table: Table) -> Table:
+    """With a note on the mark, if there is one."""
+    there = any(row[0].endswith(MARK) for row in table.rows)
+    return replace(table, notes=(*table.notes, KNOWS)) if there else table
+
+
+def _tables(cell: CellOutcomes) -> list[Table]:
     rivals = [rival for rival in RIVALS if rival in cell.systems]
     edges = [edge_table(cell)] if cell.edges else []
     razor = [divergence_table(cell)] if diverged(cell) else []
@@ -55,7 +67,7 @@ def summary_table(cells: Sequence[CellOutcomes]) -> Table:
     names = [name for name in SYSTEMS if any(name in cell.systems for cell in shown)]
     rows = [
         (
-            SYSTEMS[name].label,
+            marked(SYSTEMS[name]),
             *(_brief(cell, name, measure) for cell, measure in wanted),
             *((NONE, NONE) if name not in shown[0].systems else _costs(shown[0], name)),
         )
@@ -67,7 +79,7 @@ def summary_table(cells: Sequence[CellOutcomes]) -> Table:
         "exact after digits and restricted after captions. Step time and memory beyond the weights are multiples of "
         f"Fine-tune's ({shown[0].title})."
     )
-    return Table("Summary", columns, tuple(rows), (note,))
+    return _explained(Table("Summary", columns, tuple(rows), (note,)))
 
 
 def _brief(cell: CellOutcomes, name: str, measure: str) -> str:
@@ -85,7 +97,7 @@ def score_table(cell: CellOutcomes) -> Table:
     """Scores of every system that was tested, mean ± 95 % interval over seeds."""
     scored = (*SCORED, FIRST) if cell.cell.first else SCORED
     rows = [
-        (o.system.label, chosen_settings(o), *(_estimate(o, measure) for measure in scored), _seeds(o))
+        (marked(o.system), chosen_settings(o), *(_estimate(o, measure) for measure in scored), _seeds(o))
         for o in cell.systems.values()
     ]
     caption = cell.cell.target == "caption"
@@ -102,12 +114,17 @@ def score_table(cell: CellOutcomes) -> Table:
     return Table(f"{cell.title}: scores", ("system", "settings", *scored, "seeds"), tuple(rows), tuple(notes))
 
 
+def marked(system: System) -> str:
+    """What tables call a system, with a mark if it knows of the old tasks."""
+    return f"{system.label} {MARK}" if system.knows else system.label
+
+
 def form_table(cell: CellOutcomes) -> Table:
     """Of every pre-trained task, answers in the right form, and answers that are right among the task's own."""
     rows = []
     for o in cell.systems.values():
         runs = [run for run in o.runs.values() if "failed" not in run]
-        rows.append((o.system.label, *(_form_and_sight(runs, task) for task in PRETRAINED_TASKS)))
+        rows.append((marked(o.system), *(_form_and_sight(runs, task) for task in PRETRAINED_TASKS)))
     note = (
         "Percent, means over the seeds that did not diverge: answers that are right word for word, which takes sight "
         "and the form of the answer, / questions whose right answer is the likeliest of the task's own, which takes "
@@ -126,7 +143,7 @@ def divergence_table(cell: CellOutcomes) -> Table:
     """How far the answers to the target's prompts have moved, beside what was forgotten."""
     found = diverged(cell)
     rows = [
-        (SYSTEMS[name].label, f"{estimate(list(kl.values())):.3f}", f"{lost:+.1f}")
+        (marked(SYSTEMS[name]), f"{estimate(list(kl.values())):.3f}", f"{lost:+.1f}")
         for name, (kl, lost) in found.items()
     ]
     note = (
@@ -141,7 +158,7 @@ def cost_table(cell: CellOutcomes) -> Table:
     columns = ("system", "rank, scenes", f"rank, {cell.cell.target}", "drift, %", "trained", "step time", "memory")
     rows = [
         (
-            o.system.label,
+            marked(o.system),
             _ranks(cell, o, "rank, scenes"),
             _ranks(cell, o, "rank, target"),
             _estimate(o, "drift"),
@@ -170,7 +187,7 @@ def difference_table(cell: CellOutcomes, rival: str) -> Table:
     for i, name in enumerate(others):
         cells = [part for m in COMPARED for part in (_difference(found[m][i]), _p(adjusted[m][i]))]
         seeds = found["H"][i]
-        rows.append((SYSTEMS[name].label, *cells, str(seeds.n if seeds else 0)))
+        rows.append((marked(SYSTEMS[name]), *cells, str(seeds.n if seeds else 0)))
     counted = sum(not math.isnan(p) for p in adjusted["H"])
     notes = [
         f"Difference on the same seeds ± half a 95 % interval; p of a two-sided paired t-test, from "
@@ -193,7 +210,9 @@ def edge_table(cell: CellOutcomes) -> Table:
             H = [mean(each, SCORES["H"]) for each in (before, results)]
             scores = [f"{mean(results, SCORES[measure]):.1f}" for measure in ("T", "P")]
             beyond = chosen_settings(replace(outcome, method=method))
-            rows.append((outcome.system.label, chosen_settings(outcome), f"{H[0]:.1f}", beyond, *scores, f"{H[1]:.1f}"))
+            rows.append(
+                (marked(outcome.system), chosen_settings(outcome), f"{H[0]:.1f}", beyond, *scores, f"{H[1]:.1f}")
+            )
     note = (
         "Validation examples, mean of two seeds. Where a setting was chosen at the edge of what was tried, the next "
         "value beyond, by the ratio to its neighbour. Nothing was chosen by these."

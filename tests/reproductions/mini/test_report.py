@@ -173,6 +173,17 @@ def test_kl_on_the_new_task_stands_beside_forgetting_where_results_hold_it(tmp_p
     assert correlation({}) == "Of 0 systems there is no correlation to speak of."
 
 
+def test_what_knows_of_the_old_tasks_is_marked_in_every_table(tmp_path):
+    scores = SCORES | {"kl-questions": (90, 97, 69)}
+    cells = load(made_up(tmp_path, scores, noise=0))
+    for table in (summary_table(cells), *tables(cells[0])[:4]):
+        names = {row[0] for row in table.rows if row[0].endswith("†")}
+        assert names == {"replay †", "KL at old questions †"}
+        assert table.notes[-1].startswith("† Knows")
+    few = load(made_up(tmp_path / "few", {name: SCORES[name] for name in ("fine-tune", "mdgd")}))
+    assert "†" not in summary_table(few).markdown
+
+
 def test_form_and_sight_stand_apart_for_every_task(tmp_path):
     found = rows(form_table(load(made_up(tmp_path, noise=0))[0]))
     assert found["Fine-tune"] == {"system": "Fine-tune"} | dict.fromkeys(PRETRAINED_TASKS, "80 / 81")
@@ -236,7 +247,7 @@ def test_tables_say_what_is_there_and_what_is_missing(tmp_path):
     assert scores["MDGD"]["P exact"] == "96.0 ± 0.0"
     assert scores["MDGD"]["H"] == f"{2 * 96 * 88 / 184:.1f} ± 0.0"
     assert scores["LoRA"]["T"].startswith(f"{45 * 3 / 4:.1f} ± "), "a run that diverged counts as zero"
-    assert scores["replay"]["seeds"] == "3"
+    assert scores["replay †"]["seeds"] == "3"
     notes = " ".join(score_table(cell).notes)
     for part in ("LoRA diverged on seed 2", "Seeds 3, 4, 5 are missing of replay.", "Not tested yet: step, inputs;"):
         assert part in notes

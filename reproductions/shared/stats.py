@@ -101,6 +101,8 @@ def spearman(pairs: Sequence[tuple[float, float]]) -> Correlation:
     """
     if len(pairs) < 4:
         raise ValueError(f"spearman: at least four pairs have an interval, got {len(pairs)}")
+    if any(len(set(values)) == 1 for values in zip(*pairs, strict=True)):
+        return Correlation(math.nan, math.nan, math.nan)
     rho = float(stats.spearmanr(*zip(*pairs, strict=True)).statistic)
     inside = max(-0.999999, min(0.999999, rho))
     reach = stats.norm.ppf((1 + CONFIDENCE) / 2) * math.sqrt((1 + inside**2 / 2) / (len(pairs) - 3))

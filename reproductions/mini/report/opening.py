@@ -37,7 +37,10 @@ def sentences(cells: Cells) -> list[str]:
 
 def _forgets(cells: Cells) -> str | None:
     told = _told(cells, lambda cell: _plus_minus(cell, "P", "fine-tune", "zero-shot"))
-    return told and f"Fine-tuning forgets: P, what is still answered of the pre-trained tasks, changes by {told}."
+    return told and (
+        "Plain fine-tuning, at the rate that learns best, changes P, what is still answered of the pre-trained tasks, "
+        f"by {told}."
+    )
 
 
 def _keeps(cells: Cells) -> str | None:
@@ -72,8 +75,8 @@ def _form(cells: Cells) -> str | None:
     shown = [cell for cell in cells if cell.cell.target == "caption"]
     told = _told(shown, _form_of)
     return told and (
-        "After captions a plain fine-tune answers old questions rightly, and among them still finds the right answer "
-        f"the likeliest of the task's own, in {told}: form and sight are forgotten apart."
+        "Form and sight apart: after captions plain fine-tuning answers old questions word for word, and finds the "
+        f"right answer the likeliest of the task's own, in {told}."
     )
 
 

@@ -1,5 +1,6 @@
 """RL's Razor (arXiv 2509.04259): does forgetting follow how far answers to the *new* task's prompts have moved?"""
 
+import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
@@ -37,7 +38,10 @@ def correlation(found: Diverged) -> str:
     """Spearman's ρ over systems of mean KL and mean ΔP, in words."""
     if len(found) < FEWEST_SYSTEMS:
         return f"Of {len(found)} systems there is no correlation to speak of."
-    return f"Spearman's ρ over {len(found)} systems: {spearman(_points(found))}."
+    rho = spearman(_points(found))
+    if math.isnan(rho.rho):
+        return f"Nothing varies over {len(found)} systems."
+    return f"Spearman's ρ over {len(found)} systems: {rho}."
 
 
 def draw_razor(cells: Sequence[CellOutcomes]) -> Figure | None:

@@ -170,6 +170,7 @@ def test_kl_on_the_new_task_stands_beside_forgetting_where_results_hold_it(tmp_p
     assert figure.axes[0].get_title().startswith("digits, AdamW\nSpearman's ρ")
     assert len(figure.axes[0].lines) == 5
     plt.close(figure)
+    assert correlation({str(i): ({0: 0.1 * i}, -3.0) for i in range(5)}) == "Nothing varies over 5 systems."
     assert correlation({}) == "Of 0 systems there is no correlation to speak of."
 
 

@@ -1,7 +1,7 @@
 """The anchor: layers' answers to the task's pictures under general questions stay where they were; ours."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -32,7 +32,7 @@ class Anchored(base.Method):
     name = "anchor"
     title = "Anchor"
     in_paper = False
-    Settings = AnchorSettings
+    Settings: ClassVar[type] = AnchorSettings
 
     def rule(self, model: nn.Module) -> rules.Rule:
         """The pull of each layer's weights."""

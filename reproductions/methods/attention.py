@@ -28,7 +28,6 @@ def attention_of(layer: nn.Module) -> nn.Module:
         ValueError: none of its parts is called so.
     """
     for name, part in layer.named_children():
-        if "attn" in name or "attention" in name:
-            if not isinstance(part, nn.LayerNorm) and "norm" not in name:
-                return part
+        if ("attn" in name or "attention" in name) and "norm" not in name:
+            return part
     raise ValueError(f"attention: {type(layer).__name__} has no part that is called attention")

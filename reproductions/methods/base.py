@@ -69,6 +69,7 @@ class Method:
         in_paper: whether the paper's tables have it.
         trains: False measures the weights as they are.
         begins_with: the method whose result is taken up in place of training; None for training.
+        keeps: bytes beside each trained number that a penalty or a divergence holds.
         rate: what the experiment's learning rate is multiplied with, where the method has none of its own.
     """
 
@@ -78,6 +79,7 @@ class Method:
     trains: ClassVar[bool] = True
     begins_with: ClassVar[str | None] = None
     rate: ClassVar[float] = 1.0
+    keeps: ClassVar[int] = 0
     Settings: ClassVar[type] = Settings
 
     def __init__(self, settings: Any = None) -> None:

@@ -64,6 +64,7 @@ class KL(base.Method):
     name = "kl"
     title = "KL at answers"
     in_paper = False
+    keeps = 4
     Settings = DivergenceSettings
 
     def divergence(self, work: base.Work, module: nn.Module) -> Divergence:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
@@ -43,7 +43,8 @@ def lora_config(
     names = {id(module): name for name, module in model.named_modules()}
     language, whole = names[id(text_decoder(model))], connector(model)
     # Several connectors, as those of Qwen3-VL, are trained all.
-    parts = [whole] if id(whole) in names else list(whole.children())
+    parts = [part for part in whole.modules() if id(part) in names and not isinstance(part, nn.ModuleList)]
+    parts = [part for part in parts if not any(part is not other and part in set(other.modules()) for other in parts)]
     return LoraConfig(
         r=rank,
         lora_alpha=2 * rank if alpha is None else alpha,  # type: ignore[arg-type]
@@ -85,7 +86,7 @@ class LoRA(base.Method):
 
     name = "lora"
     title = "LoRA"
-    Settings = LoraSettings
+    Settings: ClassVar[type] = LoraSettings
 
     def targets(self, decoder: nn.Module) -> tuple[str, ...]:
         """Last names of the layers that get adapters."""

@@ -77,6 +77,8 @@ class DataSet(ABC):
         splits: sizes by name.
         evaluation: the split that the tables' numbers are measured on.
         training: the split to fine-tune on; None for sets that are only evaluated.
+        validation: a split to choose settings by, whose examples the tables' numbers are not measured on; None for
+            sets that have none.
         columns: those that `example` reads.
         answer_tokens: the longest answer that is asked for: lmms-eval's where it names one of at most 256, and else
             enough that no answer that counts is cut off.
@@ -90,6 +92,7 @@ class DataSet(ABC):
     splits: ClassVar[Mapping[str, Split]]
     evaluation: ClassVar[str]
     training: ClassVar[str | None] = None
+    validation: ClassVar[str | None] = None
     columns: ClassVar[tuple[str, ...]]
     answer_tokens: ClassVar[int] = 128
 

@@ -58,6 +58,7 @@ class Flickr30k(DataSet):
     splits: ClassVar = {"train": Split(29_000, 4.4), "val": Split(1_014, 4.4), "test": Split(1_000, 4.4)}
     evaluation = "test"
     training = "train"
+    validation = "val"
     columns = ("image", "caption", "img_id", "filename")
     answer_tokens = 64
 

@@ -44,6 +44,7 @@ class OKVQA(DataSet):
     splits: ClassVar = {"train": Split(9_009, 1.6), "val2014": Split(5_046, 0.83)}
     evaluation = "val2014"
     training = "train"
+    validation = "train"
     columns = ("image", "question", "answers", "question_id")
 
     short: bool = True

@@ -25,6 +25,7 @@ class PathVQA(DataSet):
     }  # fmt: skip
     evaluation = "test"
     training = "train"
+    validation = "validation"
     columns = ("image", "question", "answer")
 
     def example(self, row: Row) -> Example:

@@ -28,6 +28,7 @@ class TextVQA(DataSet):
     splits: ClassVar = {"train": Split(34_602, 6.2, 9.8), "validation": Split(5_000, 0.9, 1.4)}
     evaluation = "validation"
     training = "train"
+    validation = "train"
     columns = ("image", "question", "answers", "ocr_tokens", "question_id")
 
     ocr: bool = True

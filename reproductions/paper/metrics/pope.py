@@ -25,8 +25,8 @@ class POPEMetric(EachMetric):
         return float(_said(prediction) == example.answers[0])
 
     def score(self, predictions: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
-        """F1 over all questions as "score", "accuracy", "precision", "recall" (0 where they are 0 / 0), "answered": with
-        yes or no.
+        """F1 over all questions as "score", "accuracy", "precision", "recall" (0 where they are 0 / 0), "answered":
+        with yes or no.
 
         Where examples have a category, "f1_<category>" and their mean "f1_categories" too, and "f1_llava", which is
         that mean by the rule of LLaVA's script.
@@ -47,9 +47,7 @@ class POPEMetric(EachMetric):
         if "" in places:
             return out
         strict = {name: _f1([said[i] for i in some], [true[i] for i in some])[0] for name, some in places.items()}
-        loose = [
-            _f1([_by_llava(predictions[i]) for i in some], [true[i] for i in some])[0] for some in places.values()
-        ]
+        loose = [_f1([_by_llava(predictions[i]) for i in some], [true[i] for i in some])[0] for some in places.values()]
         out |= {f"f1_{name}": value for name, value in strict.items()}
         return out | {"f1_categories": fmean(strict.values()), "f1_llava": fmean(loose)}
 

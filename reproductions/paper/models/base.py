@@ -52,6 +52,8 @@ class VisionLanguageModel(ABC):
         name: what configurations call the family.
         source: where its published weights are.
         picture: tokens of a common picture, 640 × 480, for the decoder, and patches for the vision tower.
+        elsewhere: what lmms-eval calls its model, and the class of VLMEvalKit, that load a folder of this family; empty
+            where there is none.
         tiles_in_turn: whether the vision tower looks at one tile after the other, so that the last alone is remembered
             from one pass over the same batch to the next.
         network: called as ``network(**batch)``; its output has ``loss`` where the batch has labels.
@@ -61,6 +63,7 @@ class VisionLanguageModel(ABC):
     name: ClassVar[str]
     source: ClassVar[str]
     picture: ClassVar[tuple[int, int]]
+    elsewhere: ClassVar[tuple[str, str]] = ("", "")
     tiles_in_turn: ClassVar[bool] = False
 
     def __init__(self, network: nn.Module, tokenizer: Any) -> None:

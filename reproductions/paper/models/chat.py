@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, PreTrainedConfig
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from reproductions.paper.models.base import Encoded, ModelError, VisionLanguageModel, read_weights
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import AutoModelForImageTextToText, GotOcr2ImageProcessorPil, InternVLConfig, PreTrainedConfig
@@ -27,7 +27,8 @@ class InternVL351B(ChatModel):
     source = "OpenGVLab/InternVL3_5-1B-HF"
     # Up to twelve tiles, and the whole; a picture of 640 × 480 has twelve.
     picture = (13 * 256, 13 * 1024)
-    images = {"crop_to_patches": True}
+    elsewhere = ("internvl_hf", "")
+    images: ClassVar = {"crop_to_patches": True}
     placeholder = IMAGE
 
     @classmethod
@@ -51,9 +52,10 @@ class InternVL351B(ChatModel):
             "hidden_size": WIDTH, "intermediate_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2,
             "image_size": [16, 16], "patch_size": [4, 4],
         }  # fmt: skip
+        token: Any = tokenizer.convert_tokens_to_ids(IMAGE)
         config = InternVLConfig(
             text_config=text, vision_config=vision, tie_word_embeddings=False,
-            image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
+            image_token_id=token,
         )  # fmt: skip
         AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -35,6 +35,7 @@ class Llava(VisionLanguageModel):
     name = "llava-1.5-7b"
     source = "llava-hf/llava-1.5-7b-hf"
     picture = (576, 577)
+    elsewhere = ("llava_hf", "")
 
     def __init__(self, network: nn.Module, tokenizer: Any, pixels: Any) -> None:
         super().__init__(network, tokenizer)

@@ -108,6 +108,7 @@ class MiniCPMV2Model(VisionLanguageModel):
     # An overview and up to nine slices; four is what 0.8 megapixels are cut into.
     picture = (5 * 64, 5 * 1024)
     tiles_in_turn = True
+    elsewhere = ("minicpm_v", "MiniCPM_V")
 
     @classmethod
     def skeleton(cls) -> nn.Module:

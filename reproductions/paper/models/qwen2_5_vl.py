@@ -15,6 +15,7 @@ class Qwen25VL3B(QwenVL):
     name = "qwen2.5-vl-3b"
     source = "Qwen/Qwen2.5-VL-3B-Instruct"
     picture = (391, 4 * 391)
+    elsewhere = ("qwen2_5_vl", "Qwen2VLChat")
 
     @classmethod
     def config(cls) -> PreTrainedConfig:

@@ -18,6 +18,7 @@ class Qwen3VL2B(QwenVL):
     name = "qwen3-vl-2b"
     source = "Qwen/Qwen3-VL-2B-Instruct"
     picture = (300, 4 * 300)
+    elsewhere = ("qwen3_vl", "Qwen3VLChat")
 
     @classmethod
     def config(cls) -> PreTrainedConfig:

@@ -1,6 +1,6 @@
 """What Qwen2.5-VL and Qwen3-VL share: patches of any number, and positions of three axes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ class QwenVL(ChatModel):
         }
 
 
-def write_tiny(kind: type[PreTrainedConfig], folder: Path, seed: int, vision: Mapping[str, Any]) -> None:
+def write_tiny(kind: Callable[..., PreTrainedConfig], folder: Path, seed: int, vision: Mapping[str, Any]) -> None:
     """Write a random network of a few ten thousand numbers."""
     torch.manual_seed(seed)
     special = {"image_token": IMAGE, "video_token": FILM, "vision_start": START, "vision_end": END,

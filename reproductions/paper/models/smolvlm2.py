@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import AutoModelForImageTextToText, PreTrainedConfig, SmolVLMConfig, SmolVLMImageProcessorPil
@@ -28,7 +28,8 @@ class SmolVLM2(ChatModel):
     source = "HuggingFaceTB/SmolVLM2-2.2B-Instruct"
     # Four by three tiles, and the whole.
     picture = (13 * 81, 13 * 729)
-    images = {"return_row_col_info": True}
+    elsewhere = ("", "SmolVLM2")
+    images: ClassVar = {"return_row_col_info": True}
     placeholder = IMAGE
 
     @classmethod
@@ -61,9 +62,10 @@ class SmolVLM2(ChatModel):
             "hidden_size": WIDTH, "intermediate_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2,
             "image_size": 16, "patch_size": 4,
         }  # fmt: skip
+        token: Any = tokenizer.convert_tokens_to_ids(IMAGE)
         config = SmolVLMConfig(
             text_config=text, vision_config=vision, scale_factor=2, tie_word_embeddings=False,
-            image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
+            image_token_id=token,
         )  # fmt: skip
         AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -12,7 +12,9 @@ WIDTH = 16
 """Hidden size of the tiny networks."""
 
 
-def byte_tokenizer(special: Mapping[str, str], *, begin: str | None = "<s>", end: str = "</s>", **extra: Any) -> PreTrainedTokenizerFast:
+def byte_tokenizer(
+    special: Mapping[str, str], *, begin: str | None = "<s>", end: str = "</s>", **extra: Any
+) -> PreTrainedTokenizerFast:
     """Bytes are tokens 0 to 255; after them ``<unk>``, ``<s>``, the end and those named.
 
     Args:

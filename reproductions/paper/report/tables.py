@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from rich.table import Table
@@ -11,11 +11,15 @@ from rich.text import Text
 from reproductions.methods import METHODS
 from reproductions.paper.config import WHEREABOUTS, differences, load_experiment, method_of
 from reproductions.paper.data import DATASETS
+from reproductions.paper.report.keys import key_table
 from reproductions.paper.report.published import PublishedExperiment, PublishedRow, published
-from reproductions.paper.report.results import Result, read_results
+from reproductions.paper.report.results import Result, read_seeds
 from reproductions.paper.report.scores import summary
+from reproductions.paper.report.seeds import seed_table
 from reproductions.shared.fields import build
 from reproductions.shared.scores import average
+from reproductions.shared.stats import estimate
+from reproductions.shared.tables import Table as PlainTable
 
 NOTES = {
     "cider_no_ptb": "CIDEr without the Penn Treebank tokenizer, which needs Java: not the published form.",
@@ -50,6 +54,7 @@ class Line:
         smoke: whether our numbers are of tiny random models.
         incomparable: columns whose published value is of another quantity.
         changed: settings that differ from the published experiment's.
+        spread: column -> half a 95 % interval over seeds; empty for one seed.
     """
 
     method: str
@@ -62,13 +67,16 @@ class Line:
     smoke: bool = False
     incomparable: frozenset[str] = frozenset()
     changed: tuple[str, ...] = ()
+    spread: Mapping[str, float] = field(default_factory=dict)
 
     def rows(self, columns: Sequence[str]) -> list[tuple[str, list[str]]]:
-        """What to print, one kind a row: "published", "ours" or "smoke", the "difference" of real numbers that are of one
-        quantity and made with the published settings, and the state of what is not done."""
+        """What to print, one kind a row: "published", "ours" or "smoke", the "difference" of real numbers of one
+        quantity that were made with the published settings, and the state of what is not done."""
         out = [("published", _cells(self.published, columns))] if self.published else []
         if self.ours:
             out.append(("smoke" if self.smoke else "ours", _cells(self.ours, columns)))
+        if self.spread:
+            out.append(("± 95 %", _cells(self.spread, columns)))
         if self.ours and self.published and not self.smoke and self.changed:
             out.append((f"other {', '.join(self.changed[:3])}", [""] * len(columns)))
         elif self.ours and self.published and not self.smoke:
@@ -103,17 +111,33 @@ def comparisons(results: Path) -> list[Comparison]:
     Raises:
         ResultError: the folder or a file in it cannot be read.
     """
-    found = read_results(results)
+    found = read_seeds(results)
     known = [compare(experiment, found.get(name, {})) for name, experiment in published().items()]
-    return known + [compare(_own(name, runs), runs) for name, runs in found.items() if name not in published()]
+    return known + [compare(own(name, runs), runs) for name, runs in found.items() if name not in published()]
 
 
-def compare(experiment: PublishedExperiment, runs: Mapping[str, Result]) -> Comparison:
-    """One half of a table beside its runs, by method."""
+def beside(results: Path) -> list[PlainTable]:
+    """What stands beside the comparisons: means over seeds, and other metrics.
+
+    Raises:
+        ResultError: the folder or a file in it cannot be read.
+    """
+    out = []
+    for name, runs in read_seeds(results).items():
+        experiment = published().get(name) or own(name, runs)
+        title = next(iter(runs.values()))[0].config.get("title", name)
+        first = {method: some[0] for method, some in runs.items()}
+        out += [seed_table(title, runs, experiment.tasks), key_table(title, first)]
+    return [table for table in out if table is not None]
+
+
+def compare(experiment: PublishedExperiment, seeds: Mapping[str, Sequence[Result]]) -> Comparison:
+    """One half of a table beside its runs, by method; ours are the means over seeds that are complete."""
+    runs = {method: some[0] for method, some in seeds.items()}
     columns = [DATASETS[task].title for task in experiment.tasks]
     columns += [KEPT, "Avg", "Hscore", "H(P, T)"] if experiment.table else ["Avg", "H(P, T)"]
-    lines = [_published_line(experiment, row, runs.get(row.method)) for row in experiment.rows.values()]
-    lines += [_line(experiment, run) for name, run in runs.items() if name not in experiment.rows]
+    lines = [_published_line(experiment, row, seeds.get(row.method, [])) for row in experiment.rows.values()]
+    lines += [_line(experiment, some) for name, some in seeds.items() if name not in experiment.rows]
     title = experiment.model
     if experiment.table:
         target = DATASETS[experiment.target].title
@@ -123,42 +147,47 @@ def compare(experiment: PublishedExperiment, runs: Mapping[str, Result]) -> Comp
 
 def rich_tables(results: Path) -> list[Table]:
     """The tables for a terminal."""
-    return [_rich(comparison) for comparison in comparisons(results)]
+    return [*map(_rich, comparisons(results)), *(table.rich for table in beside(results))]
 
 
 def markdown(results: Path) -> str:
     """The tables for a text file."""
-    return "\n".join(_markdown(comparison) for comparison in comparisons(results))
+    return "\n".join([*map(_markdown, comparisons(results)), *(table.markdown for table in beside(results))])
 
 
-def _own(name: str, runs: Mapping[str, Result]) -> PublishedExperiment:
+def own(name: str, runs: Mapping[str, Sequence[Result]]) -> PublishedExperiment:
     """An experiment that the paper does not have, as a table without published rows."""
-    config = next(iter(runs.values())).config
+    config = next(iter(runs.values()))[0].config
     values = config["configuration"]
     return PublishedExperiment(
         name, 0, config.get("title", name), tuple(values["pretrained"]), values["target"], "H(P, T)", {}
     )
 
 
-def _published_line(experiment: PublishedExperiment, row: PublishedRow, run: Result | None) -> Line:
+def _published_line(experiment: PublishedExperiment, row: PublishedRow, runs: Sequence[Result]) -> Line:
     values = _columns(experiment, row.scores) | {"Avg": row.average, "Hscore": row.hscore}
-    if run is None:
+    if not runs:
         return Line(row.method, row.label, row.params, None, values, {}, "not run")
-    return _line(experiment, run, row, values)
+    return _line(experiment, runs, row, values)
 
 
 def _line(
     experiment: PublishedExperiment,
-    run: Result,
+    runs: Sequence[Result],
     row: PublishedRow | None = None,
     values: Mapping[str, float] | None = None,
 ) -> Line:
+    run, complete = runs[0], [_columns(experiment, other.scores) for other in runs if other.done]
     label = row.label if row else run.config.get("method_title", run.method)
     state = "done" if run.done else f"unfinished: {run.status.get('stage')}"
-    ours = _columns(experiment, run.scores)
+    ours, spread = _columns(experiment, run.scores), {}
+    if len(complete) > 1:
+        label += f", {len(complete)} seeds"
+        means = {column: estimate([values[column] for values in complete]) for column in ours}
+        ours, spread = ({c: x.mean for c, x in means.items()}, {c: x.half for c, x in means.items()})
     return Line(
         run.method, label, row.params if row else "", run.trained, values or {}, ours, state, run.smoke,
-        _incomparable(experiment, row), changed_settings(run) if row and not run.smoke else (),
+        _incomparable(experiment, row), changed_settings(run) if row and not run.smoke else (), spread,
     )  # fmt: skip
 
 

@@ -8,10 +8,15 @@ from rich.console import Console
 from rich.table import Table
 
 from reproductions.methods import METHODS
-from reproductions.paper.config import experiment_names, load_experiment, methods_of
+from reproductions.paper.config import PRESET_NAMES, experiment_names, load_experiment, load_preset, methods_of
 from reproductions.paper.data import DATASETS
 from reproductions.paper.run.estimate import ASSUMPTIONS, Estimate, copies, downloads, estimate, size_of
+from reproductions.paper.run.preset import tell
 
+HEADS = (
+    "method", "numbers trained", "train h", "evaluate h", "analyse h", "GPU GB", "fits", "host GB", "disk GB",
+    "has run",
+)  # fmt: skip
 FIGURES = {
     "1": ("effective rank of what is seen before and after fine-tuning, by task", ("zero-shot", "fine-tune"), ""),
     "2": ("t-SNE of features of MiniCPM", ("zero-shot", "fine-tune", "mdgd"), "minicpm"),
@@ -30,7 +35,7 @@ def print_list(overrides: Sequence[str], results: Path, console: Console) -> Non
     for name in experiment_names():
         experiment = load_experiment(name, overrides)
         table = Table(title=f"{name}: {experiment.title}", title_justify="left")
-        for head in ("method", "numbers trained", "train h", "evaluate h", "analyse h", "GPU GB", "disk GB", "has run"):
+        for head in HEADS:
             table.add_column(head, justify="left" if head in ("method", "has run") else "right")
         for method in methods_of(experiment.model):
             found = estimate(experiment, method)
@@ -45,7 +50,14 @@ def print_list(overrides: Sequence[str], results: Path, console: Console) -> Non
         console.print(
             f"{size_of(experiment.model).total:,} parameters. To fetch, GB: {weights}, {sizes}\n", soft_wrap=True
         )
-    console.print("disk GB: what stays + checkpoints while it trains\n", soft_wrap=True)
+    console.print(
+        "fits: the smallest card that holds the row. disk GB: what stays + checkpoints while it trains\n",
+        soft_wrap=True,
+    )
+    for name in PRESET_NAMES:
+        console.print(f"run --preset {name}")
+        tell(name, str(load_preset(name)[0]), overrides, console)
+    console.print("")
     for number, (what, methods, kind) in FIGURES.items():
         needed = [results / name / method for name in experiment_names() if name.startswith(kind) for method in methods]
         done = sum(stage(folder).startswith("done") for folder in needed)
@@ -74,6 +86,8 @@ def cells(method: str, found: Estimate) -> list[str]:
         f"{found.evaluation_hours:.1f}",
         f"{found.analysis_hours:.1f}" if found.analysis_hours else "–",
         f"{found.memory / 1e9:.0f}",
+        found.card or "–",
+        f"{found.host / 1e9:.0f}",
         f"{found.disk / 1e9:.1f} + {found.checkpoints / 1e9:.0f}" if found.disk else "–",
     ]
 

@@ -18,7 +18,7 @@ from transformers import TrainerCallback, set_seed
 
 from reproductions.methods import Method
 from reproductions.methods.mdgd_gm import MDGDGM
-from reproductions.paper.config import WHEREABOUTS, Experiment, differences, method_of
+from reproductions.paper.config import WHEREABOUTS, Experiment, differences, method_of, run_name
 from reproductions.paper.run.estimate import estimate
 from reproductions.paper.run.evaluate import evaluate
 from reproductions.paper.run.masking import analyse_masking
@@ -63,7 +63,7 @@ def run_row(
     console = console or Console()
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     method = method_of(experiment, name)
-    folder = results / experiment.name / name
+    folder = results / experiment.name / run_name(name, experiment.seed)
     folder.mkdir(parents=True, exist_ok=True)
     status = Status(folder / "status.json")
     _write_config(experiment, method, folder, smoke, device)
@@ -114,7 +114,7 @@ def _do(
             result = evaluate(work, task, folder, bars)
             status.tick()
             console.print(f"  {task:12} {result['scores']['score']:6.2f}   rank {result['effective_rank']:.1f}")
-    if isinstance(method, MDGDGM):
+    if isinstance(method, MDGDGM) and experiment.evaluation.split == "evaluation":
         # Its models are loaded one after the other.
         del work
         with status.during("analysis"):
@@ -174,7 +174,7 @@ def _trained_by(
     console: Console,
 ) -> Path:
     """What another method of the same experiment changed; it is trained now if it was not."""
-    folder = results / experiment.name / name
+    folder = results / experiment.name / run_name(name, experiment.seed)
     folder.mkdir(parents=True, exist_ok=True)
     other = method_of(experiment, name)
     _write_config(experiment, other, folder, smoke, device)

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from reproductions.methods import METHODS
 from reproductions.paper.config import Experiment, experiment_names, load_experiment, methods_of
+from reproductions.paper.models import MODELS
 from reproductions.shared.fields import ConfigError
 from reproductions.shared.files import BusyError, FileError, read_json, write
 
@@ -44,7 +45,7 @@ def chosen(
 ) -> Rows:
     """The rows that a command line asks for.
 
-    With ``smoke``, all rows include each method beyond the paper once.
+    With ``smoke``, all rows include each method beyond the paper once, and every model.
 
     Raises:
         ConfigError: it asks for none, or for one that there is not.
@@ -53,8 +54,8 @@ def chosen(
         raise ConfigError(f"name an experiment ({', '.join(experiment_names())}) or pass --all")
     if method is None and not all_rows:
         raise ConfigError(f"pass --method ({', '.join(METHODS)}) or --all")
-    if method is not None and method not in METHODS:
-        raise ConfigError(f"no method {method!r}; there are {', '.join(METHODS)}")
+    if method is not None:
+        known([method])
     names = experiment_names() if experiment is None else [experiment]
     found: dict[str, Sequence[str]] = {}
     for place, name in enumerate(names):
@@ -63,7 +64,31 @@ def chosen(
             more = more[place :: len(names)] if smoke and experiment is None else []
         rows = methods_of(load_experiment(name, overrides).model)
         found[name] = [method] if method else [*rows, *more]
+    if smoke and experiment is None and method is None and not any(x.startswith("model=") for x in overrides):
+        # Every model of today too, with the rows of the tables and what users train most.
+        for model in MODELS:
+            if model not in {load_experiment(name).model for name in names}:
+                name = f"{names[-1]}@{model}"
+                found[name] = [*methods_of(model), "fine-tune-lv", "anchor", "lora-all"]
     return found
+
+
+def known(methods: Sequence[str]) -> None:
+    """Raise ConfigError for a method that there is not."""
+    for method in methods:
+        if method not in METHODS:
+            raise ConfigError(f"no method {method!r}; there are {', '.join(METHODS)}")
+
+
+def seeds_of(text: str) -> list[int]:
+    """The seeds that a command line names, such as "0,1,2".
+
+    Raises:
+        ConfigError: it names something else.
+    """
+    if not all(part.strip().isdigit() for part in text.split(",")):
+        raise ConfigError(f"--seeds: {text!r} is not of the form 0,1,2")
+    return [int(part) for part in text.split(",")]
 
 
 def run_rows(rows: Rows, overrides: Sequence[str], results: Path, *, smoke: bool, console: Console) -> None:
@@ -76,13 +101,7 @@ def run_rows(rows: Rows, overrides: Sequence[str], results: Path, *, smoke: bool
     _quiet()
     require_one_process()
     single = sum(map(len, rows.values())) == 1
-    load: Callable[[str, Sequence[str]], Experiment] = load_experiment
-    if smoke:
-        from reproductions.paper.run.smoke import Assets
-
-        load = Assets(results / "assets").write().experiment
-    else:
-        load = pinned(results)
+    load = smoke_loader(results) if smoke else pinned(results)
     experiments = {name: load(name, overrides) for name in rows}
     for experiment in experiments.values():
         require_reporting(experiment)
@@ -98,6 +117,11 @@ def run_rows(rows: Rows, overrides: Sequence[str], results: Path, *, smoke: bool
         beside(rows, overrides, results, devices, console)
     else:
         _in_turn(rows, experiments, results, smoke, console)
+    if smoke and not single:
+        from reproductions.paper.run.oracle import run_oracle
+
+        for experiment in experiments.values():
+            run_oracle(experiment, results, console)
 
 
 def look_at_data(rows: Rows, experiments: Mapping[str, Experiment], console: Console) -> Iterator["DataError"]:
@@ -146,7 +170,8 @@ def _in_turn(rows: Rows, experiments: Mapping[str, Experiment], results: Path, s
                 # The others can still be done; this one is taken up by the next call.
                 # Not rich's own, which holds on to what the frames held: a model on the device.
                 told = isinstance(error, BusyError | ConfigError | DataError | FileError | ModelError)
-                console.print(str(error) if told else traceback.format_exc(), style="red", markup=False, highlight=False, soft_wrap=True)
+                text = str(error) if told else traceback.format_exc()
+                console.print(text, style="red", markup=False, highlight=False, soft_wrap=True)
                 failed.append(f"{name} {method}{hint}")
             # Also what a row that failed left on the device: the next one needs the room.
             gc.collect()
@@ -234,6 +259,13 @@ def _report(failed: Sequence[str]) -> None:
         raise RowsFailedError(f"{len(failed)} rows failed, and are taken up by the next call:\n" + "\n".join(failed))
 
 
+def smoke_loader(results: Path) -> Callable[[str, Sequence[str]], Experiment]:
+    """What loads experiments in the smoke test's sizes."""
+    from reproductions.paper.run.smoke import Assets
+
+    return Assets(results / "assets").write().experiment
+
+
 def pinned(results: Path) -> Callable[[str, Sequence[str]], Experiment]:
     """What loads experiments with the commits of data sets that a folder of results began with.
 
@@ -275,7 +307,7 @@ def require_reporting(experiment: Experiment) -> None:
     Raises:
         ConfigError: it is not, or transformers knows no such integration.
     """
-    from transformers.integrations import get_available_reporting_integrations
+    from transformers.integrations.integration_utils import get_available_reporting_integrations
 
     name, found = experiment.training.report_to, get_available_reporting_integrations()
     if name not in ("none", "tensorboard", *found):

@@ -85,7 +85,8 @@ class PaperMDGDTrainer(SmallCheckpoints, MDGDTrainerMixin, Trainer):
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Some weights are float32 by now and some are not, and a rule may run the model to see what enters layers."""
-        with self.autocast_smart_context_manager():
+        settings: Any = self.args
+        with torch.autocast(settings.device.type, torch.bfloat16, enabled=settings.bf16):
             return super().create_optimizer(*args, **kwargs)
 
 

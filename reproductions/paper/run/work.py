@@ -61,11 +61,14 @@ class Workshop:
     def training_examples(self) -> Sequence[Example]:
         """What the target task teaches with."""
         e = self.experiment
-        return self.examples(e.target, str(DATASETS[e.target].training), e.training.examples, e.seed)
+        found = self.examples(e.target, str(DATASETS[e.target].training), e.training.examples, e.seed)
+        return found if e.training.captions == 1 else Captions(found, e.training.captions)
 
     def evaluation_examples(self, task: str) -> Sequence[Example]:
         """What a task is measured on: where it is a sample, the same one whatever the seed, so that runs compare."""
-        return self.examples(task, DATASETS[task].evaluation, self.experiment.evaluation.examples)
+        data, evaluation = DATASETS[task], self.experiment.evaluation
+        split = str(data.validation) if evaluation.split == "validation" else data.evaluation
+        return self.examples(task, split, evaluation.examples)
 
     def memory(self) -> Sequence[Example]:
         """Training examples of those pre-trained tasks that have a training split; never those that are measured.
@@ -99,6 +102,22 @@ class Workshop:
         rng = np.random.default_rng(self.experiment.seed)
         for i in rng.permutation(len(examples))[:count]:
             yield to_device(self.model.collate([examples[int(i)]], answers=True), self.device)
+
+
+class Captions(Sequence[Example]):
+    """Each example as often as it has reference answers, up to a number, with one of them to learn each time."""
+
+    def __init__(self, examples: Sequence[Example], most: int) -> None:
+        self.examples = examples
+        self.places = [(i, k) for i in range(len(examples)) for k in range(min(most, len(examples[i].answers)))]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: Any) -> Any:
+        place, answer = self.places[index]
+        example = self.examples[place]
+        return replace(example, target=example.answers[answer])
 
 
 class _Chained(Sequence[Example]):

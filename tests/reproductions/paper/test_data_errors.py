@@ -149,7 +149,10 @@ def test_the_new_organisation_is_asked_and_then_the_old(tmp_path, monkeypatch):
 
 def test_a_hub_out_of_reach_says_what_to_do(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
-    where = r"MMBench: could not fetch lmms-lab-encoder/MMBench or lmms-lab/MMBench .*no network.*--data FOLDER, for FOLDER/mmbench/en/dev-.*moved"
+    where = (
+        r"MMBench: could not fetch lmms-lab-encoder/MMBench or lmms-lab/MMBench .*no network.*"
+        r"--data FOLDER, for FOLDER/mmbench/en/dev-.*moved"
+    )
     with pytest.raises(DataError, match=where):
         DATASETS["mmbench"].load("dev")
     with pytest.raises(DataError, match=r"A-OKVQA: could not fetch HuggingFaceM4/A-OKVQA (?!.*moved)"):

@@ -178,8 +178,8 @@ def test_the_instruction_of_llava(llava):
     tokens = llava.encode(example.image, example.question).tokens
     assert tokens.count(llava.tokenizer.bos_token_id) == 1
     assert llava.tokenizer.decode(tokens[1:]) == (
-        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
-        f"and polite answers to the user's questions. USER: {4 * '<image>'}\nWhat is this? ASSISTANT:"
+        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+        f"detailed, and polite answers to the user's questions. USER: {4 * '<image>'}\nWhat is this? ASSISTANT:"
     )
 
 

@@ -1,4 +1,4 @@
-"""``python docs/optimizers.py``: try MDGD around other libraries' optimizers and with adapters; print optimizers.md's tables.
+"""``python docs/optimizers.py``: try MDGD around other optimizers and with adapters; print optimizers.md's tables.
 
 Each trains the examples' LLaVA. Optimizers: a step has to be the wrapped optimizer's own on d, bit for bit; a run that
 was saved and loaded has to go on as it would have; under a mask all other elements have to stay as they were.
@@ -110,6 +110,7 @@ class Run:
         self.gradients: list[list[Tensor | None]] = []
 
     def steps(self, first: int, last: int) -> "Run":
+        """Train on these batches, and keep each d."""
         mode: Any = getattr(self.optimizer, "train", lambda: None)
         mode()
         for batch in batches(first, last):
@@ -120,14 +121,17 @@ class Run:
         return self
 
     def weights(self) -> list[Tensor]:
+        """Copies of all parameters."""
         return [p.detach().clone() for p in self.model.parameters()]
 
 
 def same(a: list[Tensor], b: list[Tensor]) -> bool:
+    """To the bit."""
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 def close(a: list[Tensor], b: list[Tensor]) -> bool:
+    """To 1e-6."""
     return all(bool((x - y).abs().max() <= 1e-6 * (1 + y.abs().max())) for x, y in zip(a, b, strict=True))
 
 
@@ -249,7 +253,7 @@ def reference(name: str) -> str:
 
 def anchored(name: str) -> str:
     """Whether the anchor holds the layers."""
-    model, optimizer = adapter_run(name, lambda model: Anchor(model, warmup=1))
+    model, _ = adapter_run(name, lambda model: Anchor(model, warmup=1))
     return "works" if all(bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad) else "not finite"
 
 

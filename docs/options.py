@@ -1,4 +1,4 @@
-"""``python docs/options.py FRAMEWORK``: write the option names of an installed framework to ``docs/options/FRAMEWORK.txt``.
+"""``python docs/options.py FRAMEWORK``: write the option names of an installed framework to ``docs/options/``.
 
 The recipes are held to these lists, so that no recipe has an option that its framework does not know. The first line is
 the framework's version, each further line a name. Frameworks: ms-swift, llamafactory, axolotl, trl, unsloth.
@@ -63,7 +63,8 @@ def trl() -> set[str]:
 def unsloth() -> set[str]:
     """Arguments of Unsloth's loaders, read from its source since it imports others without a GPU, and of TRL's."""
     spec = importlib.util.find_spec("unsloth")
-    assert spec is not None and spec.origin is not None
+    assert spec is not None
+    assert spec.origin is not None
     found = trl()
     for file in ("loader", "vision"):
         tree = ast.parse((Path(spec.origin).parent / "models" / f"{file}.py").read_text(encoding="utf-8"))

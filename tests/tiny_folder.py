@@ -63,13 +63,22 @@ def config(words):
     return Qwen2_5_VLConfig(
         text_config={**sizes, **ends, "rope_parameters": rope, "pad_token_id": ids["<|endoftext|>"]},
         vision_config={
-            "depth": 2, "hidden_size": 16, "out_hidden_size": 16, "num_heads": 2, "intermediate_size": 24,
-            "patch_size": 14, "fullatt_block_indexes": [1],
-        },  # fmt: skip
-        image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
-        architectures=["Qwen2_5_VLForConditionalGeneration"], tie_word_embeddings=False, **ends,
-    )  # fmt: skip
+            "depth": 2,
+            "hidden_size": 16,
+            "out_hidden_size": 16,
+            "num_heads": 2,
+            "intermediate_size": 24,
+            "patch_size": 14,
+            "fullatt_block_indexes": [1],
+        },
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        architectures=["Qwen2_5_VLForConditionalGeneration"],
+        tie_word_embeddings=False,
+        **ends,
+    )
 
 
 def write(folder, rows=8):
@@ -96,7 +105,8 @@ def write(folder, rows=8):
     (folder / "data.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines), encoding="utf-8")
     info = {
         "drawn": {
-            "file_name": "data.jsonl", "formatting": "sharegpt", "columns": {"messages": "messages", "images": "images"},
+            "file_name": "data.jsonl", "formatting": "sharegpt",
+            "columns": {"messages": "messages", "images": "images"},
             "tags": {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"},
         }
     }  # fmt: skip

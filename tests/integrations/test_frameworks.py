@@ -6,9 +6,9 @@
 import importlib
 import sys
 from types import ModuleType
+from typing import ClassVar
 
 import pytest
-import torch
 from transformers import Trainer, TrainerCallback
 
 from tests.integrations.test_transformers import arguments, dataset, train, weights
@@ -111,8 +111,8 @@ class SwiftCallback(TrainerCallback):
 class SwiftTrainer(Trainer):
     """As far as it goes for optimizers and callbacks: swift/trainers/mixin.py."""
 
-    optimizers_map: dict = {}
-    callbacks_map: dict = {}
+    optimizers_map: ClassVar = {}
+    callbacks_map: ClassVar = {}
 
     def __init__(self, *, args, optimizer, **kwargs):
         args.callbacks = getattr(args, "callbacks", [])

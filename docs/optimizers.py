@@ -37,7 +37,7 @@ ABSENT = "not installed"
 
 def matrices(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
     """What Muon takes, the matrices of the decoder's layers, and the rest."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    named: list[tuple[str, Tensor]] = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     inside = [p for name, p in named if p.dim() == 2 and ".layers." in name]
     return inside, [p for _, p in named if not any(p is x for x in inside)]
 
@@ -235,12 +235,13 @@ def aligned(name: str) -> str:
     batch = next(batches(2, 3))
     model.eval()
     mdgd_backward(model, optimizer, batch, alignment="mse")
-    ours = [p.grad.clone() for p in optimizer.parameters]
-    optimizer.zero_grad()
+    ours: list[Any] = [p.grad for p in optimizer.parameters]
+    optimizer.zero_grad(set_to_none=True)
     output, visual = visual_loss(model, batch, reference=adapted(name).eval(), alignment="mse")
     (output.loss + 0.5 * visual).backward()
-    scale = max(float(p.grad.abs().max()) for p in optimizer.parameters)
-    off = max(float((x - p.grad).abs().max()) for x, p in zip(ours, optimizer.parameters, strict=True))
+    wanted: list[Any] = [p.grad for p in optimizer.parameters]
+    scale = max(float(x.abs().max()) for x in wanted)
+    off = max(float((x - y).abs().max()) for x, y in zip(ours, wanted, strict=True))
     return "works" if float(visual) > 0 and off <= 1e-4 * scale else f"off by {off / scale:.0e}"
 
 

@@ -34,9 +34,9 @@ def export_adapter(
 ) -> Exported:
     """Write a delta as a SHiRA adapter of peft, and compare base and adapter, merged, with base + delta.
 
-    Weights of 16 bits are equal bit for bit, unless one shrank below 2⁻¹³ of its size. In float32, an element that moved
-    far in proportion to its size may be off by the rounding of an addition, as no W + v may round to it. Such elements
-    are counted.
+    Weights of 16 bits are equal bit for bit, unless one shrank below 2⁻¹³ of its size. In float32, an element that
+    moved far in proportion to its size may be off by the rounding of an addition, as no W + v may round to it. Such
+    elements are counted.
 
     Args:
         base: folder of the base model, of safetensors.

@@ -40,8 +40,8 @@ def page(comparison: Compared) -> str:
     body = [
         f"<h1>{_text(title)}</h1>",
         '<p class="faint">Knowledge (restricted score): how often the right answer is the likeliest of those allowed. '
-        "Exact: how often the generated answer is the right one, so its form counts too. ± is half a 95&nbsp;% interval "
-        "of the change.</p>",
+        "Exact: how often the generated answer is the right one, so its form counts too. ± is half a 95&nbsp;% "
+        "interval of the change.</p>",
     ]
     if comparison.trace:
         body.append(_trace(comparison))

@@ -68,8 +68,9 @@ def test_an_adapter_and_a_delta_on_the_first_folder(before, data, tmp_path):
     optimizer.set_gradients(task=gradients, visual=gradients, reference_task=gradients, reference_visual=gradients)
     optimizer.step()
     save_delta(model, tmp_path / "delta.safetensors", optimizer)
-    for after in ("adapter", "delta.safetensors"):
-        found = run(before, tmp_path / after, tmp_path / f"out-{after}", "--data", data, "--limit", 1)
+    for after, dtype in (("adapter", "bfloat16"), ("delta.safetensors", "auto")):
+        more = ("--data", data, "--limit", 1, "--dtype", dtype)
+        found = run(before, tmp_path / after, tmp_path / f"out-{after}", *more)
         assert found["sets"][0]["kl"] > 0
         assert found["sets"][0]["layers"][-1]["drift"] > 0
 

@@ -27,8 +27,6 @@ from torch_mdgd.models.folders import load_model
 
 WEIGHTS = "adapter_model.safetensors"
 INSTEAD = "export a checkpoint instead"
-STEPS = 4
-"""How many neighbours of W′ − W are tried, to each side, for one that W + v rounds to W′."""
 
 
 def export_adapter(
@@ -36,8 +34,9 @@ def export_adapter(
 ) -> Exported:
     """Write a delta as a SHiRA adapter of peft, and compare base and adapter, merged, with base + delta.
 
-    Weights of 16 bits are equal bit for bit. Of float32, an element that moved far in proportion to its size may be off
-    by the rounding of an addition, as no W + v may round to it; such are counted.
+    Weights of 16 bits are equal bit for bit, unless one shrank below 2⁻¹³ of its size. In float32, an element that
+    moved far in proportion to its size may be off by the rounding of an addition, as no W + v may round to it. Such
+    elements are counted.
 
     Args:
         base: folder of the base model, of safetensors.
@@ -142,23 +141,12 @@ def _adder(name: str, weight: Tensor, delta: Delta, count: int) -> tuple[Tensor,
     """
     positions, new = delta.changes[f"{name}.weight"]
     old = weight.flatten()[positions.long()]
+    added = (new.double() - old.double()).float()
     free = torch.ones(weight.numel(), dtype=torch.bool)
     free[positions.long()] = False
     spare = free.nonzero().squeeze(1)[: count - len(positions)]
     at, order = torch.cat([positions.long(), spare]).sort()
-    return at, torch.cat([_added(old, new), torch.full((len(spare),), -0.0)])[order]
-
-
-def _added(old: Tensor, new: Tensor) -> Tensor:
-    """Float32 v such that old + v is new, bit for bit; where no neighbour of new − old does it, the nearest."""
-    nearest = low = high = (new.double() - old.double()).float()
-    found, known = nearest.clone(), torch.zeros(len(nearest), dtype=torch.bool)
-    for _ in range(STEPS + 1):
-        for v in (low, high):
-            fits = ~known & same_bits((old.float() + v).to(old.dtype), new)
-            found[fits], known = v[fits], known | fits
-        low, high = (torch.nextafter(x, x.new_tensor(end)) for x, end in ((low, -torch.inf), (high, torch.inf)))
-    return found
+    return at, torch.cat([added, torch.full((len(spare),), -0.0)])[order]
 
 
 def _mask(weight: Tensor, at: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ def lines(x: Sequence[float], series: Mapping[str, Sequence[float | None]], labe
     for share in (0.0, 0.5, 1.0):
         y = place(first, share * top)[1]
         parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y + 4}" text-anchor="end">{share * top:.3g}</text>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y + 4}" text-anchor="end">{_short(share * top)}</text>')
     for at in dict.fromkeys((x[0], x[len(x) // 2], x[-1])):
         parts.append(f'<text x="{place(at, 0)[0]}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{at:g}</text>')
     parts.append(f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 3}" text-anchor="middle">{html.escape(label)}</text>')
@@ -41,6 +41,10 @@ def lines(x: Sequence[float], series: Mapping[str, Sequence[float | None]], labe
         if named:
             parts.append(f'<text class="{name}" x="{LEFT + 8 + 60 * i}" y="{TOP - 3}">{html.escape(name)}</text>')
     return "".join([*parts, "</svg>"])
+
+
+def _short(x: float) -> str:
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
 
 def _round_up(x: float) -> float:

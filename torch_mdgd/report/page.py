@@ -25,14 +25,23 @@ TOLD = {
 }
 
 
+MEASURED = {
+    "restricted": "knowledge, %",
+    "exact": "exact answers, %",
+    "kl": "KL(before ‖ after), nats a token",
+    "drift": "drift of the last visual features, %",
+}
+"""By the ends of the names of ``Compared.numbers``."""
+
+
 def page(comparison: Compared) -> str:
     """The whole page. It loads nothing: styles, drawings and pictures are in it."""
     title = headline(comparison)
     body = [
         f"<h1>{_text(title)}</h1>",
         '<p class="faint">Knowledge (restricted score): how often the right answer is the likeliest of those allowed. '
-        "Exact: how often the generated answer is the right one, so its form counts too. ± is half a 95 % interval of "
-        "the change.</p>",
+        "Exact: how often the generated answer is the right one, so its form counts too. ± is half a 95&nbsp;% "
+        "interval of the change.</p>",
     ]
     if comparison.trace:
         body.append(_trace(comparison))
@@ -102,7 +111,9 @@ def _trace(comparison: Compared) -> str:
     figures = []
     for name in comparison.numbers:
         svg = lines(steps, {"after": [x.get(name) for x in points]}, "step", named=False)
-        figures.append(f"<figure><figcaption>{_text(name.replace('_', ' '))}</figcaption>{svg}</figure>")
+        of, _, kind = name.rpartition("_")
+        told = f"{of.replace('_', ' ').capitalize()}: {MEASURED[kind]}"
+        figures.append(f"<figure><figcaption>{_text(told)}</figcaption>{svg}</figure>")
     return f'<h2>During training</h2><div class="charts">{"".join(figures)}</div>'
 
 

@@ -18,13 +18,13 @@ from transformers import (
 IMAGE = 31
 
 
-def make_model() -> PreTrainedModel:
+def make_model(width: int = 16) -> PreTrainedModel:
     """A LLaVA with two layers and a vocabulary of 32."""
     torch.manual_seed(0)
-    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    size = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 2, "num_attention_heads": 2}
     return LlavaForConditionalGeneration(
         LlavaConfig(
-            vision_config=CLIPVisionConfig(**size, image_size=8, patch_size=4, projection_dim=16),
+            vision_config=CLIPVisionConfig(**size, image_size=8, patch_size=4, projection_dim=width),
             text_config=LlamaConfig(**size, vocab_size=32, max_position_embeddings=32),
             image_token_index=IMAGE,
             vision_feature_layer=-1,

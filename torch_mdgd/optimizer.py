@@ -343,7 +343,7 @@ class MDGDOptimizer(Optimizer):
             self._captures.gradients[REFERENCE] = out
 
     def average_over(self, group: ranks.Group | None) -> None:
-        """From now on, average captures over these processes before they are combined; FSDP2 needs no group: it sums.
+        """From now on, average captures over these processes before combining; FSDP2, which sums, needs no group.
 
         Args:
             group: a process group, such as ``ddp.process_group``; None for this process alone.

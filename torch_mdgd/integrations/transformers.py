@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, Trainer
 
 from torch_mdgd.backward import find_optimizer, mdgd_backward
 from torch_mdgd.diagnostics import effective_rank
+from torch_mdgd.integrations.written import written_mask, written_rule
 from torch_mdgd.masks.base import Mask
 from torch_mdgd.models.tap import Batch, VisualTap
 from torch_mdgd.optimizer import MDGDOptimizer
@@ -51,13 +52,21 @@ class MDGDTrainerMixin:
     With each of the Trainer's training logs go :attr:`MDGDOptimizer.diagnostics` of its last step (``visual_loss`` of
     its last micro-batch), by their names.
 
+    With FSDP2 (``fsdp=True``, ``fsdp_config={"version": 2, ...}``) parameters, φ and masks are sharded, and rules are
+    those of one process.
+
+    With a ``deepspeed`` configuration of ZeRO-1, 2 or 3 the rule is given to a
+    :class:`~torch_mdgd.integrations.deepspeed.MDGDEngine` around the engine, :attr:`mdgd_engine`; the optimizer stays
+    DeepSpeed's. Rules that correct parameters after the step, and masks, are refused there.
+
     Resuming also loads weights whose names in the checkpoint are not those in the model, as of LLaVA, which the
     Trainer skips with a warning.
 
     Args:
         *args: the Trainer's own, like all keywords but these.
-        rule: of the :class:`MDGDOptimizer`, or a function of the model that returns it; ``MDGD()`` if None.
-        mask: of the :class:`MDGDOptimizer`.
+        rule: of the :class:`MDGDOptimizer`, or a function of the model that returns it, or text such as
+            ``"MDGD(3.0, regularize=0)"``; ``MDGD()`` if None.
+        mask: of the :class:`MDGDOptimizer`, or text such as ``"Random(0.1)"``.
         compact: of the :class:`MDGDOptimizer`.
         tap: where z comes from; ``VisualTap.for_model(model)`` if None.
         alignment: the form of L_v (5).
@@ -66,7 +75,7 @@ class MDGDTrainerMixin:
         separate: as of :func:`~torch_mdgd.mdgd_backward`.
         diagnose_every: after how many steps g and v are taken apart, for ``cos_task_visual`` and ``visual_to_task`` of
             the log, where one backward pass would do; 0 for never. If None, at steps that are logged, and no more often
-            than every tenth.
+            than every tenth; with DeepSpeed, where it takes longer, never.
         **kwargs: the Trainer's own.
 
     Raises:
@@ -84,8 +93,8 @@ class MDGDTrainerMixin:
     def __init__(
         self,
         *args: Any,
-        rule: Rule | Callable[[nn.Module], Rule] | None = None,
-        mask: Mask | None = None,
+        rule: Rule | Callable[[nn.Module], Rule] | str | None = None,
+        mask: Mask | str | None = None,
         compact: bool = False,
         tap: VisualTap | None = None,
         alignment: Literal["l1", "mse"] = "l1",
@@ -95,14 +104,32 @@ class MDGDTrainerMixin:
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self._take(rule, mask, compact, tap, alignment, effective_rank_steps, separate, diagnose_every)
+
+    def _take(
+        self,
+        rule: Rule | Callable[[nn.Module], Rule] | str | None = None,
+        mask: Mask | str | None = None,
+        compact: bool = False,
+        tap: VisualTap | None = None,
+        alignment: Literal["l1", "mse"] = "l1",
+        effective_rank_steps: int = 0,
+        separate: bool = False,
+        diagnose_every: int | None = None,
+    ) -> None:
+        """The arguments that are ours."""
         trainer: Any = self
-        self.mdgd_rule, self.mdgd_mask, self.mdgd_compact = rule, mask, compact
+        self.mdgd_rule = written_rule(rule) if isinstance(rule, str) else rule
+        self.mdgd_mask = written_mask(mask) if isinstance(mask, str) else mask
+        self.mdgd_compact = compact
         self._given_tap = tap
         self.mdgd_tap = _watching(tap, trainer.model)
         self.mdgd_alignment: Literal["l1", "mse"] = alignment
         self.effective_rank_steps = effective_rank_steps
         self.mdgd_separate, self.diagnose_every = separate, diagnose_every
         self._began_before = False
+        # Of DeepSpeed: see :class:`torch_mdgd.integrations.deepspeed.MDGDEngine`.
+        self.mdgd_engine: Any = None
         # Whether φ was taken by create_optimizer, which follows the weights of a checkpoint.
         self._wrapped_after_loading = False
         _refuse_unsupported(trainer)
@@ -112,12 +139,15 @@ class MDGDTrainerMixin:
         trainer: Any = super()
         optimizer: Any = trainer.create_optimizer(*args, **kwargs)
         inner = _inside(optimizer)
+        if self.is_deepspeed_enabled:  # type: ignore[attr-defined]
+            if inner is not None:
+                raise ValueError("MDGDTrainer with DeepSpeed: pass the plain optimizer, and rule= beside it")
+            # The rule goes around the engine.
+            plain: torch.optim.Optimizer = optimizer
+            return plain
         self._wrapped_after_loading = inner is None
         if inner is None:
-            rule: Any = self.mdgd_rule
-            if rule is not None and not isinstance(rule, Rule):
-                rule = rule(self.model)  # type: ignore[attr-defined]
-            optimizer = MDGDOptimizer(optimizer, rule, mask=self.mdgd_mask, compact=self.mdgd_compact)
+            optimizer = MDGDOptimizer(optimizer, self._new_rule(), mask=self.mdgd_mask, compact=self.mdgd_compact)
             vars(self)["optimizer"] = optimizer
             # With model_init every call of train() has a model of its own.
             self.mdgd_tap = _watching(self._given_tap, self.model)  # type: ignore[attr-defined]
@@ -130,6 +160,19 @@ class MDGDTrainerMixin:
         self._began_before = True
         wrapped: torch.optim.Optimizer = optimizer
         return wrapped
+
+    def _new_rule(self) -> Rule | None:
+        rule: Any = self.mdgd_rule
+        return rule if rule is None or isinstance(rule, Rule) else rule(self.model)  # type: ignore[attr-defined]
+
+    def _engine_of(self, model: nn.Module) -> Any:
+        """The rule around DeepSpeed's engine, which is new in each call of ``train``."""
+        if self.mdgd_engine is None or self.mdgd_engine.engine is not model:
+            from torch_mdgd.integrations.deepspeed import MDGDEngine
+
+            self.mdgd_tap = _watching(self._given_tap, self.model)  # type: ignore[attr-defined]
+            self.mdgd_engine = MDGDEngine(model, self._new_rule(), tap=self.mdgd_tap, alignment=self.mdgd_alignment)
+        return self.mdgd_engine
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """The Trainer's own, with all passes over one micro-batch; d is in ``.grad`` after the last of a step.
@@ -184,6 +227,20 @@ class MDGDTrainerMixin:
             found[:] = [out.detach()]
             return out if normalised else out / micro_batches
 
+        if trainer.is_deepspeed_enabled:
+            last = trainer.accelerator.sync_gradients
+            self._engine_of(model).backward(
+                batch,
+                loss=loss,
+                visual_weight=1 / micro_batches,
+                boundary=last,
+                scale_wrt_gas=False,
+                separate=self.mdgd_separate or (bool(self.diagnose_every) and self._is_measured(trainer)),
+            )
+            if last:
+                # As accelerate's backward does.
+                model.step()  # type: ignore[operator]
+            return found[0]
         mdgd_backward(
             model,
             trainer.optimizer,
@@ -209,9 +266,9 @@ class MDGDTrainerMixin:
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log, with diagnostics if this is about training."""
         trainer: Any = self
-        wrapped = _inside(trainer.optimizer)
-        if "loss" in logs and wrapped is not None:
-            logs = {**logs, **wrapped.diagnostics}
+        told = _inside(trainer.optimizer) or self.mdgd_engine
+        if "loss" in logs and told is not None:
+            logs = {**logs, **told.diagnostics}
         parent: Any = super()
         parent.log(logs, *args, **kwargs)
 
@@ -223,12 +280,17 @@ class MDGDTrainerMixin:
                 z = accelerator.gather(accelerator.pad_across_processes(z.contiguous()))
             rank = effective_rank(z) if z is not None and z.numel() and z.isfinite().all() and z.any() else float("nan")
             found = torch.tensor(rank, dtype=torch.float64, device="cpu")
-            find_optimizer(trainer.optimizer).record(effective_rank=found)
+            (self.mdgd_engine or find_optimizer(trainer.optimizer)).record(effective_rank=found)
         self.mdgd_tap.z = None
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         parent: Any = super()
         trainer: Any = self
+        if trainer.is_deepspeed_enabled:
+            parent._load_optimizer_and_scheduler(checkpoint)
+            if checkpoint is not None:
+                self._engine_of(trainer.model_wrapped).load(checkpoint)
+            return
         wrapped, before = find_optimizer(trainer.optimizer), self._wrapped_after_loading
         loaded: list[Any] = []
         handle = wrapped.register_load_state_dict_post_hook(loaded.append)
@@ -237,10 +299,16 @@ class MDGDTrainerMixin:
         if checkpoint is not None and before and not loaded:
             warnings.warn(NO_REFERENCE, stacklevel=2)
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        parent: Any = super()
+        parent._save_optimizer_and_scheduler(output_dir)
+        if self.mdgd_engine is not None:
+            self.mdgd_engine.save(output_dir)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         trainer: Any = self
         model = trainer.model if model is None else model
-        if isinstance(model, PreTrainedModel) and not trainer.is_fsdp_enabled:
+        if isinstance(model, PreTrainedModel) and not _holds_shards(trainer):
             load_weights(model, resume_from_checkpoint)
         else:
             parent: Any = super()
@@ -248,7 +316,7 @@ class MDGDTrainerMixin:
 
     def _load_best_model(self) -> None:
         trainer: Any = self
-        if isinstance(trainer.model, PreTrainedModel) and not trainer.is_fsdp_enabled:
+        if isinstance(trainer.model, PreTrainedModel) and not _holds_shards(trainer):
             load_weights(trainer.model, trainer.state.best_model_checkpoint)
         else:
             parent: Any = super()
@@ -257,6 +325,29 @@ class MDGDTrainerMixin:
 
 class MDGDTrainer(MDGDTrainerMixin, Trainer):
     """The Trainer of transformers around MDGD: see :class:`MDGDTrainerMixin` for its own arguments."""
+
+
+def adopt(trainer: Trainer, **options: Any) -> None:
+    """Put :class:`MDGDTrainerMixin` before the class of a trainer that a framework has made, before it trains.
+
+    Args:
+        trainer: any trainer of transformers, whose class becomes one of its own.
+        **options: the mixin's own arguments.
+
+    Raises:
+        TypeError: the mixin is there already, or the model is not one of transformers and there is no ``tap``.
+        ValueError: settings of the trainer that the passes do not support, naming them.
+    """
+    kind = type(trainer)
+    if isinstance(trainer, MDGDTrainerMixin):
+        raise TypeError(f"adopt: {kind.__name__} has the mixin already")
+    trainer.__class__ = type(f"MDGD{kind.__name__}", (MDGDTrainerMixin, kind), {})
+    adopted: Any = trainer
+    try:
+        adopted._take(**options)
+    except BaseException:
+        trainer.__class__ = kind
+        raise
 
 
 @torch.no_grad()
@@ -323,6 +414,15 @@ def _replaced(owner: Any, **attributes: Any) -> Iterator[None]:
         vars(owner).update(before)
 
 
+def _holds_shards(trainer: Any) -> bool:
+    """Whether whole weights are not in the model, and have a way of their own into it."""
+    return bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+
+
+def _fsdp_plugin(trainer: Any) -> Any:
+    return getattr(trainer.accelerator.state, "fsdp_plugin", None)
+
+
 def _watching(tap: VisualTap | None, model: nn.Module) -> _Watching:
     return _Watching(tap or VisualTap.for_model(model))
 
@@ -333,10 +433,12 @@ def _refuse_unsupported(trainer: Any) -> None:
     kind = "activation" if hasattr(args, "activation_checkpointing") else "gradient"
     checkpointing = getattr(args, f"{kind}_checkpointing") and getattr(args, f"{kind}_checkpointing_kwargs")
     found = {
-        "deepspeed": trainer.is_deepspeed_enabled,
+        "a mask with DeepSpeed, whose step is in partitions of flat copies (use fully_shard, fsdp_version 2)": (
+            trainer.is_deepspeed_enabled and bool(trainer.mdgd_mask or trainer.mdgd_compact)
+        ),
         "DataParallel (several GPUs in one process; use one, or torchrun)": args.n_gpu > 1,
-        "FSDP, whose plugin wraps and saves the model its own way (use DDP, or fully_shard in a loop of your own)": (
-            trainer.is_fsdp_enabled
+        "FSDP1, which mixes parameters in flat shards (set version 2 in fsdp_config)": (
+            trainer.is_fsdp_enabled and getattr(_fsdp_plugin(trainer), "fsdp_version", 1) != 2
         ),
         "context or sequence parallelism": getattr(trainer.accelerator, "parallelism_config", None) is not None,
         "checkpointing with use_reentrant=True, which drops gradients silently (use False)": (

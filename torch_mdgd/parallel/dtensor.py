@@ -178,6 +178,11 @@ def sum_shards_(table: Tensor, like: Sequence[Tensor | None]) -> Tensor:
 
 
 def refuse_sharded(what: str, parameters: Sequence[Tensor], instead: str) -> None:
-    """Raise a ValueError if a parameter is sharded."""
+    """Raise a ValueError if a parameter is sharded, or partitioned by DeepSpeed."""
+    if any(hasattr(p, "ds_id") for p in parameters):
+        raise ValueError(
+            f"{what}: parameters are partitioned by DeepSpeed, which is not supported: give the rule to "
+            "torch_mdgd.integrations.deepspeed.MDGDEngine"
+        )
     if any(map(is_sharded, parameters)):
         raise ValueError(f"{what}: parameters are sharded by fully_shard, which is not supported: {instead}")

@@ -1,0 +1,13 @@
+"""Unsloth: ``MDGDUnslothTrainer(rule="MDGD(3.0, regularize=0)", ...)`` in place of its ``UnslothTrainer``."""
+
+from unsloth import UnslothTrainer
+
+from torch_mdgd.integrations.transformers import MDGDTrainerMixin
+
+
+class MDGDUnslothTrainer(MDGDTrainerMixin, UnslothTrainer):  # type: ignore[misc]
+    """Unsloth's trainer with the passes of MDGD: see :class:`MDGDTrainerMixin` for its own arguments.
+
+    Load the model with ``use_gradient_checkpointing=True`` or ``False``: Unsloth's own kind, ``"unsloth"``, gives one
+    backward pass alone.
+    """

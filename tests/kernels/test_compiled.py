@@ -9,7 +9,7 @@ import torch
 from torch_mdgd import kernels
 from torch_mdgd.kernels import dispatch
 
-LARGE = dispatch.LARGE
+LARGE, EACH = dispatch.LARGE, dispatch.EACH
 
 
 @pytest.fixture
@@ -37,7 +37,10 @@ def fails(monkeypatch):
 def test_large_lists_on_the_cpu_are_taken(compiled):
     assert kernels.backend_for([torch.zeros(LARGE)]) == "compiled"
     assert kernels.backend_for([None, *[torch.zeros(LARGE // 2)] * 2]) == "compiled"
-    assert kernels.backend_for([torch.zeros(LARGE // 2), None, torch.zeros(LARGE // 2 - 1)]) == "eager"
+    half = LARGE // 2 - EACH
+    assert kernels.backend_for([torch.zeros(half), None, torch.zeros(half)]) == "compiled"
+    assert kernels.backend_for([torch.zeros(half), None, torch.zeros(half - 1)]) == "eager"
+    assert kernels.backend_for([torch.zeros(1)] * (LARGE // EACH)) == "compiled"
     assert kernels.backend_for([torch.zeros(LARGE, device="meta")]) == "eager"
     assert kernels.backend_for([torch.nn.Parameter(torch.zeros(LARGE))]) == "compiled"
 

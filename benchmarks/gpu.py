@@ -122,7 +122,7 @@ def checks(size: Size, device: torch.device) -> Iterator[dict[str, Any]]:
         worst = {"inner_products": 0.0, "combine_": 0.0, "masks": 0.0, "similarity masks": 0.0}
         for seed, lengths in enumerate(size.lengths):
             generator = torch.Generator().manual_seed(seed)
-            here = [[torch.randn(n, generator=generator).to(dtype) for n in lengths] for _ in range(3)]
+            g, v, g0 = here = [[torch.randn(n, generator=generator).to(dtype) for n in lengths] for _ in range(3)]
             there = [[x.to(device) for x in vector] for vector in here]
             c = torch.randn(len(lengths), 3, generator=generator, dtype=torch.float64)
             k = max(1, sum(lengths) // 10)
@@ -133,8 +133,8 @@ def checks(size: Size, device: torch.device) -> Iterator[dict[str, Any]]:
             for mine, right in zip(kernels.top_k_masks(there[0], k), oracle.top_k_masks(here[0], k), strict=True):
                 _note(worst, "masks", float((mine.cpu() != right).sum()))
             for one, other in zip(
-                kernels.top_k_similarity_masks(*there, c[:, 0].to(device), k),
-                oracle.top_k_similarity_masks(*here, c[:, 0], k),
+                kernels.top_k_similarity_masks(there[0], there[1], there[2], c[:, 0].to(device), k),
+                oracle.top_k_similarity_masks(g, v, g0, c[:, 0], k),
                 strict=True,
             ):
                 assert one is not None

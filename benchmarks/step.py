@@ -72,8 +72,9 @@ def anchored(settings: Settings) -> float:
     with warnings.catch_warnings():
         # Of what it does not hold.
         warnings.simplefilter("ignore")
-        optimizer = MDGDOptimizer(torch.optim.AdamW(parameters, lr=1e-6, fused=True), Anchor(model))
-    optimizer.rule.calibrate([batch_of(4, 32)])
+        rule = Anchor(model)
+        optimizer = MDGDOptimizer(torch.optim.AdamW(parameters, lr=1e-6, fused=True), rule)
+    rule.calibrate([batch_of(4, 32)])
 
     def prepare() -> None:
         optimizer.zero_grad()

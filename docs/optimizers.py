@@ -1,4 +1,4 @@
-"""``python docs/optimizers.py``: try MDGD with other libraries' optimizers and adapters; print optimizers.md's tables.
+"""``python docs/optimizers.py``: try MDGD around other optimizers and with adapters; print optimizers.md's tables.
 
 Each trains the examples' LLaVA. Optimizers: a step has to be the wrapped optimizer's own on d, bit for bit; a run that
 was saved and loaded has to go on as it would have; under a mask all other elements have to stay as they were.
@@ -37,7 +37,7 @@ ABSENT = "not installed"
 
 def matrices(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
     """What Muon takes, the matrices of the decoder's layers, and the rest."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    named: list[tuple[str, Tensor]] = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     inside = [p for name, p in named if p.dim() == 2 and ".layers." in name]
     return inside, [p for _, p in named if not any(p is x for x in inside)]
 
@@ -110,7 +110,7 @@ class Run:
         self.gradients: list[list[Tensor | None]] = []
 
     def steps(self, first: int, last: int) -> "Run":
-        """Train on these batches."""
+        """Train on these batches, and keep each d."""
         mode: Any = getattr(self.optimizer, "train", lambda: None)
         mode()
         for batch in batches(first, last):
@@ -126,12 +126,12 @@ class Run:
 
 
 def same(a: list[Tensor], b: list[Tensor]) -> bool:
-    """Bit for bit."""
+    """To the bit."""
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 def close(a: list[Tensor], b: list[Tensor]) -> bool:
-    """To rounding."""
+    """To 1e-6."""
     return all(bool((x - y).abs().max() <= 1e-6 * (1 + y.abs().max())) for x, y in zip(a, b, strict=True))
 
 
@@ -235,12 +235,13 @@ def aligned(name: str) -> str:
     batch = next(batches(2, 3))
     model.eval()
     mdgd_backward(model, optimizer, batch, alignment="mse")
-    ours = [p.grad.clone() for p in optimizer.parameters]
-    optimizer.zero_grad()
+    ours: list[Any] = [p.grad for p in optimizer.parameters]
+    optimizer.zero_grad(set_to_none=True)
     output, visual = visual_loss(model, batch, reference=adapted(name).eval(), alignment="mse")
     (output.loss + 0.5 * visual).backward()
-    scale = max(float(p.grad.abs().max()) for p in optimizer.parameters)
-    off = max(float((x - p.grad).abs().max()) for x, p in zip(ours, optimizer.parameters, strict=True))
+    wanted: list[Any] = [p.grad for p in optimizer.parameters]
+    scale = max(float(x.abs().max()) for x in wanted)
+    off = max(float((x - y).abs().max()) for x, y in zip(ours, wanted, strict=True))
     return "works" if float(visual) > 0 and off <= 1e-4 * scale else f"off by {off / scale:.0e}"
 
 

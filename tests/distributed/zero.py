@@ -254,7 +254,8 @@ def trainer(
             effective_rank_steps=1,
         )  # fmt: skip
         found.train(resume_from_checkpoint=resume)
-        kept = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
+        # transformers counts no operations of partitioned parameters.
+        kept = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos")
         logs = [{k: v for k, v in entry.items() if k not in kept} for entry in found.state.log_history]
         if stage is None:
             weights = [p.detach() for p in model.parameters() if p.requires_grad]

@@ -93,9 +93,9 @@ class ZeroReference(Reference):
     def theta(self, i: int) -> Tensor:
         """The whole value of a parameter; with ZeRO-3 all processes call it."""
         p: Any = self.trained[i]
-        if not _is_partitioned(p) or p.ds_status.name == "AVAILABLE":
-            return p.detach()
-        return _gather(p, _held(p))
+        here = not _is_partitioned(p) or p.ds_status.name == "AVAILABLE"
+        whole: Tensor = p.detach() if here else _gather(p, _held(p))
+        return whole
 
     def phi(self, i: int) -> Tensor:
         """The whole value of a parameter at φ; with ZeRO-3 all processes call it."""
@@ -381,15 +381,16 @@ class MDGDEngine:
         for anchor in self._anchors():
             for layer in anchor.layers:
                 for i, x in anchor.pull_of(layer, self.reference.theta, self.reference.phi, self._scale()).items():
-                    if g[i] is not None:
-                        g[i] += self._part(x.float())
+                    own = g[i]
+                    if own is not None:
+                        own += self._part(x.float())
         w = {name: x.to(products.device) for name, x in self._weights.items()}
         coefficients = self.rule.coefficients(products, w, False)
         d = [next((x for x in xs if x is not None), None) for xs in zip(*gradients, strict=True)]
         kernels.combine_(d, gradients, coefficients)
-        for p, x in zip(self.trained, d, strict=True):
-            if x is not None:
-                whole = _all_parts(x, self.engine.data_parallel_group)
+        for p, part in zip(self.trained, d, strict=True):
+            if part is not None:
+                whole = _all_parts(part, self.engine.data_parallel_group)
                 _set_gradient(p, whole[: torch.Size(_shape(p)).numel()].view(_shape(p)))
 
     def _sums(self, gradients: Sequence[Sequence[Tensor | None]]) -> Tensor:
@@ -448,7 +449,7 @@ class _Passes:
             if pulls is not None:
                 pulls.begin()
                 micro_batches = self.engine.gradient_accumulation_steps() if self.scale_wrt_gas else 1
-                total = _Scale.apply(total, pulls, micro_batches)
+                total = _Scale.apply(total, pulls, micro_batches)  # type: ignore[no-untyped-call]
             if alpha is not None and visual_loss is None:
                 visual_loss = torch.zeros_like(task_loss, dtype=torch.float32)
             self.backward(total, self.last)
@@ -592,7 +593,8 @@ class _Pulls:
             return [found[i].to(self.mdgd.trained[i].dtype) for i in places]
 
         def call(_: nn.Module, __: Any, y: Tensor) -> Tensor:
-            out: Tensor = _Pull.apply(y, pull, *(self.mdgd.trained[i] for i in places))
+            parameters = [self.mdgd.trained[i] for i in places]
+            out: Tensor = _Pull.apply(y, pull, *parameters)  # type: ignore[no-untyped-call]
             return out
 
         # Before the hook of ZeRO-3 after which weights are not whole any more.
@@ -618,7 +620,7 @@ class _Pull(torch.autograd.Function):
         return y.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         return (grad, None, *ctx.pull())
 
 
@@ -632,7 +634,7 @@ class _Scale(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         ctx.pulls.scale = grad
         return grad, None, None
 

@@ -38,7 +38,7 @@ $(VENV)/.dev: pyproject.toml constraints.txt
 		echo "      Install one (Debian: apt install python3 python3-venv) or name it: make PYTHON=/path/to/python3.11"; \
 		exit 1; } >&2
 	"$(PYTHON)" -m venv $(VENV)
-	$(pip_install) hatchling editables
+	$(pip_install) hatchling editables setuptools
 	$(pip_install) --no-build-isolation -e '.[dev]'
 	@touch $@
 

@@ -66,10 +66,9 @@ def section(settings: Settings) -> Section:
         Goal("(6)-(9), float32", 6, median_ratio(goal_times, OURS), unit="copies"),
         Goal("(6)-(9), bfloat16", 6, median_ratio(goal_bf16, OURS), unit="copies"),
         Goal("faster than written naively", 10, median_ratio(goal_times, NAIVE, OURS), at_least=True),
-        *(
-            Goal(f"{ours} faster than {rival}", 3, median_ratio(goal_times, rival, ours), at_least=True)
-            for ours, rival in ((OURS, FOUR), (OURS, TWO), (PROJECTION, TWO))
-        ),
+        Goal(f"{OURS} faster than {FOUR}", 2, median_ratio(goal_times, FOUR, OURS), at_least=True),
+        Goal("one projection, float32", 3, median_ratio(goal_times, PROJECTION), unit="copies"),
+        Goal(f"{PROJECTION} faster than {TWO}", 3, median_ratio(goal_times, TWO, PROJECTION), at_least=True),
     ]
     about = (
         f"d = g + αv + βr from four gradients of {mega(settings.values)} numbers in one tensor: inner products, "

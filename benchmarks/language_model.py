@@ -7,12 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from benchmarks.llama import batch_of, llama
 from benchmarks.methods import FRACTION, Method
 from benchmarks.settings import Settings
 from torch_mdgd import MDGDOptimizer, mdgd_backward
-
-VOCABULARY = 512
-IMAGE_TOKEN = 0
 
 
 @dataclass
@@ -35,21 +33,6 @@ class Training:
         self.optimizer.zero_grad()
 
 
-def llama(settings: Settings, seed: int = 0) -> nn.Module:
-    """A random LlamaForCausalLM with tied embeddings; token 0 stands for a piece of a picture."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    hidden = settings.hidden
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=hidden * 43 // 16,
-        num_hidden_layers=settings.layers, num_attention_heads=4, max_position_embeddings=64,
-        tie_word_embeddings=True, use_cache=False,
-    )  # fmt: skip
-    config.image_token_id = IMAGE_TOKEN
-    return LlamaForCausalLM(config)
-
-
 def rank(model: nn.Module) -> int:
     """The rank at which an adapter of all linear layers trains FRACTION of the model's numbers."""
     widths = [m.in_features + m.out_features for name, m in model.named_modules() if _adapted(name, m)]
@@ -62,14 +45,11 @@ def build(method: Method, settings: Settings) -> Training:
     Raises:
         ModuleNotFoundError: an adapter without peft.
     """
-    model = llama(settings)
+    model = llama(settings.hidden, settings.layers)
     if method.adapter is not None:
         model = _adapt(model, method.adapter)
     model.train()
-    generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(1, VOCABULARY, (4, 32), generator=generator)
-    tokens[:, :16] = IMAGE_TOKEN
-    batch = {"input_ids": tokens, "labels": tokens.masked_fill(tokens == IMAGE_TOKEN, -100)}
+    batch = batch_of(4, 32)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer: Optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
     wrapper = method.wrapper(model)

@@ -188,6 +188,9 @@ def section(settings: Settings) -> Section:
         goals.append(Goal(what, 0.25, found.held.extra / plain.state))
         shira = found.later / measured[SHIRA].later if SHIRA in measured else None
         goals.append(Goal(f"{method.name}: later steps, against SHiRA", 1, shira))
+        first = (found.first - found.held.parameters) / (plain.parameters / 4)
+        what = f"{method.name}: first step beyond the weights, for each trained number"
+        goals.append(Goal(what, 14, first, unit="bytes"))
     about = (
         f"One training step with AdamW(fused). LoRA, SHiRA and the mask train {FRACTION:.0%} of the model's numbers. "
         "Held bytes are storages of live tensors, counted around a real step; peaks are what the allocator reported."

@@ -53,9 +53,9 @@ def section(settings: Settings) -> Section:
     table = Table(f"{mega(settings.values)} float32 numbers", columns, rows, [NOTE])
     goal = Goal("six inner products: relative error on equal numbers", 1e-6, wrong[PRODUCTS], unit="")
     about = (
-        "The four kernel calls of (6)-(9), each alone; their sum is the update's time. In plain torch a product and "
-        "its sum are two calls on each block, so that six inner products read and write far more than three vectors. "
-        "torch.dot is one call a pair, on whole vectors, with running float32 sums."
+        "The four kernel calls of (6)-(9), each alone; their sum is the update's time. What they have to move takes "
+        "2/3, 1, 1 and 4/3 of a copy, which reads what it overwrites too. torch.dot is one call a pair, on whole "
+        "vectors, with running float32 sums."
     )
     figure = figures.bars("Parts of the update", "copies", {"1 thread": measured}, log=False)
     return Section("parts", "Where the update's time goes", about, [table], [goal], figure)

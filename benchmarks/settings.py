@@ -27,8 +27,8 @@ class Settings:
     """
 
     values: int = 16 * M
-    sweep: tuple[int, ...] = tuple(M << i for i in range(7))
-    mask_sweep: tuple[int, ...] = tuple(M << i for i in range(9))
+    sweep: tuple[int, ...] = tuple(M << i for i in (0, 2, 4, 6))
+    mask_sweep: tuple[int, ...] = tuple(M << i for i in (0, 2, 4, 6, 8))
     fractions: tuple[float, ...] = (0.01, 0.05, 0.10, 0.25, 0.50)
     divide: int = 8
     hidden: int = 512

@@ -11,6 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 import torch_mdgd
@@ -20,8 +24,9 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
 READMES = ["README.md", "CONTRIBUTING.md", "reproductions/README.md", "benchmarks/README.md"]
 PAGES = [*READMES, *DOCS]
-# Its program is run by tests/delta/test_format.py, on a file.
-ELSEWHERE = {"docs/delta.md"}
+# The program of the first is run by tests/delta/test_format.py, on a file; those of the second have a test below; those
+# of the third need frameworks and weights, and tests of the integrations take their place.
+ELSEWHERE = {"docs/delta.md", "docs/distributed.md", "docs/recipes.md"}
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 SPAN = re.compile(r"`([^`\n]+)`")
 STUDY = "reproductions/mini/results/study"
@@ -67,6 +72,49 @@ def test_code_runs(page, names):
         exec(compile(match[1], f"{page}, block {i}", "exec"), names)
 
 
+DISTRIBUTED = "docs/distributed.md"
+
+
+@pytest.mark.parametrize("block", [block for block in BLOCK.findall(read(DISTRIBUTED)) if "eepspeed" not in block])
+def test_code_of_several_processes_runs_with_one(block, names, tmp_path):
+    """Each block begins anew: a model is either in DDP or sharded. DeepSpeed's engine has tests of its own."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        base = torch.optim.AdamW(names["parameters"], lr=1e-2)
+        optimizer = MDGDOptimizer(base, MDGD(regularize=0))
+        mdgd_backward(names["model"], optimizer, next(iter(names["loader"])))
+        optimizer.step()
+        optimizer.zero_grad()
+        if "no_sync" in block:
+            names["model"] = DistributedDataParallel(names["model"])
+        exec(
+            compile(block, DISTRIBUTED, "exec"),
+            {
+                **vars(torch_mdgd), **names, "AdamW": torch.optim.AdamW, "dcp": dcp, "fully_shard": fully_shard,
+                "device": "cpu", "local_rank": None, "folder": str(tmp_path), "optimizer": optimizer,
+                # On the CPU there are no device numbers.
+                "DistributedDataParallel": lambda model, device_ids=None: DistributedDataParallel(model),
+            },
+        )  # fmt: skip
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if BLOCK.search(read(page))])
+def test_what_code_imports_of_the_package_is_there(page):
+    """Read, and not imported: an integration may need its framework."""
+    for block in BLOCK.findall(read(page)):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "torch_mdgd":
+                path = ROOT / node.module.replace(".", "/")
+                source = ast.parse((path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text())
+                defined = {x.id for x in ast.walk(source) if isinstance(x, ast.Name) and isinstance(x.ctx, ast.Store)}
+                defined |= {x.name for x in ast.walk(source) if isinstance(x, ast.FunctionDef | ast.ClassDef)}
+                defined |= {x.asname or x.name for x in ast.walk(source) if isinstance(x, ast.alias)}
+                defined |= {x.stem for x in path.glob("*")}
+                assert {alias.name for alias in node.names} <= defined, node.module
+
+
 def test_the_site_builds_without_a_warning(tmp_path):
     """So links and anchors of its pages lead somewhere, and docstrings of the API can be read."""
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
@@ -94,10 +142,11 @@ def test_calls_in_the_text_fit_the_signatures(page):
             call = ast.parse(span, mode="eval").body
         except SyntaxError:
             continue
-        found = getattr(torch_mdgd, call.func.id, None) if isinstance(call, ast.Call) and is_name(call) else None
-        if found is not None:
+        if isinstance(call, ast.Call) and is_name(call) and call.func.id in torch_mdgd.__all__:
             placeholders = [None] * len(call.args)
-            inspect.signature(found).bind_partial(*placeholders, **{word.arg: None for word in call.keywords})
+            inspect.signature(getattr(torch_mdgd, call.func.id)).bind_partial(
+                *placeholders, **{word.arg: None for word in call.keywords}
+            )
 
 
 def is_name(call):
@@ -234,12 +283,20 @@ def test_points_lost_in_the_faq_are_the_committed_ones():
 RESULTS = sorted((ROOT / "reproductions" / "mini" / "results").rglob("*.md"))
 
 
-@pytest.mark.parametrize("name", ["demo/demo.md", "strength.md"])
-def test_tables_of_the_experiments_are_the_committed_ones(name):
+def test_tables_of_the_experiments_are_the_committed_ones():
     """That of the study is held by tests/reproductions/mini/test_report.py."""
-    experiments = read("reproductions/README.md").splitlines()
-    committed = [line for line in read(f"reproductions/mini/results/{name}").splitlines() if line.startswith("|")]
-    assert set(committed) <= set(experiments)
+    shown = read("reproductions/README.md").splitlines()
+    demo, strength = (tables(read(f"reproductions/mini/results/{name}")) for name in ("demo/demo.md", "strength.md"))
+    assert set(demo) <= set(shown)
+    # Some of the strengths, whole rows.
+    begin, end = shown.index("## The anchor's strength"), shown.index("## The study")
+    told = tables("\n".join(shown[begin:end]))
+    assert len(told) > 20
+    assert set(told) <= set(strength)
+
+
+def tables(text):
+    return [line for line in text.splitlines() if line.startswith("|")]
 
 
 @pytest.mark.parametrize("page", ["README.md", "reproductions/README.md", *DOCS])

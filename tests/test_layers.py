@@ -20,7 +20,7 @@ FLOORS = (
 """From the lowest up. Rooms of one floor do not import each other."""
 BASES = {"captures": {"rules.base"}, "diagnostics": {"rules.base"}, "storage": {"rules.base", "masks.base"}}
 """Of rules and masks, what these know: nothing of any one of them."""
-ARROWS = 50
+ARROWS = 52
 MODULES = 8
 
 ROOT = Path(__file__).parents[1] / "torch_mdgd"

@@ -6,7 +6,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from torch_mdgd import MDGD, MDGDOptimizer, Project, StepProject
+from torch_mdgd import MDGD, MDGDOptimizer, Project, StepProject, TopK
 from torch_mdgd.rules.base import KINDS
 
 # Well above the fixed scratch of the kernels.
@@ -113,3 +113,28 @@ def test_a_skipped_step_leaves_no_buffers_to_the_next():
         live.peak = 0
         passes(optimizer, p, data)
         assert live.peak <= 2
+
+
+def test_a_visual_gradient_that_is_zero_is_let_go_before_the_mask_is_chosen():
+    p = torch.nn.Parameter(torch.randn(N))
+    data = torch.randn(N)
+    seen = []
+
+    class Watched(TopK):
+        def choose(self, parameters, gradients):
+            masks = super().choose(parameters, gradients)
+            torch.zeros(1)
+            seen.append(len(live.alive))
+            return masks
+
+    optimizer = MDGDOptimizer(torch.optim.SGD([p], lr=0.1), mask=Watched(0.1), compact=True)
+    with LiveBuffers() as live:
+        with optimizer.reference():
+            passes(optimizer, p, [torch.zeros(N), data])
+        optimizer.reduce_reference()
+        passes(optimizer, p, [torch.zeros(N), data])
+        optimizer.step()
+    # g and g~0.
+    assert seen == [2]
+    (positions,) = optimizer._storage.positions
+    assert torch.equal(positions.long(), data.abs().topk(round(0.1 * N)).indices.sort().values)

@@ -13,6 +13,7 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -136,6 +137,16 @@ def test_metadata_and_notes_tell_of_one_release(wheel: Path) -> None:
     assert f"version: {version}\n" in read("CITATION.cff")
     torch_needed = next(x for x in told.get_all("Requires-Dist", []) if x.startswith("torch>"))
     assert torch_needed.replace(">=", " >= ") in read("README.md")
+
+
+def test_readme_and_citation_file_cite_one_paper() -> None:
+    citation = yaml.safe_load(read("CITATION.cff"))
+    assert {"cff-version", "message", "title", "authors", "version", "license"} <= citation.keys()
+    paper, bibtex = citation["preferred-citation"], " ".join(read("README.md").split())
+    authors = [f"{author['family-names']}, {author['given-names']}" for author in paper["authors"]]
+    assert " and ".join(authors) in bibtex
+    assert paper["title"] in bibtex.replace("{MLLM}", "MLLM")
+    assert f"year = {{{paper['year']}}}" in bibtex
 
 
 def read(name: str) -> str:

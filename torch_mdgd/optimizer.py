@@ -343,7 +343,7 @@ class MDGDOptimizer(Optimizer):
             self._captures.gradients[REFERENCE] = out
 
     def average_over(self, group: ranks.Group | None) -> None:
-        """From now on, average captures over these processes before they are combined; FSDP2, which sums, needs no group.
+        """From now on, average captures over these processes before combining; FSDP2, which sums, needs no group.
 
         Args:
             group: a process group, such as ``ddp.process_group``; None for this process alone.
@@ -398,7 +398,7 @@ class MDGDOptimizer(Optimizer):
         w = {name: x.to(products.device) for name, x in w.items()}
         coefficients = self.rule.coefficients(products, w, self._storage.masked)
         self._storage.combine_(step.d, step.gradients, coefficients)
-        self._made.d = [None if x is None else x.to(_grad_dtype(p)) for p, x in zip(parameters, step.d, strict=True)]
+        self._made.d = [_as_grad(x, p) for p, x in zip(parameters, step.d, strict=True)]
         assign(parameters, self._made.d)
 
     def _products(self, step: Step) -> Tensor:
@@ -460,10 +460,12 @@ class MDGDOptimizer(Optimizer):
 
     def _weights(self) -> dict[str, Tensor]:
         """The rule's weights by parameter: float64, shape (T,), on the CPU."""
-        groups = [group for group in self._known_groups() for _ in group["params"]]
+        groups = self._known_groups()
+        sizes = torch.tensor([len(group["params"]) for group in groups], dtype=torch.int64, device="cpu")
+        values = {name: [group[PREFIX + name] for group in groups] for name in self.rule.weights}
         return {
-            name: torch.tensor([group[PREFIX + name] for group in groups], dtype=torch.float64, device="cpu")
-            for name in self.rule.weights
+            name: torch.tensor(x, dtype=torch.float64, device="cpu").repeat_interleave(sizes)
+            for name, x in values.items()
         }
 
     def _mask_is_due(self) -> bool:
@@ -482,6 +484,10 @@ class MDGDOptimizer(Optimizer):
         if not bool(products[:, 0, 0].any()):
             self._made.refused = NOTHING_TO_CHOOSE_FROM
             return
+        if len(step.gradients) > 1:
+            # While θ is φ v is zero, and would stand beside all else that a choice takes.
+            zero = (products[:, 1, 1] == 0).tolist()
+            step.visual[:] = [None if none else x for x, none in zip(step.visual, zero, strict=True)]
         t = [t for t, one in enumerate(self._storage.trained) if one]
         g, v, g0_tilde = ([xs[i] for i in t] for xs in (step.task, step.visual, step.reference))
         inputs = ScoreInputs(g, v, g0_tilde, self.rule.drift(products)[t])
@@ -731,10 +737,10 @@ def _loaded(saved: Sequence[Group], groups: Sequence[Group], rule: Rule) -> list
     return out
 
 
-def _grad_dtype(p: Any) -> torch.dtype:
-    """What ``.grad`` takes: the parameter's dtype unless it says otherwise."""
+def _as_grad(x: Tensor | None, p: Any) -> Tensor | None:
+    """What the parameter's ``.grad`` takes: its dtype unless it says otherwise."""
     dtype: torch.dtype = getattr(p, "grad_dtype", None) or p.dtype
-    return dtype
+    return x if x is None or x.dtype == dtype else x.to(dtype)
 
 
 def _is_own(key: Any) -> bool:

@@ -18,6 +18,7 @@ Batch = Mapping[str, Any]
 """What a model is called with: ``model(**batch)``."""
 
 Penalty = Callable[[], Tensor]
+Divergence = Callable[[Batch], Callable[[Any], Tensor]]
 
 
 class Work(Protocol):
@@ -37,6 +38,9 @@ class Work(Protocol):
 
     def target_batches(self, count: int) -> Iterator[Batch]:
         """Batches of one example of the target task, labels included, on the model's device."""
+
+    def prompt_batches(self, count: int) -> Iterator[Batch]:
+        """Batches of one picture of the target task under a general question, without labels."""
 
     def memory_batches(self, count: int) -> Iterator[Batch]:
         """The same of what the model could answer before."""
@@ -65,6 +69,8 @@ class Method:
         in_paper: whether the paper's tables have it.
         trains: False measures the weights as they are.
         begins_with: the method whose result is taken up in place of training; None for training.
+        keeps: bytes beside each trained number that a penalty or a divergence holds.
+        rate: what the experiment's learning rate is multiplied with, where the method has none of its own.
     """
 
     name: ClassVar[str]
@@ -72,6 +78,8 @@ class Method:
     in_paper: ClassVar[bool] = True
     trains: ClassVar[bool] = True
     begins_with: ClassVar[str | None] = None
+    rate: ClassVar[float] = 1.0
+    keeps: ClassVar[int] = 0
     Settings: ClassVar[type] = Settings
 
     def __init__(self, settings: Any = None) -> None:
@@ -111,9 +119,14 @@ class Method:
         """Whether reference and optimizer state are kept for the mask's numbers alone."""
         return False
 
-    def wrapper(self, model: nn.Module) -> dict[str, Any] | None:
+    def prepare_rule(self, rule: Rule, work: Work) -> None:
+        """Give a new rule what it needs of the data."""
+
+    def wrapper(self, model: nn.Module, work: Work | None = None) -> dict[str, Any] | None:
         """Keywords of ``MDGDOptimizer`` and of ``MDGDTrainer``; None for the plain optimizer."""
         rule = self.rule(model)
+        if rule is not None and work is not None:
+            self.prepare_rule(rule, work)
         return None if rule is None else {"rule": rule, "mask": self.mask(), "compact": self.compact}
 
     def needs(self, model: nn.Module) -> tuple[str, ...]:
@@ -126,6 +139,10 @@ class Method:
 
     def penalty(self, work: Work, module: nn.Module) -> Penalty | None:
         """What is added to the task loss of the plain optimizer; built before a checkpoint is loaded."""
+        return None
+
+    def divergence(self, work: Work, module: nn.Module) -> Divergence | None:
+        """The same, of each batch's output: called with the batch before its pass, it returns what makes the loss."""
         return None
 
     # What it is made from, and what is left.

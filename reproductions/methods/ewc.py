@@ -93,6 +93,7 @@ class EWC(base.Method):
     name = "ewc"
     title = "EWC"
     in_paper = False
+    keeps = 8
     Settings = ElasticSettings
 
     def penalty(self, work: base.Work, module: nn.Module) -> base.Penalty:

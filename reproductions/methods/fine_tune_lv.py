@@ -1,6 +1,7 @@
 """Fine-tune + L_v: the alignment loss (5) as a plain second loss, without any projection."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import nn
 
@@ -28,7 +29,7 @@ class FineTuneLv(base.Method):
     name = "fine-tune-lv"
     title = "Fine-tune + L_v"
     in_paper = False
-    Settings = AlignSettings
+    Settings: ClassVar[type] = AlignSettings
 
     def rule(self, model: nn.Module) -> rules.Rule:
         """The published update without r: nothing of it is left but the two gradients' sum."""

@@ -61,6 +61,7 @@ class L2SP(base.Method):
     name = "l2-sp"
     title = "L2-SP"
     in_paper = False
+    keeps = 4
     Settings = PullSettings
 
     def penalty(self, work: base.Work, module: nn.Module) -> base.Penalty:

@@ -66,6 +66,51 @@ class WithReplay(base.Method):
         return Mixed(examples, Replay(work.memory(), self.settings.share), batch, self.settings.seed)
 
 
+@dataclass(frozen=True)
+class OnePercentSettings(ReplaySettings):
+    """Settings of little replay."""
+
+    share: float = limited(0.01, least=0, most=1)
+
+
+@dataclass(frozen=True)
+class FivePercentSettings(ReplaySettings):
+    """Settings of some replay."""
+
+    share: float = limited(0.05, least=0, most=1)
+
+
+@dataclass(frozen=True)
+class TenPercentSettings(ReplaySettings):
+    """Settings of more replay."""
+
+    share: float = limited(0.1, least=0, most=1)
+
+
+class Replay1(WithReplay):
+    """One example in a hundred, at least one in a step."""
+
+    name = "replay-1"
+    title = "Replay, 1 %"
+    Settings = OnePercentSettings
+
+
+class Replay5(WithReplay):
+    """One in twenty."""
+
+    name = "replay-5"
+    title = "Replay, 5 %"
+    Settings = FivePercentSettings
+
+
+class Replay10(WithReplay):
+    """One in ten."""
+
+    name = "replay-10"
+    title = "Replay, 10 %"
+    Settings = TenPercentSettings
+
+
 class Mixed(Sequence[Any]):
     """Target examples of which a share of each ``batch`` in a row is replaced; the order is shuffled afterwards."""
 

@@ -122,6 +122,9 @@ def study(
     seeds: Annotated[str, typer.Option(help="Test seeds; even ones begin with the first checkpoint.")] = "0,1,2,3,4,5",
     target: TargetOrAll = None,
     optimizer: OptimizerOrAll = None,
+    sequence: Annotated[
+        bool, typer.Option("--sequence", help="Digits and then captions with AdamW, in place of one target.")
+    ] = False,
     stages: Annotated[
         str,
         typer.Option(help="tune, test, cost, frontier; edge: values beyond those that were tried. In this order."),
@@ -134,9 +137,10 @@ def study(
 ) -> None:
     """Run every system: choose its settings, test it, and draw its frontier. Resumes after a kill."""
     from reproductions.mini.experiment import study as studying
-    from reproductions.mini.experiment.systems import CELLS, SYSTEMS
+    from reproductions.mini.experiment.systems import CELLS, SEQUENCES, SYSTEMS
 
-    cells = [c for c in CELLS if target in (None, c.target) and optimizer in (None, c.base)]
+    places = SEQUENCES if sequence else CELLS
+    cells = [c for c in places if target in (None, c.target) and optimizer in (None, c.base)]
     names, wanted = systems.split(",") if systems else [], stages.split(",")
     with _refused():
         studying.require_known("system", names, SYSTEMS)
@@ -221,6 +225,29 @@ def report(
 
 
 @app.command()
+def claims(
+    output: Annotated[
+        Path, typer.Option(help="Folder for the runs and the verdicts; runs that are there are not run again.")
+    ] = Path("runs/mini/claims"),
+    settings: Annotated[Path, typer.Option(help="Folder of the study whose chosen settings are used.")] = STUDY,
+    seeds: Annotated[str, typer.Option(help="Test seeds; even ones begin with the first checkpoint.")] = "0,1,2",
+    workers: Annotated[int, typer.Option(min=0, help="Processes of one thread each; 0 for one a core.")] = 0,
+    steps: Annotated[int, typer.Option(min=0, help="Steps of each fine-tuning; 0 for each target's own.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Examples a step.")] = 16,
+    examples: Annotated[int, typer.Option(min=1, help="Test examples a task.")] = 200,
+) -> None:
+    """Run the claims that carry the recommendation again, with the study's settings: under an hour on two cores."""
+    from reproductions.mini.experiment.study import Size
+    from reproductions.mini.report.rerun import rerun
+
+    _require(settings)
+    with _refused():
+        rerun(
+            output, settings, _seeds(seeds), Size(steps or None, batch, examples=examples), _console(), workers or None
+        )
+
+
+@app.command()
 def figures(
     results: Results = STUDY,
     output: Annotated[Path, typer.Option(help="Folder for the PNGs.")] = Path("runs/mini/report/figures"),
@@ -241,7 +268,8 @@ def figures(
 
     _require(results)
     console, cells = _console(), load(results)
-    wanted = [c for c in cells if target in (None, c.cell.target) and optimizer == c.cell.base]
+    single = [c for c in cells if not c.cell.first]
+    wanted = [c for c in single if target in (None, c.cell.target) and optimizer == c.cell.base]
     # The model is too small to share among threads, which wait for each other where the machine has other work.
     torch.set_num_threads(1)
     if tsne:

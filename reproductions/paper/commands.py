@@ -26,6 +26,8 @@ def register(app: typer.Typer) -> None:
     app.command("figures")(figures)
     app.command("report")(report)
     app.command("harness")(harness)
+    app.command("tune")(tune)
+    app.command("export")(export)
 
 
 def list_rows(overrides: Overrides = None, results: Results = None) -> None:
@@ -45,6 +47,10 @@ def run(
         bool, typer.Option("--all", help="Every row of the tables, on all GPUs that there are.")
     ] = False,
     beyond: Annotated[bool, typer.Option(help="With --all: the methods beyond the paper too.")] = False,
+    preset: Annotated[
+        str | None, typer.Option(help="hour or day: the claim in the small, on one card of 24 GB.")
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="Such as 0,1,2: each row with each; tables show means.")] = "0",
     smoke: Smoke = False,
     model: Annotated[str | None, typer.Option(help="Another model, such as minicpm-v-4.6.")] = None,
     data: Annotated[
@@ -58,19 +64,30 @@ def run(
 ) -> None:
     """Fine-tune and measure; what is done is skipped, and what was killed is taken up where it stopped."""
     settings = list(overrides or [])
-    settings += [f'model="{model}"'] * (model is not None) + [f'data.source="{data}"'] * (data is not None)
+    settings += [f'model="{model}"'] * (model is not None and preset is None)
+    settings += [f'data.source="{data}"'] * (data is not None)
     settings += ["trust_remote_code=true"] * trust_remote_code
     with _refusals():
         from reproductions.paper.run import rows
 
-        found, console = rows.chosen(experiment, method, all_rows, beyond, smoke, settings), _console()
-        folder = _folder(results, smoke)
+        console, folder = _console(), _folder(results, smoke)
         try:
-            rows.run_rows(found, settings, folder, smoke=smoke, console=console)
+            if preset is not None:
+                from reproductions.paper.run.preset import run_preset
+                from reproductions.shared.fields import ConfigError
+
+                if experiment or method or all_rows or seeds != "0":
+                    raise ConfigError("--preset names model, rows and seeds itself: pass no other rows and no --seeds")
+                run_preset(preset, model, settings, folder, smoke=smoke, console=console)
+            else:
+                found = rows.chosen(experiment, method, all_rows, beyond, smoke, settings)
+                for seed in rows.seeds_of(seeds):
+                    more = [f"seed={seed}"] * (seeds != "0")
+                    rows.run_rows(found, [*settings, *more], folder, smoke=smoke, console=console)
         except rows.RowsFailedError:
             _print_tables(folder, console)
             raise
-        if all_rows:
+        if all_rows or preset is not None:
             _print_tables(folder, console)
 
 
@@ -131,6 +148,41 @@ def harness(
         _console().print_json(json.dumps(found, default=str))
 
 
+def tune(
+    experiment: Annotated[str, typer.Argument(help="Such as minicpm-pathvqa, hour, or a TOML file.")],
+    methods: Annotated[str, typer.Option(help="Methods, separated by commas, such as fine-tune,fine-tune-lv,mdgd.")],
+    smoke: Smoke = False,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder with one folder a data set; the hub for what it lacks.")
+    ] = None,
+    overrides: Overrides = None,
+    results: Results = None,
+) -> None:
+    """Choose settings on validation examples, with the same number of candidates for every method."""
+    settings = [*(overrides or []), *([f'data.source="{data}"'] if data else [])]
+    with _refusals():
+        from reproductions.paper.config import PRESET_NAMES, load_experiment, load_preset
+        from reproductions.paper.run import rows
+        from reproductions.paper.run.tune import tune as choose
+
+        folder = _folder(results, smoke)
+        name = str(load_preset(experiment)[0]) if experiment in PRESET_NAMES else experiment
+        load = rows.smoke_loader(folder) if smoke else load_experiment
+        rows.known(methods.split(","))
+        choose(load(name, settings), methods.split(","), folder, smoke=smoke, console=_console())
+
+
+def export(
+    folder: Annotated[Path, typer.Argument(help="Folder of a run, such as runs/paper/llava-okvqa/mdgd.")],
+    output: Annotated[Path, typer.Option(help="A new folder.")],
+) -> None:
+    """Write a run's model as a folder for from_pretrained, vLLM, lmms-eval and VLMEvalKit."""
+    with _refusals():
+        from reproductions.paper.run.export import export_run
+
+        typer.echo(export_run(folder, output))
+
+
 def _print_tables(folder: Path, console: "Console") -> None:
     from reproductions.paper.report import tables
 
@@ -160,9 +212,10 @@ class _refusals:  # noqa: N801
         from reproductions.paper.report.results import ResultError
         from reproductions.paper.run.rows import RowsFailedError
         from reproductions.shared.fields import ConfigError
-        from reproductions.shared.files import BusyError
+        from reproductions.shared.files import BusyError, FileError
 
-        if isinstance(error, BusyError | ConfigError | DataError | ModelError | ResultError | RowsFailedError):
+        told = BusyError | ConfigError | DataError | FileError | ModelError | ResultError | RowsFailedError
+        if isinstance(error, told):
             typer.secho(str(error), err=True, fg="red")
             raise typer.Exit(1 if isinstance(error, RowsFailedError) else 2) from error
 

@@ -12,6 +12,7 @@ from typing import Any
 from reproductions.methods import METHODS, Method
 from reproductions.methods.model_tailor import ModelTailor
 from reproductions.paper.data import DATASETS
+from reproductions.paper.models import MODELS
 from reproductions.shared.fields import ConfigError, build, limited
 
 if sys.version_info >= (3, 11):
@@ -19,7 +20,14 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-EXPERIMENTS = Path(__file__).parent / "experiments"
+EXPERIMENTS, PRESETS = (Path(__file__).parent / name for name in ("experiments", "presets"))
+CARDS = ("24 GB", "48 GB", "80 GB")
+"""GPUs by their memory."""
+WHEREABOUTS = (
+    "data.source", "data.organisation", "training.workers", "training.save_every", "training.log_every",
+    "training.report_to", "training.checkpointing", "evaluation.batch",
+)  # fmt: skip
+"""Settings that results do not depend on: a run may be taken up with others."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +39,8 @@ class Training:
     Attributes:
         epochs: over the target's training split.
         steps: optimizer steps in place of epochs; 0 for epochs.
-        examples: of the training split, from the first; 0 for all.
+        examples: of the training split, drawn with the experiment's seed; 0 for all.
+        captions: of each picture that are taught, where a data set has several; the first alone by default.
         learning_rate: the peak.
         schedule: of the learning rate, by transformers' name.
         warmup: share of the steps in which the learning rate rises.
@@ -50,6 +59,7 @@ class Training:
     epochs: float = limited(1.0, least=0)
     steps: int = limited(0, least=0)
     examples: int = limited(0, least=0)
+    captions: int = limited(1, least=1)
     learning_rate: float = limited(1e-4, least=0)
     schedule: str = limited("cosine", choices=("constant", "linear", "cosine", "constant_with_warmup"))
     warmup: float = limited(0.03, least=0, most=1)
@@ -70,8 +80,11 @@ class Evaluation:
 
     Attributes:
         batch: examples in a pass.
-        examples: of each task, from the first; 0 for all.
+        examples: of each task, the same ones for every method and seed; 0 for all.
         answer_tokens: longest answer; 0 for what each data set allows.
+        split: "validation" for examples that tables are not measured on, to choose settings by.
+        beams: of the search for an answer; 1 is greedy. MiniCPM-V-2.0's own chat takes 3.
+        repetition_penalty: 1 for none. MiniCPM-V-2.0's own chat takes 1.2.
         rank_examples: whose image tokens the effective rank is of.
         feature_examples: whose features are kept for t-SNE.
     """
@@ -79,6 +92,9 @@ class Evaluation:
     batch: int = limited(16, least=1)
     examples: int = limited(0, least=0)
     answer_tokens: int = limited(0, least=0)
+    split: str = limited("evaluation", choices=("evaluation", "validation"))
+    beams: int = limited(1, least=1)
+    repetition_penalty: float = limited(1.0, least=1)
     rank_examples: int = limited(64, least=1)
     feature_examples: int = limited(500, least=1)
 
@@ -105,12 +121,15 @@ class Data:
     Attributes:
         source: folder with one folder a data set, named as the data sets are; splits that it lacks, or all if this is
             empty, come from the hub.
-        organisation: whose copies on the hub.
+        organisation: whose copies on the hub; if empty, lmms-lab-encoder's and else lmms-lab's, as it was called.
+        revisions: commits of the hub's repositories, by "data set/split"; a folder of results keeps to those that it
+            began with, in `revisions.json`.
         options: of data sets, by name: see the fields of each.
     """
 
     source: str = ""
-    organisation: str = "lmms-lab"
+    organisation: str = ""
+    revisions: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -138,7 +157,7 @@ class Experiment:
 
     name: str
     title: str
-    model: str = limited(MISSING, choices=("llava-1.5-7b", "minicpm-v-2", "minicpm-v-4.6"))
+    model: str = limited(MISSING, choices=tuple(MODELS))
     layers: int = limited(MISSING, least=1)
     target: str = ""
     pretrained: tuple[str, ...] = ()
@@ -162,6 +181,53 @@ class Experiment:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Preset:
+    """Rows and seeds that belong together, under ``[preset]`` of an experiment's file.
+
+    Attributes:
+        about: what it is for, in a sentence.
+        rows: methods, in the order of the table.
+        seeds: of each row that trains.
+        card: one of ``CARDS`` that it is made for.
+    """
+
+    about: str = ""
+    rows: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = limited((0,), least=0)
+    card: str = limited("24 GB", choices=CARDS)
+
+
+PRESET_NAMES = ("hour", "day")
+
+
+def load_preset(name: str) -> tuple[Path, Preset]:
+    """The file of a preset, which is an experiment's, and what it asks for.
+
+    Raises:
+        ConfigError: no such preset, or one that cannot be used.
+    """
+    path = PRESETS / f"{name}.toml"
+    if not path.is_file():
+        raise ConfigError(f"no preset {name!r}; there are {', '.join(PRESET_NAMES)}")
+    preset = build(Preset, _read(path).get("preset", {}), path.name, "preset.")
+    for method in preset.rows:
+        if method not in METHODS:
+            raise ConfigError(f"{path.name}: preset.rows: no method {method!r}; there are {', '.join(METHODS)}")
+    return path, preset
+
+
+def run_name(method: str, seed: int) -> str:
+    """The folder of a row: the method's name, and the seed where it is not 0."""
+    return f"{method}-seed{seed}" if seed else method
+
+
+def method_and_seed(folder: str) -> tuple[str, int]:
+    """What a folder of :func:`run_name` is of."""
+    method, marked, seed = folder.rpartition("-seed")
+    return (method, int(seed)) if marked and seed.isdigit() else (folder, 0)
+
+
 def experiment_names() -> list[str]:
     """Experiments that come with the repository, in the order of the tables."""
     order = ("llava-flickr30k", "llava-okvqa", "minicpm-pathvqa", "minicpm-textcaps")
@@ -175,7 +241,8 @@ def load_experiment(
     """Read and check an experiment.
 
     Args:
-        name: of one in ``experiments/``, or the path of a TOML file.
+        name: of one in ``experiments/``, or the path of a TOML file; behind it perhaps "@" and another model, such as
+            "llava-okvqa@qwen3-vl-2b".
         overrides: such as ``training.learning_rate=1e-5`` or ``methods.mdgd.align=10``; values are TOML, and what is
             no TOML is taken as text.
         more: values laid over the file's before the overrides, nested as the file is.
@@ -183,14 +250,15 @@ def load_experiment(
     Raises:
         ConfigError: no such experiment, or one that cannot be used.
     """
-    path = Path(name) if str(name).endswith(".toml") else EXPERIMENTS / f"{name}.toml"
+    name, _, other = str(name).partition("@")
+    path = Path(name) if name.endswith(".toml") else EXPERIMENTS / f"{name}.toml"
     if not path.is_file():
-        raise ConfigError(f"no experiment {str(name)!r}; there are {', '.join(experiment_names())}")
-    try:
-        values = tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path.name}: not TOML: {error}") from error
+        raise ConfigError(f"no experiment {name!r}; there are {', '.join(experiment_names())}")
+    values = _read(path)
+    values.pop("preset", None)
     model = values.get("model")
+    if other:
+        values["model"] = other
     _lay_over(values, more or {})
     for override in overrides:
         _override(values, override)
@@ -213,6 +281,24 @@ def method_of(experiment: Experiment, name: str) -> Method:
 def methods_of(model: str) -> list[str]:
     """The rows of the tables for a model: Model Tailor was published for LLaVA alone."""
     return [m.name for m in METHODS.values() if m.in_paper and (m is not ModelTailor or model.startswith("llava"))]
+
+
+def differences(before: Any, now: Any, prefix: str = "") -> list[str]:
+    """The keys, such as "training.steps", at which two nested dictionaries differ."""
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        return [] if before == now else [prefix.removesuffix(".")]
+    return [
+        found
+        for key in dict.fromkeys([*before, *now])
+        for found in differences(before.get(key), now.get(key), f"{prefix}{key}.")
+    ]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path.name}: not TOML: {error}") from error
 
 
 def _override(values: dict[str, Any], override: str) -> None:
@@ -257,6 +343,10 @@ def _check_names(experiment: Experiment, where: str) -> None:
         if name not in DATASETS:
             raise ConfigError(f"{where}: data.options: no data set {name!r}; there are {', '.join(DATASETS)}")
         build(type(DATASETS[name]), values, where, f"data.options.{name}.")
+    splits = [f"{name}/{split}" for name, data in DATASETS.items() for split in data.splits]
+    for name in experiment.data.revisions:
+        if name not in splits:
+            raise ConfigError(f"{where}: data.revisions: no split {name!r}; there are {', '.join(splits)}")
     for name, values in experiment.methods.items():
         if name not in METHODS:
             raise ConfigError(f"{where}: methods: no method {name!r}; there are {', '.join(METHODS)}")

@@ -29,6 +29,40 @@ def read_until_cut(path: Path) -> list[Any]:
     return found
 
 
+class FileError(ValueError):
+    """A file that cannot be read; the message names it and says what to do."""
+
+
+@contextmanager
+def named(path: Path, kind: str) -> Iterator[None]:
+    """Errors of reading a file that is there name it, whatever library reads it.
+
+    Args:
+        path: of the file.
+        kind: what it should be, such as "a JSON file".
+
+    Raises:
+        FileError: in place of any error but that of a missing file.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    # Each library that reads files raises errors of its own kinds.
+    except Exception as error:
+        raise FileError(f"{path} is not {kind} ({error}): remove it and call again") from error
+
+
+def read_json(path: Path) -> Any:
+    """What a file of JSON holds.
+
+    Raises:
+        FileError: it is broken.
+    """
+    with named(path, "a JSON file"):
+        return json.loads(path.read_text(encoding="utf-8"))
+
+
 class BusyError(RuntimeError):
     """Another process works in a folder; the message names it."""
 

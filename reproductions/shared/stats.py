@@ -81,6 +81,35 @@ def paired(values: Mapping[int, float], baseline: Mapping[int, float]) -> Differ
     return Difference(found.mean, found.half, found.n, p)
 
 
+@dataclass(frozen=True)
+class Correlation:
+    """Spearman's ρ with the 95 % interval of Bonett and Wright (2000); all NaN where nothing varies."""
+
+    rho: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.rho:.2f}, {self.low:.2f} to {self.high:.2f}"
+
+
+def spearman(pairs: Sequence[tuple[float, float]]) -> Correlation:
+    """Rank correlation of pairs.
+
+    Raises:
+        ValueError: fewer than four, which have no interval.
+    """
+    if len(pairs) < 4:
+        raise ValueError(f"spearman: at least four pairs have an interval, got {len(pairs)}")
+    if any(len(set(values)) == 1 for values in zip(*pairs, strict=True)):
+        return Correlation(math.nan, math.nan, math.nan)
+    rho = float(stats.spearmanr(*zip(*pairs, strict=True)).statistic)
+    inside = max(-0.999999, min(0.999999, rho))
+    reach = stats.norm.ppf((1 + CONFIDENCE) / 2) * math.sqrt((1 + inside**2 / 2) / (len(pairs) - 3))
+    low, high = (math.tanh(math.atanh(inside) + sign * reach) for sign in (-1, 1))
+    return Correlation(rho, low, high)
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """p-values adjusted for their number by Holm's step-down method, in the order given; NaN stays, and counts as none.
 

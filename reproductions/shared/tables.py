@@ -39,10 +39,17 @@ class Table:
 
     @property
     def html(self) -> str:
+        """With each cell's column as its `data-label`, which a narrow page can show in front of it."""
         head = "".join(f"<th>{html.escape(column)}</th>" for column in self.columns)
-        rows = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in self.rows)
+        rows = "".join(f"<tr>{self._cells(row)}</tr>" for row in self.rows)
         notes = "".join(f'<p class="faint">{html.escape(note)}</p>' for note in self.notes)
         return (
             f'<h3>{html.escape(self.title)}</h3><div class="scroll"><table><thead><tr>{head}</tr></thead>'
             f"<tbody>{rows}</tbody></table></div>{notes}"
+        )
+
+    def _cells(self, row: tuple[str, ...]) -> str:
+        return "".join(
+            f'<td data-label="{html.escape(column)}">{html.escape(cell).replace(" ± ", "&nbsp;±&nbsp;")}</td>'
+            for column, cell in zip(self.columns, row, strict=True)
         )

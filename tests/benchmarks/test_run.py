@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import combine, language_model, methods, peers, scaling
-from benchmarks.__main__ import SECTIONS, main
+from benchmarks.commands import SECTIONS, main
 from benchmarks.report import Goal, Section
 from benchmarks.settings import QUICK
 

@@ -3,8 +3,13 @@
 With one process the part is the whole batch, which is what two processes have to agree with.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+import os
+import runpy
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext, redirect_stdout
+from io import StringIO
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tests.tiny_models import llava, llava_batch
 from torch_mdgd import Magnitude, MDGDOptimizer, TopK, mdgd_backward
 from torch_mdgd.rules import MDGD, Project, StepProject
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 FORMS: dict[str, dict[str, Any]] = {
     "published": {},
@@ -220,3 +227,25 @@ def with_backward(
         optimizer.zero_grad()
         found.append({**now, "weights": [whole(p) for p in net.parameters()]})
     return found
+
+
+# What a process tells of a function, and of a program.
+
+
+def error(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
+    try:
+        function(*args, **kwargs)
+    except (TypeError, ValueError, RuntimeError, FileNotFoundError) as raised:
+        return f"{type(raised).__name__}: {raised}"
+    return "nothing was raised"
+
+
+def example(name: str, folder: Path) -> str:
+    printed = StringIO()
+    sys.path.insert(0, str(EXAMPLES))
+    before = os.getcwd()
+    os.chdir(folder)
+    with redirect_stdout(printed):
+        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    os.chdir(before)
+    return printed.getvalue()

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from tests.distributed import integrations
+from tests.distributed import fsdp2, integrations
 from tests.properties import assert_same_bits
 
 
@@ -71,3 +71,28 @@ def test_manual_optimization_that_nobody_averages_is_refused(found):
 def test_another_strategy_of_lightning_is_refused(found):
     for message in found("another strategy"):
         assert message.startswith("ValueError: MDGDModuleMixin supports several processes with strategy='ddp' alone")
+
+
+@pytest.mark.parametrize("settings", fsdp2.SETTINGS)
+def test_fsdp2_in_the_trainer(found, folder, settings):
+    wanted = fsdp2.trainer(1, folder / "alone", settings)
+    assert wanted["logs"][1]["visual_loss"] > 0
+    for actual in found(f"fsdp2 trainer, {settings}"):
+        assert_agree(actual, wanted)
+        for one, other in zip(actual["logs"], wanted["logs"], strict=True):
+            assert_close(one, other)
+
+
+def test_fsdp2_in_accelerate(found):
+    wanted = fsdp2.accelerated(0, 1, "masked")
+    for actual in found("fsdp2 accelerate"):
+        assert_agree(actual, wanted)
+
+
+@pytest.mark.parametrize("settings", ["masked", "anchor"])
+def test_a_resumed_trainer_with_fsdp2_is_the_uninterrupted_one(found, settings):
+    """Whole tensors of the first process in one case, shards of torch.distributed.checkpoint in the other."""
+    for whole, resumed in found(f"fsdp2 resumed, {settings}"):
+        assert_agree(resumed, whole)
+        for one, other in zip(resumed["logs"][:-1], whole["logs"][:-1], strict=True):
+            assert_close(one, other)

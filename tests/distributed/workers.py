@@ -1,15 +1,10 @@
 """Two processes that go through all cases, one after the other, and write what each found to a file."""
 
 import copy
-import os
-import runpy
-import sys
 import traceback
 import warnings
 from collections.abc import Callable
-from contextlib import redirect_stdout
 from datetime import timedelta
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +22,14 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.distributed import checkpoints, integrations, losses, rules, setups
+from tests.distributed import checkpoints, fsdp2, integrations, losses, rules, setups
+from tests.distributed.setups import error, example
 from torch_mdgd import Given, Magnitude, MDGDOptimizer, Project, Random, kernels, mdgd_backward
 from torch_mdgd.delta import apply_delta, save_delta
 from torch_mdgd.parallel import dtensor
 from torch_mdgd.rules.base import KINDS
 
 WORLD = 2
-EXAMPLES = Path(__file__).parents[2] / "examples"
 CHECKPOINTED = ("published", "masked", *setups.COMPACT)
 SHARDED_LATER = ("published", "masked when wrapped")
 DELTAS = ("masked step, compact", "published")
@@ -92,6 +87,7 @@ def with_libraries(case: Callable[..., None], folder: Path, rank: int) -> None:
         case(f"resumed, {settings}", integrations.resumed_trainer, folder / f"resumed {settings}", settings)
     case("untold", error, integrations.lightning, rank, WORLD, folder, "published", integrations.Untold)
     case("another strategy", error, integrations.another_strategy, folder)
+    fsdp2.run(case, folder, rank)
 
 
 def not_wrapped(rank: int) -> tuple[list[dict[str, Any]], list[str]]:
@@ -179,14 +175,6 @@ def sharded_after_it_was_wrapped(form: str, rank: int) -> dict[str, list[dict[st
 
 
 # What is refused.
-
-
-def error(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
-    try:
-        function(*args, **kwargs)
-    except (TypeError, ValueError, RuntimeError) as raised:
-        return f"{type(raised).__name__}: {raised}"
-    return "nothing was raised"
 
 
 def refusals(rank: int) -> dict[str, str]:
@@ -289,14 +277,3 @@ def compact_loads_nothing(folder: Path) -> str:
     except dcp.api.CheckpointException as raised:
         return str(raised).strip().splitlines()[-1]
     return "loaded"
-
-
-def example(name: str, folder: Path) -> str:
-    printed = StringIO()
-    sys.path.insert(0, str(EXAMPLES))
-    before = os.getcwd()
-    os.chdir(folder)
-    with redirect_stdout(printed):
-        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
-    os.chdir(before)
-    return printed.getvalue()

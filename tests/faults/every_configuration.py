@@ -70,19 +70,24 @@ def step(optimizer: Any, parameters: list[nn.Parameter], number: int, captured: 
 
 
 def run(name: str, make: Callable[[list[nn.Parameter]], Any], wrap: Wrap, captured: bool) -> list[Tensor]:
-    """Parameters after three steps, with a checkpoint before the last."""
+    """Parameters after three steps, with a checkpoint before the last; in a file if something is captured."""
     parameters = parameters_of(name)
     optimizer = wrap(make(parameters))
     for number in (1, 2):
         step(optimizer, parameters, number, captured)
-    file = io.BytesIO()
-    torch.save(optimizer.state_dict(), file)
-    file.seek(0)
     parameters = [nn.Parameter(p.detach().clone()) for p in parameters]
     resumed = wrap(make(parameters))
-    resumed.load_state_dict(torch.load(file, weights_only=True))
+    state = copy.deepcopy(optimizer.state_dict())
+    resumed.load_state_dict(through_a_file(state) if captured else state)
     step(resumed, parameters, 3, captured)
     return [p.detach() for p in parameters]
+
+
+def through_a_file(state: dict[str, Any]) -> Any:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
 
 
 def differences(name: str, make: Callable[[list[nn.Parameter]], Any], maximize: bool) -> list[str]:
@@ -98,7 +103,8 @@ def differences(name: str, make: Callable[[list[nn.Parameter]], Any], maximize: 
         if not raises(ValueError, lambda: MDGDOptimizer(make(parameters_of(name)), MDGD())):
             out.append("is maximised, and not refused")
     for rule, kind in rules.items():
-        for captured in (False, True):
+        # With nothing captured no rule has a say; step space alone would look at the moves.
+        for captured in (False, True) if rule == "StepProject" else (True,):
             found = run(name, make, lambda base, kind=kind: MDGDOptimizer(base, kind()), captured)
             # The same operations on one machine.
             if not all(torch.equal(x, y) for x, y in zip(found, bare, strict=True)):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.faults.test_our_arithmetic_obeys_no_setting import deterministic
+from tests.faults.test_c05_c13_our_arithmetic_obeys_no_setting import deterministic
 from torch_mdgd import MDGDOptimizer, Project, Random, StepProject
 
 LAYOUTS = {

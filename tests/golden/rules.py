@@ -34,6 +34,8 @@ BUDGETED: dict[str, dict[str, Any]] = {
 }
 INPUTS: dict[str, dict[str, Any]] = {"inputs": {}}
 RULES = PLAIN | MASKED | COMPACT | REFRESHED | {"given": {}} | BUDGETED | INPUTS
+# One of each kind; that two processes agree with one is asked of the others in tests/distributed.
+IN_TWO = ("published", "step, restored", "top, compact", "top, refreshed", "given", "budget, top, compact", "inputs")
 
 
 def wrapped(name: str, base: torch.optim.Optimizer, net: Any) -> MDGDOptimizer:

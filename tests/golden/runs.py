@@ -13,7 +13,7 @@ import torch.multiprocessing
 from torch import Tensor, nn
 
 from tests.distributed import setups
-from tests.golden.rules import BUDGETED, INPUTS, RULES, observed, tell_drift, wrapped
+from tests.golden.rules import BUDGETED, IN_TWO, INPUTS, RULES, observed, tell_drift, wrapped
 
 STEPS = 4
 BASES: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -103,7 +103,7 @@ def in_two(rank: int, folder: Path) -> None:
     store = dist.FileStore(str(folder / "store"), 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     out = {}
-    for name in RULES:
+    for name in IN_TWO:
         for kind in ("ddp", "fsdp"):
             out |= {f"{name} / {kind} / {key}": x for key, x in trained(name, kind, rank, 2).items()}
     torch.save(out, folder / f"{rank}.pt")

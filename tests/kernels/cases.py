@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 # Empty, one number, and lengths on, below and above the blocks and tiles of the tests.
-LENGTHS = st.sampled_from([0, 1, 7, 16, 24, 25, 48, 49, 64, 65, 130, 200, 401])
+LENGTHS = st.sampled_from([0, 1, 7, 16, 24, 25, 48, 49, 64, 65, 128, 130, 200, 401])
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64])
 SCALES = st.sampled_from([1e-20, 1e-5, 1.0, 1e5, 1e20])
 KINDS = st.sampled_from(["normal", "normal", "ones", "zeros", "sparse", "denormal"])

@@ -4,6 +4,7 @@ Triton decides when it is imported whether its kernels are compiled for CUDA or 
 has either. Without CUDA, test_triton.py runs these tests again in a process that interprets.
 """
 
+import importlib.util
 import os
 
 import pytest
@@ -18,14 +19,15 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
     # A program of a kernel takes the interpreter milliseconds: fewer examples, and a failing one as it was found.
     phases = [phase for phase in Phase if phase != Phase.shrink]
-    settings.register_profile("interpreted", settings.get_profile("torch_mdgd"), max_examples=8, phases=phases)
+    settings.register_profile("interpreted", settings.get_profile("torch_mdgd"), max_examples=5, phases=phases)
     settings.load_profile("interpreted")
 
 
 def backends():
     if INTERPRETED:
         return ["triton"]
-    return ["eager", "triton"] if torch.cuda.is_available() else ["eager"]
+    names = {"compiled": importlib.util.find_spec("numba") is not None, "triton": torch.cuda.is_available()}
+    return ["eager", *(name for name, there in names.items() if there)]
 
 
 @pytest.fixture(params=backends(), scope="module")
@@ -36,10 +38,17 @@ def backend(request):
         patch.setattr(selection, "BLOCK", 64)
         patch.setattr(selection, "COMPUTED_BLOCK", 40)
         patch.setattr(selection, "SAMPLE", 128)
+        if request.param == "compiled":
+            from torch_mdgd.kernels.compiled import chunks as compiled_chunks
+
+            patch.setattr(compiled_chunks, "CHUNK", 40)
+            patch.setattr(compiled_chunks, "LEAST", 1)
+            patch.setattr(torch, "get_num_threads", lambda: 2)
         if request.param == "triton":
             from torch_mdgd.kernels.triton import chunks
 
-            patch.setattr(chunks, "TILE", 64)
+            # A program costs the interpreter the same for twice as many numbers.
+            patch.setattr(chunks, "TILE", 128 if INTERPRETED else 64)
         with kernels.use_backend(request.param):
             yield request.param
 

@@ -1,5 +1,7 @@
 """At the block sizes that run outside of tests, which the other tests make small."""
 
+import importlib.util
+
 import pytest
 import torch
 
@@ -7,6 +9,12 @@ from torch_mdgd import kernels
 from torch_mdgd.kernels import oracle
 
 NUMBERS = 3 << 20
+
+
+@pytest.fixture(autouse=True, params=["eager", *(["compiled"] if importlib.util.find_spec("numba") else [])])
+def backend(request):
+    with kernels.use_backend(request.param):
+        yield
 
 
 @pytest.mark.parametrize("kind", ["equal", "offset", "heavy tails"])

@@ -23,6 +23,7 @@ from torch_mdgd import MDGDOptimizer, connector, freeze_all_but, last_decoder_la
 
 GRADIENTS = {
     "mdgd": 4, "mdgd-no-align": 4, "mdgd-gm": 2, "fine-tune-lv": 2, "project": 2, "step": 2, "inputs": 1,
+    "lazy": 1, "anchor": 1, "lora-all-lv": 2, "lora-all-anchor": 1,
 }  # fmt: skip
 """How many a step needs, of the methods that have a rule."""
 

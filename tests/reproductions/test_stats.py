@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
-from reproductions.shared.stats import estimate, holm, paired
+from reproductions.shared.stats import estimate, holm, paired, spearman
 
 SCORES = st.floats(0, 100).map(lambda x: round(x, 2))
 
@@ -60,3 +60,16 @@ def test_holm_by_hand():
     adjusted = holm([math.nan, 0.02])
     assert math.isnan(adjusted[0])
     assert adjusted[1] == pytest.approx(0.02)
+
+
+def test_the_rank_correlation_has_the_interval_of_bonett_and_wright():
+    pairs = [(1.0, 10.0), (2.0, 30.0), (3.0, 20.0), (4.0, 40.0), (5.0, 50.0)]
+    found = spearman(pairs)
+    # 1 − 6 Σd² / (n (n² − 1)), and atanh(ρ) ± 1.96 √((1 + ρ²/2) / (n − 3)).
+    assert found.rho == pytest.approx(1 - 6 * 2 / (5 * 24))
+    reach = 1.959964 * math.sqrt((1 + 0.9**2 / 2) / 2)
+    assert found.low == pytest.approx(math.tanh(math.atanh(0.9) - reach), abs=1e-5)
+    assert found.high == pytest.approx(math.tanh(math.atanh(0.9) + reach), abs=1e-5)
+    assert math.isnan(spearman([(x, 1.0) for x, _ in pairs]).low)
+    with pytest.raises(ValueError, match="four pairs"):
+        spearman(pairs[:3])

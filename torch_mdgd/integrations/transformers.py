@@ -52,6 +52,13 @@ class MDGDTrainerMixin:
     With each of the Trainer's training logs go :attr:`MDGDOptimizer.diagnostics` of its last step (``visual_loss`` of
     its last micro-batch), by their names.
 
+    With FSDP2 (``fsdp=True``, ``fsdp_config={"version": 2, ...}``) parameters, φ and masks are sharded, and rules are
+    those of one process.
+
+    With a ``deepspeed`` configuration of ZeRO-1, 2 or 3 the rule is given to a
+    :class:`~torch_mdgd.integrations.deepspeed.MDGDEngine` around the engine, :attr:`mdgd_engine`; the optimizer stays
+    DeepSpeed's. Rules that correct parameters after the step, and masks, are refused there.
+
     Resuming also loads weights whose names in the checkpoint are not those in the model, as of LLaVA, which the
     Trainer skips with a warning.
 
@@ -68,7 +75,7 @@ class MDGDTrainerMixin:
         separate: as of :func:`~torch_mdgd.mdgd_backward`.
         diagnose_every: after how many steps g and v are taken apart, for ``cos_task_visual`` and ``visual_to_task`` of
             the log, where one backward pass would do; 0 for never. If None, at steps that are logged, and no more often
-            than every tenth.
+            than every tenth; with DeepSpeed, where it takes longer, never.
         **kwargs: the Trainer's own.
 
     Raises:
@@ -121,6 +128,8 @@ class MDGDTrainerMixin:
         self.effective_rank_steps = effective_rank_steps
         self.mdgd_separate, self.diagnose_every = separate, diagnose_every
         self._began_before = False
+        # Of DeepSpeed: see :class:`torch_mdgd.integrations.deepspeed.MDGDEngine`.
+        self.mdgd_engine: Any = None
         # Whether φ was taken by create_optimizer, which follows the weights of a checkpoint.
         self._wrapped_after_loading = False
         _refuse_unsupported(trainer)
@@ -130,12 +139,15 @@ class MDGDTrainerMixin:
         trainer: Any = super()
         optimizer: Any = trainer.create_optimizer(*args, **kwargs)
         inner = _inside(optimizer)
+        if self.is_deepspeed_enabled:  # type: ignore[attr-defined]
+            if inner is not None:
+                raise ValueError("MDGDTrainer with DeepSpeed: pass the plain optimizer, and rule= beside it")
+            # The rule goes around the engine.
+            plain: torch.optim.Optimizer = optimizer
+            return plain
         self._wrapped_after_loading = inner is None
         if inner is None:
-            rule: Any = self.mdgd_rule
-            if rule is not None and not isinstance(rule, Rule):
-                rule = rule(self.model)  # type: ignore[attr-defined]
-            optimizer = MDGDOptimizer(optimizer, rule, mask=self.mdgd_mask, compact=self.mdgd_compact)
+            optimizer = MDGDOptimizer(optimizer, self._new_rule(), mask=self.mdgd_mask, compact=self.mdgd_compact)
             vars(self)["optimizer"] = optimizer
             # With model_init every call of train() has a model of its own.
             self.mdgd_tap = _watching(self._given_tap, self.model)  # type: ignore[attr-defined]
@@ -148,6 +160,19 @@ class MDGDTrainerMixin:
         self._began_before = True
         wrapped: torch.optim.Optimizer = optimizer
         return wrapped
+
+    def _new_rule(self) -> Rule | None:
+        rule: Any = self.mdgd_rule
+        return rule if rule is None or isinstance(rule, Rule) else rule(self.model)  # type: ignore[attr-defined]
+
+    def _engine_of(self, model: nn.Module) -> Any:
+        """The rule around DeepSpeed's engine, which is new in each call of ``train``."""
+        if self.mdgd_engine is None or self.mdgd_engine.engine is not model:
+            from torch_mdgd.integrations.deepspeed import MDGDEngine
+
+            self.mdgd_tap = _watching(self._given_tap, self.model)  # type: ignore[attr-defined]
+            self.mdgd_engine = MDGDEngine(model, self._new_rule(), tap=self.mdgd_tap, alignment=self.mdgd_alignment)
+        return self.mdgd_engine
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """The Trainer's own, with all passes over one micro-batch; d is in ``.grad`` after the last of a step.
@@ -202,6 +227,20 @@ class MDGDTrainerMixin:
             found[:] = [out.detach()]
             return out if normalised else out / micro_batches
 
+        if trainer.is_deepspeed_enabled:
+            last = trainer.accelerator.sync_gradients
+            self._engine_of(model).backward(
+                batch,
+                loss=loss,
+                visual_weight=1 / micro_batches,
+                boundary=last,
+                scale_wrt_gas=False,
+                separate=self.mdgd_separate or (bool(self.diagnose_every) and self._is_measured(trainer)),
+            )
+            if last:
+                # As accelerate's backward does.
+                model.step()  # type: ignore[operator]
+            return found[0]
         mdgd_backward(
             model,
             trainer.optimizer,
@@ -227,9 +266,9 @@ class MDGDTrainerMixin:
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log, with diagnostics if this is about training."""
         trainer: Any = self
-        wrapped = _inside(trainer.optimizer)
-        if "loss" in logs and wrapped is not None:
-            logs = {**logs, **wrapped.diagnostics}
+        told = _inside(trainer.optimizer) or self.mdgd_engine
+        if "loss" in logs and told is not None:
+            logs = {**logs, **told.diagnostics}
         parent: Any = super()
         parent.log(logs, *args, **kwargs)
 
@@ -241,12 +280,17 @@ class MDGDTrainerMixin:
                 z = accelerator.gather(accelerator.pad_across_processes(z.contiguous()))
             rank = effective_rank(z) if z is not None and z.numel() and z.isfinite().all() and z.any() else float("nan")
             found = torch.tensor(rank, dtype=torch.float64, device="cpu")
-            find_optimizer(trainer.optimizer).record(effective_rank=found)
+            (self.mdgd_engine or find_optimizer(trainer.optimizer)).record(effective_rank=found)
         self.mdgd_tap.z = None
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         parent: Any = super()
         trainer: Any = self
+        if trainer.is_deepspeed_enabled:
+            parent._load_optimizer_and_scheduler(checkpoint)
+            if checkpoint is not None:
+                self._engine_of(trainer.model_wrapped).load(checkpoint)
+            return
         wrapped, before = find_optimizer(trainer.optimizer), self._wrapped_after_loading
         loaded: list[Any] = []
         handle = wrapped.register_load_state_dict_post_hook(loaded.append)
@@ -255,10 +299,16 @@ class MDGDTrainerMixin:
         if checkpoint is not None and before and not loaded:
             warnings.warn(NO_REFERENCE, stacklevel=2)
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        parent: Any = super()
+        parent._save_optimizer_and_scheduler(output_dir)
+        if self.mdgd_engine is not None:
+            self.mdgd_engine.save(output_dir)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         trainer: Any = self
         model = trainer.model if model is None else model
-        if isinstance(model, PreTrainedModel) and not trainer.is_fsdp_enabled:
+        if isinstance(model, PreTrainedModel) and not _holds_shards(trainer):
             load_weights(model, resume_from_checkpoint)
         else:
             parent: Any = super()
@@ -266,7 +316,7 @@ class MDGDTrainerMixin:
 
     def _load_best_model(self) -> None:
         trainer: Any = self
-        if isinstance(trainer.model, PreTrainedModel) and not trainer.is_fsdp_enabled:
+        if isinstance(trainer.model, PreTrainedModel) and not _holds_shards(trainer):
             load_weights(trainer.model, trainer.state.best_model_checkpoint)
         else:
             parent: Any = super()
@@ -364,6 +414,15 @@ def _replaced(owner: Any, **attributes: Any) -> Iterator[None]:
         vars(owner).update(before)
 
 
+def _holds_shards(trainer: Any) -> bool:
+    """Whether whole weights are not in the model, and have a way of their own into it."""
+    return bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+
+
+def _fsdp_plugin(trainer: Any) -> Any:
+    return getattr(trainer.accelerator.state, "fsdp_plugin", None)
+
+
 def _watching(tap: VisualTap | None, model: nn.Module) -> _Watching:
     return _Watching(tap or VisualTap.for_model(model))
 
@@ -374,10 +433,12 @@ def _refuse_unsupported(trainer: Any) -> None:
     kind = "activation" if hasattr(args, "activation_checkpointing") else "gradient"
     checkpointing = getattr(args, f"{kind}_checkpointing") and getattr(args, f"{kind}_checkpointing_kwargs")
     found = {
-        "deepspeed": trainer.is_deepspeed_enabled,
+        "a mask with DeepSpeed, whose step is in partitions of flat copies (use fully_shard, fsdp_version 2)": (
+            trainer.is_deepspeed_enabled and bool(trainer.mdgd_mask or trainer.mdgd_compact)
+        ),
         "DataParallel (several GPUs in one process; use one, or torchrun)": args.n_gpu > 1,
-        "FSDP, whose plugin wraps and saves the model its own way (use DDP, or fully_shard in a loop of your own)": (
-            trainer.is_fsdp_enabled
+        "FSDP1, which mixes parameters in flat shards (set version 2 in fsdp_config)": (
+            trainer.is_fsdp_enabled and getattr(_fsdp_plugin(trainer), "fsdp_version", 1) != 2
         ),
         "context or sequence parallelism": getattr(trainer.accelerator, "parallelism_config", None) is not None,
         "checkpointing with use_reentrant=True, which drops gradients silently (use False)": (

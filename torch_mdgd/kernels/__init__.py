@@ -13,7 +13,7 @@ from torch import Tensor
 from torch_mdgd.kernels import shards
 from torch_mdgd.kernels.dispatch import backend_for, backend_module, use_backend
 from torch_mdgd.kernels.types import Tensors
-from torch_mdgd.parallel.dtensor import is_sharded, local, sum_shards_
+from torch_mdgd.parallel.dtensor import any_sharded, is_sharded, local, sum_shards_
 
 __all__ = [
     "Tensors",
@@ -47,12 +47,14 @@ def inner_products(rows: Sequence[Tensors], columns: Sequence[Tensors] | None = 
         float64 tensor of shape (T, R, C) on the device of the first tensor, the same in all processes. Its error is
         about 1e-7 of ‖x‖‖y‖ at any length and scale (a plain float32 sum is off in the fourth digit at a few million
         numbers), and 1e-16 for float64 tensors. NaN and Inf come through. The same data on the same device and
-        with as many threads give the same bits. No host sync.
+        backend with as many threads give the same bits. No host sync.
     """
     left = [local(vector) for vector in rows]
     right = left if columns is None else [local(vector) for vector in columns]
     table = cast(Tensor, backend_module(*left, *right).inner_products(left, right))
     every = (*rows, *(columns or ()))
+    if not any_sharded(every):
+        return table
     return sum_shards_(table, [next((x for x in xs if x is not None), None) for xs in zip(*every, strict=True)])
 
 
@@ -72,7 +74,20 @@ def combine_(
     Sums in float32 (float64 for float64 tensors) and rounds once to out's dtype.
     """
     parts, here = [local(vector) for vector in vectors], local(out)
-    backend_module(here).combine_(here, parts, coefficients, None if masks is None else local(masks))
+    if masks is None and coefficients.device.type == "cpu":
+        here = _unfinished(here, parts, coefficients)
+    if any(x is not None for x in here):
+        backend_module(here).combine_(here, parts, coefficients, None if masks is None else local(masks))
+
+
+def _unfinished(out: Tensors, vectors: Sequence[Tensors], coefficients: Tensor) -> list[Tensor | None]:
+    """Out, with None for a tensor that is its own sum: the first vector's, taken once, where no other has one."""
+    once = (coefficients[:, 0] == 1).tolist()
+    first, *others = vectors
+    return [
+        None if once[t] and x is first[t] and all(vector[t] is None for vector in others) else x
+        for t, x in enumerate(out)
+    ]
 
 
 @torch.no_grad()

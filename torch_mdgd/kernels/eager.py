@@ -124,11 +124,9 @@ def combine_(
     # Where looking at the coefficients would wait for them, every sum is float64.
     exact = wide.tolist() if wide.device.type == "cpu" else [True] * len(wide)
     single, double = coefficients.float(), coefficients.double()
-    # Looked at where that waits for nothing.
-    rows = coefficients.tolist() if coefficients.device.type == "cpu" else [[]] * len(coefficients)
     buffers: dict[tuple[torch.dtype, torch.device], Tensor] = {}
     for t, target in enumerate(out):
-        if target is None or (masks is None and _is_done(target, vectors, rows[t], t)):
+        if target is None:
             continue
         row = (double if exact[t] or target.dtype == torch.float64 else single)[t]
         # As Python numbers where that waits for nothing: torch then adds a multiple twice as fast.
@@ -141,11 +139,6 @@ def combine_(
         _combine_flat(flat, [x for x, _ in terms], [c for _, c in terms], mask, buffers[row.dtype, flat.device])
         if not target.is_contiguous():
             target.copy_(flat.view(target.shape))
-
-
-def _is_done(target: Tensor, vectors: Sequence[Tensors], row: Sequence[float], t: int) -> bool:
-    """Whether the sum is the target once, and nothing else."""
-    return vectors[0][t] is target and row[:1] == [1.0] and all(vector[t] is None for vector in vectors[1:])
 
 
 def _combine_flat(

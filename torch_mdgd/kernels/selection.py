@@ -38,32 +38,50 @@ class Source(NamedTuple):
 
 def top_k_masks(scores: Sequence[Tensor], k: int) -> list[Tensor]:
     """See :func:`torch_mdgd.kernels.top_k_masks`."""
-    flat = [s.reshape(-1) for s in scores]
-    dtype = torch.float64 if any(s.dtype == torch.float64 for s in scores) else torch.float32
-    masks = [torch.empty(s.shape, dtype=torch.bool, device=s.device) for s in scores]
-    source = Source(lambda t, where: flat[t][where].to(dtype), [f"scores[{t}]" for t in range(len(scores))], BLOCK)
+    source, masks = of_scores(scores)
     select(source, masks, k)
     return masks
 
 
 def top_k_similarity_masks(g: Tensors, v: Tensors, g0: Tensors, a: Tensor | None, k: int) -> list[Tensor | None]:
     """See :func:`torch_mdgd.kernels.top_k_similarity_masks`."""
+    source, masks, present = of_similarities(g, v, g0, a)
+    select(source, masks, k)
+    found = iter(masks)
+    return [next(found) if t in present else None for t in range(len(g))]
+
+
+def of_scores(scores: Sequence[Tensor]) -> tuple[Source, list[Tensor]]:
+    """Where given scores come from, and masks to be filled."""
+    flat = [s.reshape(-1) for s in scores]
+    dtype = torch.float64 if any(s.dtype == torch.float64 for s in scores) else torch.float32
+    masks = [torch.empty(s.shape, dtype=torch.bool, device=s.device) for s in scores]
+    names = [f"scores[{t}]" for t in range(len(scores))]
+    return Source(lambda t, where: _at(flat[t], where).to(dtype), names, BLOCK), masks
+
+
+def of_similarities(g: Tensors, v: Tensors, g0: Tensors, a: Tensor | None) -> tuple[Source, list[Tensor], list[int]]:
+    """Where similarities come from, masks to be filled, and which parameters have one."""
     like = [next((x for x in xs if x is not None), None) for xs in zip(g, v, g0, strict=True)]
-    masks = [None if x is None else torch.empty(x.shape, dtype=torch.bool, device=x.device) for x in like]
+    masks = [torch.empty(x.shape, dtype=torch.bool, device=x.device) for x in like if x is not None]
     present = [t for t, x in enumerate(like) if x is not None]
     flat = [[None if (x := vector[t]) is None else x.reshape(-1) for vector in (g, v, g0)] for t in present]
     scalars = None if a is None else a.double()[present].tolist()
 
     def read(p: int, where: slice | Tensor) -> Tensor:
-        some = next(x for x in flat[p] if x is not None)[where]
+        some = _at(next(x for x in flat[p] if x is not None), where)
         task, visual, reference = (
-            some.new_zeros(some.shape, dtype=torch.float64) if x is None else x[where].double() for x in flat[p]
+            some.new_zeros(some.shape, dtype=torch.float64) if x is None else _at(x, where).double() for x in flat[p]
         )
         return (task if scalars is None else task - scalars[p] * visual) * reference
 
     source = Source(read, [f"the similarity of parameter {t}" for t in present], COMPUTED_BLOCK)
-    select(source, [mask for mask in masks if mask is not None], k)
-    return masks
+    return source, masks, present
+
+
+def _at(x: Tensor, where: slice | Tensor) -> Tensor:
+    # Which takes a fifth of the time that indexing does.
+    return x.index_select(0, where) if isinstance(where, Tensor) else x[where]
 
 
 def select(source: Source, masks: list[Tensor], k: int) -> None:
@@ -81,9 +99,9 @@ def select(source: Source, masks: list[Tensor], k: int) -> None:
         for mask, chosen in zip(flat, _largest(scores, k).split([len(mask) for mask in flat]), strict=True):
             mask.copy_(chosen)
         return
-    sample = _sample(source, flat, total)
+    sample = sample_of(source, flat, total)
     for attempt in itertools.count():
-        low, high = _bracket(sample, k / total, SPREAD * 8**attempt)
+        low, high = bracket(sample, k / total, SPREAD * 8**attempt)
         edge = _try_between(source, flat, k, low, high) if low < high else low
         if edge is None or _try_ties(source, flat, k, edge):
             return
@@ -152,10 +170,15 @@ def _walk(source: Source, masks: list[Tensor]) -> Iterator[tuple[Tensor, Tensor,
             part = mask[start : start + source.block]
             scores = source.read(t, slice(start, start + len(part)))
             if bool(scores.amax().isnan()):
-                raise ValueError(f"{source.names[t]} has a NaN, which has no place in an order")
+                raise ValueError(has_nan(source, t))
             if buffers is None:
                 buffers = scores.new_empty(2, source.block)
             yield part, scores, buffers[0, : len(part)], buffers[1, : len(part)]
+
+
+def has_nan(source: Source, t: int) -> str:
+    """What to say of a NaN among the scores of tensor t."""
+    return f"{source.names[t]} has a NaN, which has no place in an order"
 
 
 def _nonzero(flags: Tensor) -> Tensor:
@@ -178,7 +201,7 @@ def _largest(scores: Tensor, k: int) -> Tensor:
     return chosen
 
 
-def _sample(source: Source, masks: list[Tensor], total: int) -> Tensor:
+def sample_of(source: Source, masks: list[Tensor], total: int) -> Tensor:
     """One score at a random place in each of SAMPLE equal stretches of the list."""
     generator = torch.Generator(device="cpu").manual_seed(0)
     within = torch.rand(SAMPLE, generator=generator, dtype=torch.float32, device="cpu")
@@ -193,7 +216,7 @@ def _sample(source: Source, masks: list[Tensor], total: int) -> Tensor:
     return torch.cat(parts)
 
 
-def _bracket(sample: Tensor, fraction: float, spread: float) -> tuple[float, float]:
+def bracket(sample: Tensor, fraction: float, spread: float) -> tuple[float, float]:
     """Two scores of the sample that have the wanted fraction of all scores between them, give or take the spread."""
     n = len(sample)
     deviation = spread * math.sqrt(n * fraction * (1 - fraction)) + 1

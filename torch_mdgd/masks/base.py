@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from torch_mdgd.kernels import Tensors
+from torch_mdgd.parallel import dtensor
 
 
 @dataclass(frozen=True)
@@ -62,5 +63,6 @@ def kept(fraction: float, parameters: Sequence[Tensor]) -> int:
 @torch.no_grad()
 def restore_outside_(parameters: Sequence[Tensor], before: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
     """Give every element outside its mask the value it had before, bit for bit."""
-    for p, x, mask in zip(parameters, before, masks, strict=True):
-        p.copy_(torch.where(mask, p, x))
+    parts = (dtensor.local([x.detach() for x in xs]) for xs in (parameters, before, masks))
+    for p, x, mask in zip(*parts, strict=True):
+        torch.where(mask, p, x, out=p)

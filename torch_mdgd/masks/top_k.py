@@ -9,6 +9,7 @@ from torch import Tensor
 from torch_mdgd import kernels
 from torch_mdgd.checks import require_share, require_whole
 from torch_mdgd.masks.base import Mask, ScoreInputs, kept
+from torch_mdgd.parallel.dtensor import is_sharded
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,12 @@ class TopK(Mask):
     def choose(self, parameters: Sequence[Tensor], gradients: ScoreInputs | None) -> list[Tensor]:
         """The mask of these gradients."""
         assert gradients is not None
+        # Of a parameter without any there is a mask too; of shards kernels take no None.
         g, v, g0 = (
-            [torch.zeros_like(p) if x is None else x for x, p in zip(vector, parameters, strict=True)]
+            [
+                torch.zeros_like(p) if x is None and (vector is gradients.g or is_sharded(p)) else x
+                for x, p in zip(vector, parameters, strict=True)
+            ]
             for vector in (gradients.g, gradients.v, gradients.g0_tilde)
         )
         masks = kernels.top_k_similarity_masks(g, v, g0, gradients.a, kept(self.fraction, parameters))

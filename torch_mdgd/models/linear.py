@@ -44,8 +44,12 @@ class Linear:
     @property
     def key(self) -> int:
         """The first of its places, under which something of the layer is held."""
-        places = (self.weight, self.bias, *(self.lora or (None, None)))
-        return next(i for i in places if i is not None)
+        return self.places[0]
+
+    @property
+    def places(self) -> list[int]:
+        """Where its trained parameters stand."""
+        return [i for i in (self.weight, self.bias, *(self.lora or ())) if i is not None]
 
     @property
     def scaling(self) -> float:
@@ -86,7 +90,7 @@ def trained_linear_layers(
         if isinstance(module, nn.Linear):
             weight, bias = places.get(module.weight), places.get(module.bias)
             if weight is not None or bias is not None:
-                width = module.weight.shape[1] + (bias is not None)
+                width = module.in_features + (bias is not None)
                 found.append(Linear(name, module, module in inside, weight, bias, width=width))
         elif adapters and hasattr(module, "base_layer") and isinstance(getattr(module, "lora_A", None), nn.ModuleDict):
             found += _adapters(name, module, places, module in inside)
@@ -110,12 +114,12 @@ def _adapters(name: str, module: Any, places: dict[Any, int], in_text: bool) -> 
             if both != (None, None):
                 if adapter in getattr(module, "lora_magnitude_vector", {}):
                     raise ValueError(f"{name}: DoRA scales W + sBA by lengths, so its change is no sum: use plain LoRA")
-                yield Linear(name, module, in_text, lora=both, adapter=adapter, width=a.weight.shape[1])
+                yield Linear(name, module, in_text, lora=both, adapter=adapter, width=a.in_features)
 
 
 def uncovered(model: nn.Module, places: dict[Any, int], layers: Collection[Linear]) -> list[str]:
     """Names of an optimizer's parameters in a model that belong to none of these layers."""
-    held = {i for layer in layers for i in (layer.weight, layer.bias, *(layer.lora or ())) if i is not None}
+    held = {i for layer in layers for i in layer.places}
     return [name for name, p in model.named_parameters() if p.requires_grad and places.get(p, -1) not in {-1, *held}]
 
 

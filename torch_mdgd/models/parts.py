@@ -151,10 +151,11 @@ def freeze_all_but(model: nn.Module, modules: Iterable[nn.Module]) -> list[nn.Pa
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel, torch.compile and a PeftModel."""
+    """The model inside DistributedDataParallel, DeepSpeed's engine, torch.compile and a PeftModel."""
     inner: Any = model
     while True:
-        if isinstance(inner, nn.parallel.DistributedDataParallel):
+        engine = type(inner).__module__.startswith("deepspeed.runtime.")
+        if engine or isinstance(inner, nn.parallel.DistributedDataParallel):
             inner = inner.module
         elif hasattr(inner, "_orig_mod"):
             inner = inner._orig_mod
@@ -233,6 +234,6 @@ def decoder_layers(decoder: nn.Module) -> nn.ModuleList:
 def has_to_finish(model: nn.Module) -> bool:
     """Whether a pass that ends at an inner module would leave outer ones in the middle of theirs.
 
-    So it is with modules sharded by ``fully_shard``, offloaded by accelerate, or compiled.
+    So it is with modules sharded by ``fully_shard``, partitioned by DeepSpeed, offloaded by accelerate, or compiled.
     """
-    return any(hasattr(m, name) for m in model.modules() for name in ("unshard", "_hf_hook", "_orig_mod"))
+    return any(hasattr(m, name) for m in model.modules() for name in ("unshard", "ds_id", "_hf_hook", "_orig_mod"))

@@ -11,15 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+PLAIN = (Tensor, nn.Parameter)
+
 
 def is_sharded(x: Tensor | None) -> bool:
     """Whether x is a DTensor; told by an attribute, as importing DTensor takes a second that few need to spend."""
-    return type(x) not in (Tensor, nn.Parameter) and hasattr(x, "placements")
+    return type(x) not in PLAIN and hasattr(x, "placements")
+
+
+def any_sharded(lists: Sequence[Sequence[Tensor | None]]) -> bool:
+    """Whether there is a DTensor in these lists."""
+    kinds = {type(x) for tensors in lists for x in tensors} - {*PLAIN, type(None)}
+    return any(hasattr(kind, "placements") for kind in kinds)
 
 
 def local(tensors: Sequence[Tensor | None]) -> list[Any]:
     """This rank's shards, which share memory with the tensors."""
-    return [x.to_local() if is_sharded(x) else x for x in tensors]  # type: ignore[union-attr]
+    return [x if type(x) in PLAIN or not is_sharded(x) else x.to_local() for x in tensors]  # type: ignore[union-attr]
 
 
 def shard_like(x: Tensor, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -49,7 +57,8 @@ def same_shards(x: Tensor, y: Tensor) -> bool:
 
 def same_place(x: Tensor, y: Tensor) -> bool:
     """Whether both are on one device, with the same shards."""
-    return x.device == y.device and same_shards(x, y)
+    # Most are plain, and there may be hundreds of them at every step.
+    return x.device == y.device and ((type(x) in PLAIN and type(y) in PLAIN) or same_shards(x, y))
 
 
 def as_part(part: Tensor, like: Tensor) -> Tensor:
@@ -169,6 +178,11 @@ def sum_shards_(table: Tensor, like: Sequence[Tensor | None]) -> Tensor:
 
 
 def refuse_sharded(what: str, parameters: Sequence[Tensor], instead: str) -> None:
-    """Raise a ValueError if a parameter is sharded."""
+    """Raise a ValueError if a parameter is sharded, or partitioned by DeepSpeed."""
+    if any(hasattr(p, "ds_id") for p in parameters):
+        raise ValueError(
+            f"{what}: parameters are partitioned by DeepSpeed, which is not supported: give the rule to "
+            "torch_mdgd.integrations.deepspeed.MDGDEngine"
+        )
     if any(map(is_sharded, parameters)):
         raise ValueError(f"{what}: parameters are sharded by fully_shard, which is not supported: {instead}")

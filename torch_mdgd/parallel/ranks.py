@@ -23,7 +23,8 @@ Group: TypeAlias = Any
 BUCKET = 1 << 23
 
 UNSUPPORTED = {
-    "deepspeed": "DeepSpeed's engine keeps gradients in buffers of its own and steps by itself",
+    "deepspeed": "DeepSpeed's engine keeps gradients in buffers of its own and steps by itself, so put "
+    "torch_mdgd.integrations.deepspeed.MDGDEngine around it",
     "torch.distributed.fsdp.fully_sharded_data_parallel": "FullyShardedDataParallel (FSDP1) mixes parameters in flat "
     "shards, whose inner products it cannot tell apart",
     "torch.nn.parallel.data_parallel": "DataParallel runs copies of the model, where its features cannot be tapped",
@@ -96,7 +97,15 @@ class Ranks:
             )
 
     def no_sync(self) -> AbstractContextManager[None]:
-        """Backward passes inside leave this rank's own gradients: DDP reduces only the first after its forward pass."""
+        """Backward passes inside leave this rank's own gradients: DDP reduces only the first after its forward pass.
+
+        With ``fully_shard`` they leave the shards of their sum, in every micro-batch: what frameworks have put off
+        until the last one, as accelerate's ``accumulate`` does, would be missing.
+        """
+        modules: list[Any] = self.modules if self.sharded else []
+        for module in modules:
+            if hasattr(module, "set_requires_gradient_sync"):
+                module.set_requires_gradient_sync(True, recurse=False)
         return nullcontext() if self.ddp is None else self.ddp.no_sync()
 
     def share(self, tokens: Tensor) -> tuple[bool, float]:

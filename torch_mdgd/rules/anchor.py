@@ -355,17 +355,7 @@ class Anchor(Around):
     ) -> None:
         """Add λ (W − W₀) C to the gradients of the task."""
         super().pull_(g, parameters, difference, w, scale)
-        for layer in self.layers:
-            self._on(parameters[layer.key].device, layer.key)
-        if self.seen < self.warmup and (self._new or self._groups):
-            self._take_in(self._groups)
-            self.seen += 1
-            if self.seen == self.warmup:
-                self._warn_of_idle()
-        if self._groups and not self._agreed:
-            self._require_agreement()
-        self.steps += 1
-        if self.steps % self.every:
+        if not self.begin_pull(parameters):
             return
         strength = (w["strength"] * (scale * self.every)).tolist()
         here: list[Any] = dtensor.local(g)
@@ -376,7 +366,61 @@ class Anchor(Around):
             elif pull:
                 self._pull_lora_(layer, g, parameters, difference, pull)
 
-    def _pull_plain_(self, layer: Linear, g: list[Any], difference: Callable[[int], Tensor], pull: float) -> None:
+    def begin_pull(self, parameters: Sequence[Tensor]) -> bool:
+        """Take in what the passes of this step brought to the layers, and count the step.
+
+        Args:
+            parameters: T parameters, of which only the devices are read.
+
+        Returns:
+            whether the pull comes at this step.
+
+        Raises:
+            RuntimeError: processes were calibrated with different batches.
+        """
+        for layer in self.layers:
+            self._on(parameters[layer.key].device, layer.key)
+        if self.seen < self.warmup and (self._new or self._groups):
+            self._take_in(self._groups)
+            self.seen += 1
+            if self.seen == self.warmup:
+                self._warn_of_idle()
+        if self._groups and not self._agreed:
+            self._require_agreement()
+        self.steps += 1
+        return self.steps % self.every == 0
+
+    @torch.no_grad()
+    def pull_of(
+        self, layer: Linear, theta: Callable[[int], Tensor], phi: Callable[[int], Tensor], scale: float
+    ) -> dict[int, Tensor]:
+        """The pull of one layer by itself, for engines that hold parameters and gradients in partitions.
+
+        Args:
+            layer: of :attr:`layers`.
+            theta: the whole value of parameter t at θ.
+            phi: that at φ.
+            scale: the loss scale that gradients carry.
+
+        Returns:
+            what :meth:`pull_` adds to the gradients of the layer's parameters, by their places.
+        """
+        values = {i: theta(i) for i in layer.places}
+        dtype = self.moments[layer.key].sums.dtype
+        out = {i: torch.zeros_like(x, dtype=dtype) for i, x in values.items()}
+
+        def difference(i: int) -> Tensor:
+            return values[i] - phi(i)
+
+        pull = self.weights["strength"] * scale * self.every
+        with exact({x.device for x in values.values()}):
+            if layer.lora is None:
+                self._pull_plain_(layer, out, difference, pull)
+            else:
+                self._pull_lora_(layer, out, values, difference, pull)
+        return out
+
+    def _pull_plain_(self, layer: Linear, g: Any, difference: Callable[[int], Tensor], pull: float) -> None:
         c = self._covariance(layer)
         width = c.matrix.shape[1] - (layer.bias is not None)
         weight = layer.weight if layer.weight is not None and g[layer.weight] is not None else None
@@ -397,8 +441,8 @@ class Anchor(Around):
     def _pull_lora_(
         self,
         layer: Linear,
-        g: Tensors,
-        parameters: Sequence[Tensor],
+        g: Any,
+        parameters: Any,
         difference: Callable[[int], Tensor],
         pull: float,
     ) -> None:

@@ -55,13 +55,13 @@ class DenseStorage(Storage):
 
     def follow(self, parameters: Sequence[Tensor]) -> None:
         """Move φ and the mask to where the parameters are."""
-        for t, p in enumerate(parameters):
-            held = self.reference[t]
-            if held is None and p.requires_grad and self.zero[t] is None:
-                self.reference[t], self.trained[t] = snapshot(p), True
-                if self.masks is not None:
-                    self.masks[t] = torch.zeros_like(p, dtype=torch.bool)
-            elif held is not None and not dtensor.same_place(held, p):
+        for t, (p, held) in enumerate(zip(parameters, self.reference, strict=True)):
+            if held is None:
+                if p.requires_grad and self.zero[t] is None:
+                    self.reference[t], self.trained[t] = snapshot(p), True
+                    if self.masks is not None:
+                        self.masks[t] = torch.zeros_like(p, dtype=torch.bool)
+            elif not dtensor.same_place(held, p):
                 self.reference[t] = dtensor.shard_like(held, p)
                 mask = None if self.masks is None else self.masks[t]
                 if self.masks is not None and mask is not None:

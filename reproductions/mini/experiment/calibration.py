@@ -14,9 +14,11 @@ from torch_mdgd.prompts import random_words
 
 BATCHES, SIZE = 8, 32
 
+Kind = Literal["random", "questions", "own"]
+
 
 def prompts(
-    kind: Literal["random", "questions", "own"],
+    kind: Kind,
     data: TaskData,
     tokenizer: PreTrainedTokenizerFast,
     seed: int,
@@ -34,18 +36,27 @@ def prompts(
         batches: how many.
         size: pictures in a batch.
     """
-    rng = np.random.default_rng([seed, 7])
-    places = rng.choice(len(data), (batches, size), replace=batches * size > len(data))
-    questions = np.array(_questions(kind, data, tokenizer, places, seed), dtype=object)
+    asked = questions(kind, data, tokenizer, seed, batches, size)
+    parts = [asked[start : start + size] for start in range(0, len(asked), size)]
     return [
-        encode(tokenizer, (prompt(question) for question in asked))
-        | {"pixel_values": pixel_values([data.examples[int(i)].picture for i in chosen])}
-        for chosen, asked in zip(places, questions.reshape(places.shape), strict=True)
+        encode(tokenizer, (prompt(question) for _, question in part))
+        | {"pixel_values": pixel_values([data.examples[i].picture for i, _ in part])}
+        for part in parts
     ]
 
 
+def questions(
+    kind: Kind, data: TaskData, tokenizer: PreTrainedTokenizerFast, seed: int, batches: int = BATCHES, size: int = SIZE
+) -> list[tuple[int, str]]:
+    """The same as indices of examples, whose pictures are shown, and questions: batches × size of them."""
+    rng = np.random.default_rng([seed, 7])
+    places = rng.choice(len(data), (batches, size), replace=batches * size > len(data))
+    asked = _questions(kind, data, tokenizer, places, seed)
+    return list(zip(places.flatten().tolist(), asked, strict=True))
+
+
 def _questions(
-    kind: str, data: TaskData, tokenizer: PreTrainedTokenizerFast, places: NDArray[np.int64], seed: int
+    kind: Kind, data: TaskData, tokenizer: PreTrainedTokenizerFast, places: NDArray[np.int64], seed: int
 ) -> list[str]:
     if kind == "random":
         return random_words(tokenizer, places.size, seed)

@@ -1,7 +1,7 @@
 """Fine-tuning the small LLaVA on a target task."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,15 +12,26 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from reproductions.methods import PullTowards, Replay, lora, tailor_
+from reproductions.methods import base as registry
+from reproductions.methods.attention import Attention
+from reproductions.methods.gate_up import GateUp
 from reproductions.mini.experiment.adapters import PullOfAdapters, adapt_all
+from reproductions.mini.experiment.afterwards import finish, needs_pretrained
 from reproductions.mini.experiment.calibration import prompts
+from reproductions.mini.experiment.losses import Additions
 from reproductions.mini.experiment.methods import Method
+from reproductions.mini.experiment.own_answers import own_answers
 from reproductions.mini.experiment.scored_masks import Batches
 from reproductions.mini.world.data import Example, TaskData, pretrained_task_data, training_batch
 from reproductions.mini.world.questions import PRETRAINED_TASKS
-from torch_mdgd import MDGDOptimizer, mdgd_backward
+from torch_mdgd import MDGDOptimizer, VisualTap, mdgd_backward
 
 BATCH = 32
+LAYERS = 2
+"""How many of the last decoder layers are trained."""
+
+PARTS: Mapping[str, type[registry.Method]] = {"attention": Attention, "gate-up": GateUp}
+
 WARM_UP = 10
 TRACED_EVERY = 5
 # The first gradients are ten times as long as later ones: unclipped, SGD at a useful rate destroys the model at once.
@@ -54,7 +65,7 @@ class Course:
     traces: dict[str, list[float]] = field(default_factory=dict)
 
 
-def trainable_parameters(model: LlavaForConditionalGeneration, layers: int = 2) -> list[torch.nn.Parameter]:
+def trainable_parameters(model: LlavaForConditionalGeneration, layers: int = LAYERS) -> list[torch.nn.Parameter]:
     """Freeze all but the last decoder layers and the projector, as the paper does; return what is left to train."""
     model.requires_grad_(False)
     trained = [*model.model.language_model.layers[-layers:], model.model.multi_modal_projector]
@@ -79,7 +90,7 @@ def finetune(
     """
     names = {id(p): name for name, p in model.named_parameters()}
     trained, parameters = prepare(model, method)
-    pretrained = {names[id(p)]: p.detach().clone() for p in parameters} if method.tailor is not None else {}
+    pretrained = {names[id(p)]: p.detach().clone() for p in parameters} if needs_pretrained(method) else {}
     course = Course(max(1, round(method.fraction * sum(p.numel() for p in parameters))))
     batches = {"seed": seed, "steps": steps, "batch_size": batch_size}
     for step, (loss, optimizer) in enumerate(training(trained, tokenizer, data, method, parameters, **batches)):
@@ -98,11 +109,15 @@ def finetune(
         model.eval()
         calibration = [training_batch(chosen, tokenizer)]
         tailor_(model, pretrained, calibration, omega=method.tailor, connector=method.connector)
+    finish(model, method, pretrained, seed)
     return course
 
 
 def prepare(model: LlavaForConditionalGeneration, method: Method) -> tuple[Any, list[torch.nn.Parameter]]:
     """The model to train, which has adapters around it if the method says so, and the parameters that are trained."""
+    if method.trained != "last":
+        marked = PARTS[method.trained]().mark(model, LAYERS)
+        return model, [p for p in marked.parameters() if p.requires_grad]
     if not method.lora:
         return model, trainable_parameters(model)
     adapted: Any = (adapt_all if method.adapters == "all" else lora)(model, method.lora)
@@ -122,30 +137,49 @@ def training(
 ) -> Iterator[tuple[float, Optimizer]]:
     """Make one step after the other, each when it is asked for, and give its task loss and the optimizer."""
     rng = np.random.default_rng(seed)
+    answered = _answered(model, tokenizer, data, method, seed)
     optimizer = method.optimizer(
         model,
         parameters,
         lambda: _scoring_batches(data, tokenizer, seed, batch_size),
         lambda: prompts(method.calibration, data, tokenizer, seed),  # type: ignore[arg-type]
     )
-    pull = _pull(model, parameters, method)
-    replay = Replay(memory(seed), method.replay) if method.replay else None
+    additions = Additions(model, method, tokenizer, answered, seed, _pull(model, parameters, method))
+    old = (answered if method.memory == "answers" else memory(seed)) if method.replay else []
+    tap = None if method.features == -1 else VisualTap.for_model(model, method.features)
     scheduler = LambdaLR(optimizer, lambda step: min(1, (step + 1) / WARM_UP) * (1 - step / steps))
     model.train()
-    for _ in range(steps):
+    for step in range(steps):
         examples: list[Example] = [data.examples[i] for i in rng.choice(len(data), batch_size, replace=False)]
-        batch = training_batch(replay(examples, rng) if replay else examples, tokenizer)
+        if old:
+            examples = Replay(old, replayed(method.replay, batch_size, step) / batch_size)(examples, rng)
+        batch = training_batch(examples, tokenizer)
         if isinstance(optimizer, MDGDOptimizer) and method.has_rule:
-            loss = mdgd_backward(model, optimizer, batch)
+            loss = mdgd_backward(model, optimizer, batch, tap=tap)
         else:
-            loss = model(**batch).loss
-            (loss if pull is None else loss + pull()).backward()
+            added = additions(batch)
+            output = model(**batch)
+            loss = output.loss
+            added(output).backward()
         if method.base == "sgd":
             torch.nn.utils.clip_grad_norm_(parameters, LONGEST_SGD_GRADIENT)
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step()
         yield loss.item(), optimizer
+
+
+def replayed(share: float, batch_size: int, step: int) -> int:
+    """How many examples of a step are old: whole numbers whose mean over the steps is the share of the batch."""
+    return math.floor((step + 1) * share * batch_size + 1e-9) - math.floor(step * share * batch_size + 1e-9)
+
+
+def _answered(
+    model: Any, tokenizer: PreTrainedTokenizerFast, data: TaskData, method: Method, seed: int
+) -> Sequence[Example]:
+    """What the model answers by itself before it is trained, if the method needs it."""
+    wanted = (method.replay and method.memory == "answers") or (method.kl and method.kl_at == "questions")
+    return own_answers(model, tokenizer, data, method.calibration, seed) if wanted else ()  # type: ignore[arg-type]
 
 
 def _pull(model: Any, parameters: list[torch.nn.Parameter], method: Method) -> Callable[[], torch.Tensor] | None:

@@ -1,6 +1,7 @@
 """What is measured of a fine-tuned model: scores of every task, ranks and drift of its visual features."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,10 @@ from typing import Any
 import torch
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
+from reproductions.methods.kl import answer_logits
 from reproductions.mini.model.evaluate import evaluate, visual_features
 from reproductions.mini.model.llava import load_checkpoint
-from reproductions.mini.world.data import TaskData, pretrained_task_data, prompt_batch, target_data
+from reproductions.mini.world.data import TaskData, pretrained_task_data, prompt_batch, target_data, training_batch
 from reproductions.mini.world.questions import PRETRAINED_TASKS
 from reproductions.mini.world.scenes import Split
 from reproductions.shared.scores import average, harmonic
@@ -84,6 +86,47 @@ def pretrained_features(checkpoint: Path, target: str, split: Split, examples: i
     model, tokenizer = load_checkpoint(checkpoint)
     tasks = measured_tasks(target, split, examples)
     return {task: _features(model, tokenizer, data) for task, data in tasks.items()}
+
+
+@torch.no_grad()
+def divergence(
+    model: LlavaForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerFast,
+    target: str,
+    split: Split,
+    examples: int,
+    checkpoint: Path,
+) -> float:
+    """KL(p_φ ‖ p_θ) on the target's prompts, in nats a token: what RL's Razor says forgetting follows (2509.04259).
+
+    The mean over the tokens of φ's own greedy answers, which stand for samples of p_φ. φ is the checkpoint.
+    """
+    batches, before = pretrained_answers(checkpoint, target, split, examples)
+    model.eval()
+    sums = [
+        float((was.exp() * (was - _log_probabilities(model, batch))).sum())
+        for batch, was in zip(batches, before, strict=True)
+    ]
+    return sum(sums) / sum(map(len, before))
+
+
+@lru_cache(maxsize=4)
+@torch.no_grad()
+def pretrained_answers(
+    checkpoint: Path, target: str, split: Split, examples: int, size: int = 100
+) -> tuple[list[dict[str, torch.Tensor]], list[torch.Tensor]]:
+    """The target's prompts with the checkpoint's greedy answers, and its log-probabilities: (answer tokens, words)."""
+    model, tokenizer = load_checkpoint(checkpoint)
+    data = target_data(target, split)[:examples]  # type: ignore[arg-type]
+    said = evaluate(model, tokenizer, data).predictions
+    answered = [replace(example, answer=answer) for example, answer in zip(data.examples, said, strict=True)]
+    batches = [training_batch(answered[start : start + size], tokenizer) for start in range(0, len(answered), size)]
+    return batches, [_log_probabilities(model, batch) for batch in batches]
+
+
+def _log_probabilities(model: LlavaForConditionalGeneration, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    logits = answer_logits(model(**batch).logits, batch["labels"])
+    return logits.double().log_softmax(-1)
 
 
 def _features(model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, data: TaskData) -> torch.Tensor:

@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from reproductions.methods import METHODS as REGISTRY
+from reproductions.methods.mofo import filter_by_momentum
 from reproductions.mini.experiment.scored_masks import Batches, scored_mask
 from reproductions.mini.rules import Global, History, Reference
 from torch_mdgd import (
@@ -65,7 +66,19 @@ class Method:
         anchor: strength of an `Anchor` around the rule; 0 for none.
         relative: whether that is relative to the size of a layer's answers.
         calibration: what the anchor is made of, see `calibration.prompts`; "running" for the prompts of the first
-            steps.
+            steps. So are the questions that the pre-trained model answers itself, see `memory` and `kl_at`.
+        trained: which parts; "last" for the last decoder layers and the projector, or in these layers "attention" or
+            "gate-up" alone.
+        features: whose drift the visual loss is: layer -1 is the last, i the output of the i-th.
+        loss: what the task loss is replaced with; "plain" for nothing.
+        kl: weight of the divergence from the pre-trained model.
+        kl_at: where: at the task's "answers", or at those that the pre-trained model gave to other "questions" about
+            the task's pictures.
+        memory: what replay replays: "old" examples, or the pre-trained model's own "answers".
+        momentum: share of each weight's numbers, those with the largest momentum, that a step moves.
+        mix: λ of WiSE-FT after training; None for none of it.
+        drop: p of DARE after training.
+        shrink: scale of DG-Hard's threshold after training.
     """
 
     name: str
@@ -86,6 +99,20 @@ class Method:
     relative: bool = True
     calibration: Calibration = "random"
     adapters: Literal["paper", "all"] = "paper"
+    trained: Literal["last", "attention", "gate-up"] = "last"
+    features: int = -1
+    loss: Literal["plain", "eaft", "dft"] = "plain"
+    kl: float = 0.0
+    kl_at: Literal["answers", "questions"] = "answers"
+    memory: Literal["old", "answers"] = "old"
+    momentum: float = 1.0
+    mix: float | None = None
+    drop: float | None = None
+    shrink: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.has_rule and (self.pull or self.kl or self.loss != "plain" or self.momentum < 1):
+            raise ValueError(f"{self.name}: a rule makes the step, so pull, kl, loss and momentum would do nothing")
 
     def optimizer(
         self,
@@ -108,6 +135,8 @@ class Method:
             base = SGD(parameters, lr=self.learning_rate, momentum=0.9)
         else:
             base = AdamW(parameters, lr=self.learning_rate, weight_decay=0.0)
+        if self.momentum < 1:
+            filter_by_momentum(base, self.momentum)
         if not self.has_rule and self.fraction == 1:
             return base
         mask = self._mask(model, parameters, batches)

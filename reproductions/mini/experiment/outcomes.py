@@ -13,7 +13,7 @@ from reproductions.mini.experiment.methods import Method
 from reproductions.mini.experiment.run import Run
 from reproductions.mini.experiment.scores import average, h_scores, kept, target_score
 from reproductions.mini.experiment.study import TEST_SEEDS, Size
-from reproductions.mini.experiment.systems import CELLS, SYSTEMS, Cell, System
+from reproductions.mini.experiment.systems import CELLS, SEQUENCES, SYSTEMS, Cell, System
 from reproductions.mini.world.questions import PRETRAINED_TASKS
 from reproductions.shared.results import Result, read_results
 from reproductions.shared.stats import Difference, paired
@@ -42,6 +42,12 @@ OTHERS: dict[str, Measure] = {
 }
 """Of the runs that did not diverge. "rank" is the mean over the pre-trained tasks; drift is in percent of mean |z|."""
 
+LATER: dict[str, str] = {"KL": "kl", "T of the first": "T_first"}
+"""Measures that not all results hold, and what results call them.
+
+KL(p_φ ‖ p_θ) on the target, in nats; what is kept of the target before, words right in percent.
+"""
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -64,9 +70,11 @@ class Outcome:
         return tuple(seed for seed, run in self.runs.items() if "failed" in run)
 
     def values(self, measure: str) -> dict[int, float]:
-        """A measure of `SCORES` or `OTHERS` by seed."""
+        """A measure of `SCORES`, `OTHERS` or `LATER` by seed; of these, of the runs that hold it."""
         if measure in SCORES:
             return {seed: 0.0 if "failed" in run else SCORES[measure](run) for seed, run in self.runs.items()}
+        if measure in LATER:
+            return {seed: run[LATER[measure]] for seed, run in self.runs.items() if LATER[measure] in run}
         return {seed: OTHERS[measure](run) for seed, run in self.runs.items() if "failed" not in run}
 
 
@@ -116,9 +124,9 @@ def load(folder: Path) -> list[CellOutcomes]:
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}: `mini study --output {folder}` makes it")
     tuned, tested, varied = (read_results(folder / f"{stage}.jsonl") for stage in ("tune", "test", "frontier"))
-    cells = [_cell(cell, tuned, tested, varied, read_costs(folder, cell.name)) for cell in CELLS]
-    # A study may be older than a system, and then has nothing to say of it.
-    begun = {name for cell in cells for name in (*cell.systems, *cell.tuning)}
+    cells = [_cell(cell, tuned, tested, varied, read_costs(folder, cell.name)) for cell in (*CELLS, *SEQUENCES)]
+    # A study may be older than a system, and then has nothing to say of it, though another's settings may be its own.
+    begun = {name for cell in cells for name in (*cell.systems, *cell.tuning) if SYSTEMS[name].times == 1}
     untested = [
         tuple(s.label for name, s in SYSTEMS.items() if name in begun and name not in cell.systems) for cell in cells
     ]
@@ -168,7 +176,8 @@ def _size(cell: Cell, tuned: Mapping[str, Result], tested: Mapping[str, Result])
 
 
 def _of(key: Mapping, cell: Cell) -> bool:
-    return key["target"] == cell.target and key["method"].get("base", "adamw") == cell.base
+    named = key["target"], key["method"].get("base", "adamw"), key.get("first", "")
+    return named == (cell.target, cell.base, cell.first)
 
 
 def _commonest(values: Iterable[int], default: int) -> int:

@@ -13,8 +13,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from reproductions.mini.experiment.finetune import BATCH, TRACED_EVERY, Course, OnStep, finetune, nothing
-from reproductions.mini.experiment.measure import measure, measure_features
+from reproductions.mini.experiment.measure import divergence, measure, measure_features
 from reproductions.mini.experiment.methods import Method
+from reproductions.mini.model.evaluate import evaluate
 from reproductions.mini.model.llava import CHECKPOINT, load_checkpoint
 from reproductions.mini.world.data import target_data
 from reproductions.mini.world.questions import TARGET_TASKS
@@ -40,7 +41,9 @@ class Run:
         batch: examples a step.
         record: what the result holds. "answers": every answer and the loss of every step. "scores": neither.
             "study": the first answers of each task, losses and diagnostics of every fifth step, and, measured for
-            it, ranks and drift of every task's features and the memory of the first steps.
+            it, ranks and drift of every task's features, the divergence from the pre-trained model on the target, and
+            the memory of the first steps.
+        first: another target that is fine-tuned before, in the same way; "" for none.
     """
 
     method: Method
@@ -52,10 +55,12 @@ class Run:
     checkpoint: Path = CHECKPOINT
     batch: int = BATCH
     record: Literal["answers", "study", "scores"] = "answers"
+    first: str = ""
 
     def __post_init__(self) -> None:
-        if self.target not in TARGET_TASKS:
-            raise ValueError(f"target must be one of {', '.join(TARGET_TASKS)}, got {self.target!r}")
+        for name, target in (("target", self.target), ("first", self.first or self.target)):
+            if target not in TARGET_TASKS:
+                raise ValueError(f"{name} must be one of {', '.join(TARGET_TASKS)}, got {target!r}")
 
     @property
     def key(self) -> str:
@@ -91,12 +96,13 @@ def execute(run: Run, on_step: OnStep = nothing) -> dict[str, Any]:
     torch.manual_seed(run.seed)
     model, tokenizer = load_checkpoint(run.checkpoint)
     began, began_here, course = time.perf_counter(), time.process_time(), Course()
-    if run.method.learning_rate is not None:
-        data = target_data(run.target, "train", seed=run.seed)  # type: ignore[arg-type]
-        course = finetune(
-            model, tokenizer, data, run.method,
-            seed=run.seed, steps=run.steps, batch_size=run.batch, on_step=on_step,
-        )  # fmt: skip
+    for target in (run.first, run.target) if run.method.learning_rate is not None else ():
+        if target:
+            data = target_data(target, "train", seed=run.seed)  # type: ignore[arg-type]
+            course = finetune(
+                model, tokenizer, data, run.method,
+                seed=run.seed, steps=run.steps, batch_size=run.batch, on_step=on_step,
+            )  # fmt: skip
     seconds, processor_seconds = time.perf_counter() - began, time.process_time() - began_here
     result = {
         "method": run.method.name,
@@ -115,8 +121,13 @@ def execute(run: Run, on_step: OnStep = nothing) -> dict[str, Any]:
         "losses": course.losses,
         **measure(model, tokenizer, run.target, run.split, run.examples),
     }
+    if run.first:
+        before = target_data(run.first, run.split)[: run.examples]  # type: ignore[arg-type]
+        result["T_first"] = evaluate(model, tokenizer, before).words
     if run.record == "study":
-        result |= measure_features(model, tokenizer, run.target, run.split, run.examples, run.checkpoint)
+        measured = run.target, run.split, run.examples, run.checkpoint
+        result |= measure_features(model, tokenizer, *measured)
+        result["kl"] = divergence(model, tokenizer, *measured)
         result["traces"] = course.traces
         result["losses"] = [fmean(five) for five in _chunks(course.losses, TRACED_EVERY)]
         result["answers"] = {task: answers[:_SHOWN_ANSWERS] for task, answers in result["answers"].items()}
@@ -138,7 +149,7 @@ def peak_bytes(run: Run) -> int:
     data = target_data(run.target, "train", seed=run.seed)  # type: ignore[arg-type]
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         finetune(
-            model, tokenizer, data, run.method.with_settings(tailor=None),
+            model, tokenizer, data, run.method.with_settings(tailor=None, mix=None, drop=None, shrink=None),
             seed=run.seed, steps=_PROFILED_STEPS, batch_size=run.batch,
         )  # fmt: skip
     found: Any = profiler.profiler

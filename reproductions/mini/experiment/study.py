@@ -92,7 +92,8 @@ def chosen(cell: Cell, system: System, size: Size, results: dict[str, Result]) -
         rate = rate_that_reaches(rates, [mean(each, target_score) for each in found], wanted)
         return candidates[0].with_settings(learning_rate=rate)
     score = target_score if system.choose == "T" else lambda result: h_scores(result)["H"]
-    return max(zip(candidates, found, strict=True), key=lambda pair: mean(pair[1], score))[0]
+    best = max(zip(candidates, found, strict=True), key=lambda pair: mean(pair[1], score))[0]
+    return best if system.times == 1 else adapted(best, cell.base, system.times)
 
 
 def settled(cell: Cell, size: Size, results: dict[str, Result]) -> dict[str, Method]:
@@ -111,7 +112,11 @@ def test_runs(
 ) -> list[Run]:
     """Every system with its chosen settings, seed by seed; what trains nothing once for each checkpoint."""
     require_test_seeds(seeds)
-    methods = [chosen(cell, system, size, tuned) for system in systems]
+    return runs_of(cell, [chosen(cell, system, size, tuned) for system in systems], seeds, size)
+
+
+def runs_of(cell: Cell, methods: Sequence[Method], seeds: Sequence[int], size: Size) -> list[Run]:
+    """Tests of methods whose settings are chosen; what trains nothing once for each checkpoint."""
     runs = [
         _run(method, cell, seed if method.learning_rate is not None else seed % 2, size, "test")
         for seed in seeds
@@ -217,6 +222,7 @@ def _run(method: Method, cell: Cell, seed: int, size: Size, stage: Stage) -> Run
         checkpoint_of(seed),
         size.batch,
         "study" if stage == "test" else "scores",
+        cell.first,
     )
 
 

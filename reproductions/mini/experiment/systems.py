@@ -12,7 +12,7 @@ Grid = Mapping[str, tuple[Any, ...]]
 CANDIDATES = 4
 """How many settings are tried for every system, so that none is tuned harder than another."""
 
-SHARES = ("inputs", "tailor")
+SHARES = ("inputs", "tailor", "mix", "drop", "momentum")
 """Settings that lie between 0 and 1, and have no next value by ratios."""
 
 SHORT = {
@@ -23,6 +23,11 @@ SHORT = {
     "inputs": "energy",
     "drift_budget": "budget",
     "anchor": "strength",
+    "kl": "weight",
+    "mix": "λ",
+    "drop": "p",
+    "momentum": "share",
+    "shrink": "scale",
 }
 """What tables call settings, where that is not their name."""
 
@@ -38,6 +43,7 @@ class System:
         choose: by what the settings are chosen on validation examples: "H", the harmonic mean of what is kept and the
             target score; "T", the target score alone; or the name of a system whose target score is to be met, with
             the lowest learning rate that meets it.
+        times: what the learning rate that was chosen is multiplied with.
         knows: what it knows of the old tasks, which other systems do not.
         core: whether it is run in every cell before any system that is not.
         frontier: a setting and its values, run around the chosen settings to draw a curve.
@@ -47,6 +53,7 @@ class System:
     about: str
     grid: Grid = field(default_factory=dict)
     choose: str = "H"
+    times: float = 1.0
     knows: str = ""
     core: bool = False
     frontier: tuple[str, tuple[Any, ...]] | None = None
@@ -93,21 +100,27 @@ class Cell:
         base: "adamw" or "sgd".
         steps: of every system.
         rate: multiplies the learning rates of the table, which are AdamW's for digits.
+        first: another target, which is trained in the same way before, as many steps; "" for none.
     """
 
     target: str
     base: Base
     steps: int
     rate: float = 1.0
+    first: str = ""
 
     @property
     def name(self) -> str:
-        return f"{self.target}-{self.base}"
+        return "-".join(filter(None, (self.first, self.target, self.base)))
 
     @property
     def title(self) -> str:
         """What tables and figures call it."""
-        return f"{'digits' if self.target == 'digits' else 'captions'}, {'AdamW' if self.base == 'adamw' else 'SGD'}"
+        targets = " then ".join(_TITLES[target] for target in (self.first, self.target) if target)
+        return f"{targets}, {'AdamW' if self.base == 'adamw' else 'SGD'}"
+
+
+_TITLES = {"digits": "digits", "caption": "captions"}
 
 
 CELLS: tuple[Cell, ...] = (
@@ -117,7 +130,10 @@ CELLS: tuple[Cell, ...] = (
     Cell("caption", "sgd", 300, rate=100),
 )
 
-TITLES = {cell.name: cell.title for cell in CELLS}
+SEQUENCES: tuple[Cell, ...] = (Cell("caption", "adamw", 200, rate=2, first="digits"),)
+"""One target after another: forgetting adds up. Each takes what it finds as its reference."""
+
+TITLES = {cell.name: cell.title for cell in (*CELLS, *SEQUENCES)}
 
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 HIGH_RATES = (5e-3, 1e-2, 2e-2, 4e-2)
@@ -129,6 +145,9 @@ STRENGTHS = (3.0, 10.0)
 STRENGTH_FRONTIER = ("anchor", (0.3, 1.0, 3.0, 10.0, 30.0))
 LORA_PAIR = (2e-3, 4e-3)
 LORA_RANK = 16
+FASTER_PAIR = (2e-3, 4e-3)
+"""For what takes back some of what was learned."""
+MIXED = (0.5, 0.8)
 
 
 def _wrapped(name: str, label: str, fraction: float = 1.0, **wrap: Any) -> Method:
@@ -139,8 +158,10 @@ def _plain(name: str, label: str, **fields: Any) -> Method:
     return Method(name, label, 1e-3, **fields)
 
 
-def _everywhere(name: str, label: str, wrap: dict[str, Any] | None = None, **fields: Any) -> Method:
-    return Method(name, label, 2e-3, wrap, lora=LORA_RANK, adapters="all", **fields)
+def _everywhere(
+    name: str, label: str, wrap: dict[str, Any] | None = None, lora: int = LORA_RANK, **fields: Any
+) -> Method:
+    return Method(name, label, 2e-3, wrap, lora=lora, adapters="all", **fields)
 
 
 _ALL = (
@@ -300,6 +321,106 @@ _ALL = (
         _everywhere("lora-l2", "LoRA, all layers + L2", pull=0.03),
         "the anchor's control, C = I: what is added to each weight is kept small, whatever enters there",
         {"learning_rate": LORA_PAIR, "pull": (0.01, 0.03)},
+    ),
+    System(
+        _plain("fine-tune-tenth", "Fine-tune, a tenth of the rate"),
+        "a tenth of the rate with the best target score, which costs nothing",
+        {"learning_rate": RATES}, choose="T", times=0.1,
+    ),
+    System(
+        _plain("attention", "self-attention alone", trained="attention"),
+        "the projections of the last layers' attention, and nothing else", {"learning_rate": RATES},
+    ),
+    System(
+        _plain("gate-up", "gate and up alone", trained="gate-up"),
+        "two of the three projections of the last layers' MLPs, and nothing else", {"learning_rate": RATES},
+    ),
+    System(
+        _plain("wise-ft", "WiSE-FT", mix=0.5), "weights between the old ones and fine-tuned ones",
+        {"learning_rate": FASTER_PAIR, "mix": MIXED},
+    ),
+    System(
+        _wrapped("wise-align", "WiSE-FT of αv", align=10.0, regularize=0.0).with_settings(mix=0.5),
+        "weights between the old ones and those of αv", {"learning_rate": FASTER_PAIR, "mix": MIXED},
+    ),
+    System(
+        _plain("wise-anchor", "WiSE-FT of the anchor", anchor=3.0, mix=0.5),
+        "weights between the old ones and those of the anchor", {"learning_rate": FASTER_PAIR, "mix": MIXED},
+    ),
+    System(
+        _plain("dare", "DARE", drop=0.5), "most of what was learned dropped at random, the rest scaled up",
+        {"learning_rate": PAIR, "drop": (0.5, 0.9)},
+    ),
+    System(
+        _plain("dg-hard", "DG-Hard", shrink=1.0), "of each weight's change only what stands out of noise",
+        {"learning_rate": PAIR, "shrink": (0.5, 1.0)},
+    ),
+    System(
+        _plain("kl", "KL at answers", kl=1.0), "the old model's probabilities at the task's answers",
+        {"learning_rate": PAIR, "kl": (1.0, 10.0)},
+    ),
+    System(
+        _plain("kl-questions", "KL at old questions", kl=1.0, kl_at="questions", calibration="questions"),
+        "the old model's probabilities at its own answers to questions of the old tasks' forms about the task's "
+        "pictures",
+        {"learning_rate": PAIR, "kl": (1.0, 10.0)}, knows="questions",
+    ),
+    System(
+        _plain("kl-random", "KL at random words", kl=1.0, kl_at="questions"),
+        "the same at its answers to random words", {"learning_rate": PAIR, "kl": (1.0, 10.0)},
+    ),
+    System(
+        _everywhere("lora-all-4", "LoRA, all layers, rank 4", lora=4), "adapters on all linear layers, of rank 4",
+        {"learning_rate": RATES},
+    ),
+    System(
+        _everywhere("lora-all-64", "LoRA, all layers, rank 64", lora=64), "adapters on all linear layers, of rank 64",
+        {"learning_rate": RATES},
+    ),
+    System(
+        _plain("replay-1", "replay, 1 %"), "one example in a hundred from the old tasks",
+        {"learning_rate": RATES, "replay": (0.01,)}, knows="examples",
+    ),
+    System(
+        _plain("replay-5", "replay, 5 %"), "one in twenty", {"learning_rate": RATES, "replay": (0.05,)},
+        knows="examples",
+    ),
+    System(
+        _plain("replay-10", "replay, 10 %"), "one in ten", {"learning_rate": RATES, "replay": (0.1,)},
+        knows="examples",
+    ),
+    System(
+        _plain("self-replay", "replay of own answers", memory="answers", calibration="questions"),
+        "the old model's own answers to questions of the old tasks' forms about the task's pictures",
+        {"learning_rate": FASTER_PAIR, "replay": (0.05, 0.5)}, knows="questions",
+    ),
+    System(
+        _plain("self-replay-random", "replay of own answers to random words", memory="answers"),
+        "the same to random words", {"learning_rate": FASTER_PAIR, "replay": (0.05, 0.5)},
+    ),
+    System(
+        _plain("eaft", "EAFT", loss="eaft"), "tokens of which the model is sure are learned less",
+        {"learning_rate": RATES},
+    ),
+    System(
+        _plain("dft", "DFT", loss="dft"), "tokens that the model finds unlikely are learned less",
+        {"learning_rate": RATES},
+    ),
+    System(
+        _plain("mofo", "MoFO", momentum=0.1), "of each weight the numbers with the largest momentum move",
+        {"learning_rate": FASTER_PAIR, "momentum": (0.05, 0.2)},
+    ),
+    System(
+        _wrapped("align-middle", "αv of a middle layer", align=10.0, regularize=0.0).with_settings(features=3),
+        "features of the third of four layers in place of the last", {"learning_rate": PAIR, "align": ALPHAS},
+    ),
+    System(
+        _wrapped("lazy-4", "lazy αv, every 4th", align=10.0, regularize=0.0, every=4),
+        "αv at every 4th step, weighted 4-fold", {"learning_rate": PAIR, "align": ALPHAS},
+    ),
+    System(
+        _wrapped("lazy-16", "lazy αv, every 16th", align=10.0, regularize=0.0, every=16),
+        "αv at every 16th step, weighted 16-fold", {"learning_rate": PAIR, "align": ALPHAS},
     ),
 )  # fmt: skip
 SYSTEMS: dict[str, System] = {system.name: system for system in _ALL}

@@ -105,3 +105,17 @@ CLAIMS: tuple[Claim, ...] = (
     Claim("Replay is the upper bound: its H is above that of the best other system.", _better("replay", BEST)),
     RANK_MEASURES_FORGETTING,
 )  # fmt: skip
+
+RECOMMENDATION: tuple[Claim, ...] = (
+    CLAIMS[0],
+    Claim("αv alone keeps more than Fine-tune at the rate with the best H and learns as much.",
+          _more_at_no_loss("align", "fine-tune-low")),
+    Claim("The anchor keeps more than Fine-tune at the rate with the best H and learns as much.",
+          _more_at_no_loss("anchor", "fine-tune-low")),
+    Claim("The anchor, in one pass, comes within a point of αv's H.", _no_worse("anchor", "align")),
+    Claim("LoRA on all layers keeps more with the anchor and learns as much.",
+          _more_at_no_loss("lora-anchor", "lora-all")),
+    Claim("LoRA with the anchor has a higher H than Fine-tune at the rate with the best H.",
+          _better("lora-anchor", "fine-tune-low")),
+)  # fmt: skip
+"""What carries the README's recommendation."""

@@ -19,6 +19,7 @@ from reproductions.mini.experiment.masking import FILE as MASKING_FILE
 from reproductions.mini.experiment.outcomes import CellOutcomes
 from reproductions.mini.experiment.systems import SYSTEMS, TITLES
 from reproductions.mini.report.frontier import draw_frontier
+from reproductions.mini.report.razor import draw_razor
 from reproductions.mini.report.verdicts import FEWEST_SEEDS
 from reproductions.mini.world.questions import PRETRAINED_TASKS
 from reproductions.shared.figures import grid, label, one_legend, save
@@ -40,7 +41,7 @@ def draw_figures(results: Path, cells: Sequence[CellOutcomes], output: Path) -> 
 
 
 def draw_study(cells: Sequence[CellOutcomes], output: Path) -> list[Path]:
-    """Draw what the results suffice for: `frontier-<cell>.png`, `ranks.png`, `curves.png` and `gradients.png`.
+    """Draw what the results suffice for: `frontier-<cell>.png`, and ranks, curves, gradients and razor.
 
     Args:
         cells: of `outcomes.load`.
@@ -57,6 +58,7 @@ def draw_study(cells: Sequence[CellOutcomes], output: Path) -> list[Path]:
         "ranks": partial(draw_ranks, cells),
         "curves": partial(draw_curves, cells),
         "gradients": partial(draw_gradients, cells),
+        "razor": partial(draw_razor, cells),
     }
     written = []
     for name, draw in drawings.items():

@@ -25,18 +25,25 @@ from reproductions.shared.stats import estimate
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 _FAMILIES = {
     "no visual gradient": (
-        "#B84A00", ("fine-tune", "fine-tune-low", "fine-tune-matched", "lora", "model-tailor",
-         "model-tailor-keep", "l2-sp", "lora-all", "lora-l2"),
+        "#B84A00", ("fine-tune", "fine-tune-low", "fine-tune-matched", "fine-tune-tenth", "lora", "l2-sp", "lora-all",
+         "lora-all-4", "lora-all-64", "lora-l2", "attention", "gate-up", "eaft", "dft", "mofo", "kl", "kl-random"),
+    ),
+    "after training": (
+        "#6B4A2E", ("model-tailor", "model-tailor-keep", "wise-ft", "wise-align", "wise-anchor", "dare", "dg-hard"),
     ),
     "in the gradient": (
-        "#0072B2", ("mdgd", "align", "project", "no-align", "budget", "reference", "global", "lazy", "lora-align"),
+        "#0072B2", ("mdgd", "align", "project", "no-align", "budget", "reference", "global", "lazy", "lazy-4",
+         "lazy-16", "align-middle", "lora-align"),
     ),
     "anchor": (
         "#7A6A00", ("anchor", "anchor-questions", "anchor-own", "anchor-running", "anchor-lazy", "lora-anchor"),
     ),
     "in the step": ("#00805C", ("step", "history", "restore", "inputs", "inputs-projector")),
     "10 % of the numbers": ("#A8488A", ("mdgd-gm", "random", "random-align", "magnitude", "magnitude-align")),
-    "old examples": ("#222222", ("replay",)),
+    "old examples or questions": (
+        "#222222", ("replay", "replay-1", "replay-5", "replay-10", "self-replay", "self-replay-random",
+         "kl-questions"),
+    ),
 }  # fmt: skip
 FAMILY_COLOURS = {name: colour for colour, names in _FAMILIES.values() for name in names}
 _FAR = 12.0
@@ -79,7 +86,7 @@ def draw_frontier(cell: CellOutcomes) -> Figure | None:
     left.legend(
         handles=[Line2D([], [], marker="o", linestyle="", color=colour, label=family)
                  for family, (colour, names) in _FAMILIES.items() if set(names) & {*points, *curves}],
-        ncols=6, loc="lower left", bbox_to_anchor=(0, -0.18), frameon=False, fontsize=9, handletextpad=0.2,
+        ncols=7, loc="lower left", bbox_to_anchor=(0, -0.18), frameon=False, fontsize=9, handletextpad=0.2,
     )  # fmt: skip
     if far:
         outside = textwrap.fill(f"outside (T, P): {', '.join(far)}", 200)

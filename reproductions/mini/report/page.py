@@ -13,8 +13,9 @@ from reproductions.mini.experiment.outcomes import CellOutcomes, load
 from reproductions.mini.experiment.systems import SYSTEMS
 from reproductions.mini.model.llava import CHECKPOINT, SECOND_CHECKPOINT
 from reproductions.mini.report.figures import draw_figures
+from reproductions.mini.report.opening import draw_opening, sentences
 from reproductions.mini.report.tables import missing, summary_table, tables
-from reproductions.mini.report.verdicts import RULE, Verdict, verdicts
+from reproductions.mini.report.verdicts import RULE, Verdict, claims_of, verdicts
 from reproductions.mini.world.data import Example, pretrained_task_data, target_data
 from reproductions.mini.world.questions import PRETRAINED_TASKS
 from reproductions.shared.page import document, embedded, figure, navigation
@@ -26,6 +27,7 @@ CAPTIONS = {
     "ranks": "Effective rank of the visual features before and after fine-tuning, after the paper's Figures 1 and 4.",
     "curves": "Learning curves, after Figure 3a.",
     "gradients": "Agreement and lengths of the gradients, and the visual loss, during fine-tuning.",
+    "razor": "Forgetting against the divergence on the new task's prompts, after RL's Razor.",
     "masking": "Agreement of the decoupled gradients and visual drift by masking ratio, after Figures 3b and 3c.",
     "tsne": "t-SNE of visual and multimodal features, after Figures 2 and 5.",
 }
@@ -48,11 +50,7 @@ SHOWN = 2
 """Examples of each task on the page, of the first that results keep answers to; one where all models agree on all."""
 
 MARKS = {"holds here": ("✓", "up"), "does not hold here": ("✗", "down"), "cannot tell": ("–", "faint")}
-_MORE_STYLE = """
-.card img { height: 144px; image-rendering: pixelated; } td.verdict { text-align: left; white-space: normal;
-min-width: 15rem; vertical-align: top; } td.claim { white-space: normal; min-width: 19rem; vertical-align: top; }
-table.verdicts tr td { border-top: 1px solid var(--line); }
-"""
+_STYLE = Path(__file__).with_name("page.css")
 
 
 def write_report(results: Path, output: Path, console: Console) -> Path:
@@ -71,15 +69,18 @@ def write_report(results: Path, output: Path, console: Console) -> Path:
     """
     cells = load(results)
     figures = draw_figures(results, cells, output / "figures")
-    found = [table for cell in cells for table in tables(cell)]
-    judged = {cell.cell.name: verdicts(cell) for cell in cells if cell.systems}
-    shown = [summary_table(cells), *found] if found else []
+    opening = draw_opening(cells, output / "figures")
+    found = {cell.title: tables(cell) for cell in cells if cell.systems}
+    claims = claims_of(cells)
+    judged = {cell.cell.name: verdicts(cell, claims) for cell in cells if cell.systems}
+    summary = [summary_table(cells)] if found else []
+    shown = [*summary, *(table for own in found.values() for table in own)]
     for table in shown:
         console.print(table.rich)
     (output / "tables.md").write_text("\n".join(table.markdown for table in shown), encoding="utf-8")
     (output / "verdicts.md").write_text(verdicts_markdown(cells, judged), encoding="utf-8")
     page = output / "report.html"
-    page.write_text(_page(cells, shown, judged, figures), encoding="utf-8")
+    page.write_text(_page(cells, summary, found, judged, opening, figures), encoding="utf-8")
     return page
 
 
@@ -101,14 +102,17 @@ def _by(verdict: Verdict) -> str:
 
 def _page(
     cells: Sequence[CellOutcomes],
-    shown: Sequence[Table],
+    summary: Sequence[Table],
+    found: Mapping[str, Sequence[Table]],
     judged: Mapping[str, Sequence[Verdict]],
+    opening: Sequence[Path],
     figures: Sequence[Path],
 ) -> str:
     sections = ("Verdicts", "Figures", "Tables", "Answers")
     body = "\n".join(
         [
             "<h1>Modality-decoupled gradient descent: the small study</h1>",
+            _opening(cells, opening),
             f'<p class="faint">{html.escape(_overview(cells))}</p>',
             navigation(sections),
             '<h2 id="verdicts">Verdicts</h2>',
@@ -118,7 +122,8 @@ def _page(
             "".join(figure(path, CAPTIONS[path.stem.split("-")[0]]) for path in figures)
             or '<p class="faint">The results do not suffice for a figure yet.</p>',
             '<h2 id="tables">Tables</h2>',
-            *(table.html for table in shown),
+            *(table.html for table in summary),
+            *(_folded(title, "".join(table.html for table in own)) for title, own in found.items()),
             '<h2 id="answers">Answers</h2>',
             "<p>What each model answers to test examples after fine-tuning, first seed. Chosen among the first of each "
             "task for the most disagreement: they show what forgetting looks like, not how often it happens.</p>",
@@ -126,7 +131,19 @@ def _page(
             '<p class="faint">Drawings: OpenMoji, CC BY-SA 4.0. Handwritten digits: UCI optical recognition set.</p>',
         ]
     )
-    return document("MDGD: the small study", body, _MORE_STYLE)
+    return document("MDGD: the small study", body, _STYLE.read_text(encoding="utf-8"))
+
+
+def _opening(cells: Sequence[CellOutcomes], panels: Sequence[Path]) -> str:
+    """The picture, in panels that stand beside each other where there is room, and the sentences."""
+    told = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in sentences(cells))
+    images = "".join(f'<img alt="{html.escape(path.stem)}" src="{embedded(path.read_bytes())}">' for path in panels)
+    caption = (
+        "What was learned (T) and what was kept (P), test scores in percent, means over seeds. After captions P is the "
+        "share of old questions whose right answer is the likeliest of the task's own."
+    )
+    picture = f'<figure class="panels">{images}<figcaption>{caption}</figcaption></figure>' if panels else ""
+    return f'{picture}<ul class="told">{told}</ul>' if told else picture
 
 
 def _overview(cells: Sequence[CellOutcomes]) -> str:
@@ -154,21 +171,24 @@ def _verdicts(cells: Sequence[CellOutcomes], judged: Mapping[str, Sequence[Verdi
     shown = [cell for cell in cells if cell.cell.name in judged]
     if not shown:
         return '<p class="faint">Nothing is tested yet, so there is nothing to judge.</p>'
-    head = "".join(f"<th>{html.escape(title)}</th>" for title in ("claim", "by", *(cell.title for cell in shown)))
+    titles = [cell.title for cell in shown]
+    head = "".join(f"<th>{html.escape(title)}</th>" for title in ("claim", *titles))
     rows = []
     for same in zip(*(judged[cell.cell.name] for cell in shown), strict=True):
-        claim = f'{html.escape(same[0].claim.text)}<div class="faint">{html.escape(same[0].rule)}</div>'
-        rows.append(f'<tr><td class="claim">{claim}</td><td>{_by(same[0])}</td>{"".join(map(_verdict, same))}</tr>')
+        by = f'<div class="faint">By {_by(same[0])}: {html.escape(same[0].rule)}</div>'
+        cells_ = "".join(map(_verdict, titles, same))
+        rows.append(f'<tr><td class="claim">{html.escape(same[0].claim.text)}{by}</td>{cells_}</tr>')
     return (
         f'<div class="scroll"><table class="verdicts"><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
 
 
-def _verdict(verdict: Verdict) -> str:
+def _verdict(title: str, verdict: Verdict) -> str:
     mark, kind = MARKS[verdict.outcome]
     evidence = f'<div class="faint">{html.escape(verdict.evidence)}</div>'
-    return f'<td class="verdict"><b class="{kind}">{mark} {verdict.outcome}</b>{evidence}</td>'
+    told = f'<b class="{kind}">{mark} {verdict.outcome}</b>{evidence}'
+    return f'<td class="verdict" data-label="{html.escape(title)}">{told}</td>'
 
 
 def _answers(cell: CellOutcomes) -> str:
@@ -176,8 +196,11 @@ def _answers(cell: CellOutcomes) -> str:
     runs = {name: run for name, run in firsts.items() if run is not None}
     cards = "".join(card for task in (*PRETRAINED_TASKS, cell.cell.target) for card in _cards(task, cell, runs))
     inside = f'<div class="examples">{cards}</div>' if cards else "<p>No answers were kept.</p>"
-    opened = " open" if cell.cell.base == "adamw" else ""
-    return f"<details{opened}><summary>{html.escape(cell.title)}</summary>{inside}</details>"
+    return _folded(cell.title, inside, cell.cell.base == "adamw")
+
+
+def _folded(title: str, inside: str, opened: bool = False) -> str:
+    return f"<details{' open' if opened else ''}><summary>{html.escape(title)}</summary>{inside}</details>"
 
 
 def _first(runs: Mapping[int, Result]) -> Result | None:

@@ -7,24 +7,52 @@ from statistics import fmean
 
 from reproductions.mini.experiment.outcomes import SCORES, CellOutcomes, Outcome
 from reproductions.mini.experiment.scores import mean
-from reproductions.mini.experiment.systems import SHORT, SYSTEMS
+from reproductions.mini.experiment.systems import SHORT, SYSTEMS, System
+from reproductions.mini.report.razor import correlation, diverged
 from reproductions.mini.report.verdicts import FEWEST_SEEDS
+from reproductions.mini.world.questions import PRETRAINED_TASKS
+from reproductions.shared.results import Result
 from reproductions.shared.stats import Difference, estimate, holm
 from reproductions.shared.tables import Table
 
 NONE = "–"
+MARK = "†"
+KNOWS = f"{MARK} Knows examples of the old tasks, or how their questions are asked."
 SCORED = ("T", "P exact", "P restricted", "Avg", "H", "H LLaVA", "H MiniCPM")
+FIRST = "T of the first"
+"""What a sequence of targets has kept of the one before."""
 RIVALS = ("fine-tune-low", "align")
 COMPARED = ("T", "P", "H")
 
 
 def tables(cell: CellOutcomes) -> list[Table]:
-    """All tables of a cell: scores, costs and features, differences from rivals, values beyond edges, if there are."""
+    """All tables of a cell: scores, form and sight, costs and features, and differences from rivals.
+
+    Where results hold them, the divergence on the new task and values beyond edges too.
+    """
     if not cell.systems:
         return []
+    return [_explained(table) for table in _tables(cell)]
+
+
+def _explained(table: Table) -> Table:
+    """With a note on the mark, if there is one."""
+    there = any(row[0].endswith(MARK) for row in table.rows)
+    return replace(table, notes=(*table.notes, KNOWS)) if there else table
+
+
+def _tables(cell: CellOutcomes) -> list[Table]:
     rivals = [rival for rival in RIVALS if rival in cell.systems]
     edges = [edge_table(cell)] if cell.edges else []
-    return [score_table(cell), cost_table(cell), *(difference_table(cell, rival) for rival in rivals), *edges]
+    razor = [divergence_table(cell)] if diverged(cell) else []
+    return [
+        score_table(cell),
+        form_table(cell),
+        cost_table(cell),
+        *razor,
+        *(difference_table(cell, rival) for rival in rivals),
+        *edges,
+    ]
 
 
 def summary_table(cells: Sequence[CellOutcomes]) -> Table:
@@ -39,7 +67,7 @@ def summary_table(cells: Sequence[CellOutcomes]) -> Table:
     names = [name for name in SYSTEMS if any(name in cell.systems for cell in shown)]
     rows = [
         (
-            SYSTEMS[name].label,
+            marked(SYSTEMS[name]),
             *(_brief(cell, name, measure) for cell, measure in wanted),
             *((NONE, NONE) if name not in shown[0].systems else _costs(shown[0], name)),
         )
@@ -51,7 +79,7 @@ def summary_table(cells: Sequence[CellOutcomes]) -> Table:
         "exact after digits and restricted after captions. Step time and memory beyond the weights are multiples of "
         f"Fine-tune's ({shown[0].title})."
     )
-    return Table("Summary", columns, tuple(rows), (note,))
+    return _explained(Table("Summary", columns, tuple(rows), (note,)))
 
 
 def _brief(cell: CellOutcomes, name: str, measure: str) -> str:
@@ -67,8 +95,9 @@ def _costs(cell: CellOutcomes, name: str) -> tuple[str, str]:
 
 def score_table(cell: CellOutcomes) -> Table:
     """Scores of every system that was tested, mean ± 95 % interval over seeds."""
+    scored = (*SCORED, FIRST) if cell.cell.first else SCORED
     rows = [
-        (o.system.label, chosen_settings(o), *(_estimate(o, measure) for measure in SCORED), _seeds(o))
+        (marked(o.system), chosen_settings(o), *(_estimate(o, measure) for measure in scored), _seeds(o))
         for o in cell.systems.values()
     ]
     caption = cell.cell.target == "caption"
@@ -82,7 +111,46 @@ def score_table(cell: CellOutcomes) -> Table:
         + " H of P and T; H LLaVA of P and Avg; H MiniCPM of Avg and T.",
         *missing(cell),
     ]
-    return Table(f"{cell.title}: scores", ("system", "settings", *SCORED, "seeds"), tuple(rows), tuple(notes))
+    return Table(f"{cell.title}: scores", ("system", "settings", *scored, "seeds"), tuple(rows), tuple(notes))
+
+
+def marked(system: System) -> str:
+    """What tables call a system, with a mark if it knows of the old tasks."""
+    return f"{system.label} {MARK}" if system.knows else system.label
+
+
+def form_table(cell: CellOutcomes) -> Table:
+    """Of every pre-trained task, answers in the right form, and answers that are right among the task's own."""
+    rows = []
+    for o in cell.systems.values():
+        runs = [run for run in o.runs.values() if "failed" not in run]
+        rows.append((marked(o.system), *(_form_and_sight(runs, task) for task in PRETRAINED_TASKS)))
+    note = (
+        "Percent, means over the seeds that did not diverge: answers that are right word for word, which takes sight "
+        "and the form of the answer, / questions whose right answer is the likeliest of the task's own, which takes "
+        "sight alone."
+    )
+    return Table(f"{cell.title}: form and sight by task", ("system", *PRETRAINED_TASKS), tuple(rows), (note,))
+
+
+def _form_and_sight(runs: Sequence[Result], task: str) -> str:
+    if not runs:
+        return NONE
+    return " / ".join(f"{fmean(run[kind][task] for run in runs):.0f}" for kind in ("exact", "restricted"))
+
+
+def divergence_table(cell: CellOutcomes) -> Table:
+    """How far the answers to the target's prompts have moved, beside what was forgotten."""
+    found = diverged(cell)
+    rows = [
+        (marked(SYSTEMS[name]), f"{estimate(list(kl.values())):.3f}", f"{lost:+.1f}")
+        for name, (kl, lost) in found.items()
+    ]
+    note = (
+        "KL(p_φ ‖ p_θ) in nats a token at the pre-trained model's own answers to the target's test prompts, and the "
+        f"change of P on the same seeds. {correlation(found)}"
+    )
+    return Table(f"{cell.title}: KL on the new task, and forgetting", ("system", "KL", "ΔP"), tuple(rows), (note,))
 
 
 def cost_table(cell: CellOutcomes) -> Table:
@@ -90,7 +158,7 @@ def cost_table(cell: CellOutcomes) -> Table:
     columns = ("system", "rank, scenes", f"rank, {cell.cell.target}", "drift, %", "trained", "step time", "memory")
     rows = [
         (
-            o.system.label,
+            marked(o.system),
             _ranks(cell, o, "rank, scenes"),
             _ranks(cell, o, "rank, target"),
             _estimate(o, "drift"),
@@ -119,7 +187,7 @@ def difference_table(cell: CellOutcomes, rival: str) -> Table:
     for i, name in enumerate(others):
         cells = [part for m in COMPARED for part in (_difference(found[m][i]), _p(adjusted[m][i]))]
         seeds = found["H"][i]
-        rows.append((SYSTEMS[name].label, *cells, str(seeds.n if seeds else 0)))
+        rows.append((marked(SYSTEMS[name]), *cells, str(seeds.n if seeds else 0)))
     counted = sum(not math.isnan(p) for p in adjusted["H"])
     notes = [
         f"Difference on the same seeds ± half a 95 % interval; p of a two-sided paired t-test, from "
@@ -142,7 +210,9 @@ def edge_table(cell: CellOutcomes) -> Table:
             H = [mean(each, SCORES["H"]) for each in (before, results)]
             scores = [f"{mean(results, SCORES[measure]):.1f}" for measure in ("T", "P")]
             beyond = chosen_settings(replace(outcome, method=method))
-            rows.append((outcome.system.label, chosen_settings(outcome), f"{H[0]:.1f}", beyond, *scores, f"{H[1]:.1f}"))
+            rows.append(
+                (marked(outcome.system), chosen_settings(outcome), f"{H[0]:.1f}", beyond, *scores, f"{H[1]:.1f}")
+            )
     note = (
         "Validation examples, mean of two seeds. Where a setting was chosen at the edge of what was tried, the next "
         "value beyond, by the ratio to its neighbour. Nothing was chosen by these."

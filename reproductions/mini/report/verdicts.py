@@ -5,13 +5,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from scipy import stats  # type: ignore[import-untyped]
-
 from reproductions.mini.experiment.outcomes import CellOutcomes
 from reproductions.mini.experiment.study import checkpoint_of
 from reproductions.mini.experiment.systems import SYSTEMS
-from reproductions.mini.report.claims import BEST, CLAIMS, CORRELATION, RANK_MEASURES_FORGETTING, Claim, Condition
-from reproductions.shared.stats import Estimate, estimate
+from reproductions.mini.report.claims import (
+    BEST,
+    CLAIMS,
+    CORRELATION,
+    RANK_MEASURES_FORGETTING,
+    RECOMMENDATION,
+    Claim,
+    Condition,
+)
+from reproductions.shared.stats import Estimate, estimate, spearman
 
 Outcome = Literal["holds here", "does not hold here", "cannot tell"]
 FEWEST_SEEDS = 3
@@ -43,9 +49,20 @@ class Verdict:
     evidence: str
 
 
-def verdicts(cell: CellOutcomes) -> list[Verdict]:
+def verdicts(cell: CellOutcomes, claims: Sequence[Claim] = CLAIMS) -> list[Verdict]:
     """Every claim in a cell, in order."""
-    return [_correlation(cell) if c is RANK_MEASURES_FORGETTING else _judge(c, cell) for c in CLAIMS]
+    return [_correlation(cell) if c is RANK_MEASURES_FORGETTING else _judge(c, cell) for c in claims]
+
+
+def claims_of(cells: Sequence[CellOutcomes]) -> list[Claim]:
+    """All claims, and of those of the recommendation, which are younger than the first results, what was tested."""
+    tested = {name for cell in cells for name in cell.systems}
+    younger = [
+        claim
+        for claim in RECOMMENDATION
+        if claim not in CLAIMS and all({c.system, c.baseline} <= tested for c in claim.conditions)
+    ]
+    return [*CLAIMS, *younger]
 
 
 def against(found: Estimate, side: Literal[">", "<"], boundary: float) -> Outcome:
@@ -80,7 +97,7 @@ def rule(condition: Condition) -> str:
 
 
 def _condition(condition: Condition, cell: CellOutcomes) -> tuple[Outcome, str]:
-    baseline = _best(cell, condition.system) if condition.baseline == BEST else condition.baseline
+    baseline = best(cell, condition.system) or BEST if condition.baseline == BEST else condition.baseline
     lacking = [name for name in (condition.system, baseline) if name not in cell.systems]
     if lacking:
         return "cannot tell", f"not measured: {'; '.join(SYSTEMS[n].label if n in SYSTEMS else n for n in lacking)}"
@@ -105,13 +122,14 @@ def _by_checkpoint(condition: Condition, baseline: str, cell: CellOutcomes) -> s
     return "; " + ", ".join(f"{name} {estimate(values).mean:+.1f}" for name, values in found.items())
 
 
-def _best(cell: CellOutcomes, other_than: str) -> str:
+def best(cell: CellOutcomes, other_than: str = "") -> str | None:
+    """The system with the highest mean H among those that know nothing of the old tasks and have enough seeds."""
     means = {
         name: estimate(list(outcome.values("H").values())).mean
         for name, outcome in cell.systems.items()
         if name not in (other_than, "zero-shot") and not outcome.system.knows and len(outcome.runs) >= FEWEST_SEEDS
     }
-    return max(means, key=means.__getitem__) if means else BEST
+    return max(means, key=means.__getitem__, default=None)
 
 
 def _correlation(cell: CellOutcomes) -> Verdict:
@@ -120,16 +138,15 @@ def _correlation(cell: CellOutcomes) -> Verdict:
     pairs = rank_and_forgetting(cell)
     if len(pairs) < _FEWEST_SYSTEMS:
         return Verdict(claim, "cannot tell", words, f"{len(pairs)} systems with {FEWEST_SEEDS} seeds")
-    rho = float(stats.spearmanr(*zip(*pairs.values(), strict=True)).statistic)
-    if math.isnan(rho):
+    found = spearman(list(pairs.values()))
+    if math.isnan(found.rho):
         return Verdict(claim, "cannot tell", words, f"no variation over {len(pairs)} systems")
-    inside = max(-0.999999, min(0.999999, rho))
-    reach = stats.norm.ppf(0.975) * math.sqrt((1 + inside**2 / 2) / (len(pairs) - 3))
-    low, high = (math.tanh(math.atanh(inside) + sign * reach) for sign in (-1, 1))
-    outcome: Outcome = (
-        "holds here" if low > CORRELATION else "does not hold here" if high < CORRELATION else "cannot tell"
-    )
-    return Verdict(claim, outcome, words, f"ρ = {rho:.2f}, {low:.2f} to {high:.2f}, over {len(pairs)} systems")
+    outcome: Outcome = "cannot tell"
+    if found.low > CORRELATION:
+        outcome = "holds here"
+    elif found.high < CORRELATION:
+        outcome = "does not hold here"
+    return Verdict(claim, outcome, words, f"ρ = {found}, over {len(pairs)} systems")
 
 
 def rank_and_forgetting(cell: CellOutcomes) -> dict[str, tuple[float, float]]:

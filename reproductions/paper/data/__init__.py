@@ -1,7 +1,7 @@
 """The twelve data sets of the tables, each read into `Example`s from the hub or from local files of its own schema."""
 
 from reproductions.paper.data.aokvqa import AOKVQA
-from reproductions.paper.data.dataset import ORGANISATION, DataSet, Examples, Split
+from reproductions.paper.data.dataset import ORGANISATIONS, DataSet, Examples, Split
 from reproductions.paper.data.examples import DataError, Example
 from reproductions.paper.data.flickr30k import Flickr30k
 from reproductions.paper.data.gqa import GQA
@@ -15,7 +15,7 @@ from reproductions.paper.data.textcaps import TextCaps
 from reproductions.paper.data.textvqa import TextVQA
 from reproductions.paper.data.vizwiz import VizWiz
 
-__all__ = ["DATASETS", "ORGANISATION", "DataError", "DataSet", "Example", "Examples", "Split"]
+__all__ = ["DATASETS", "ORGANISATIONS", "DataError", "DataSet", "Example", "Examples", "Split"]
 
 DATASETS: dict[str, DataSet] = {
     data.name: data

@@ -23,6 +23,7 @@ class AOKVQA(DataSet):
     splits: ClassVar = {"train": Split(17_056, 0.9), "validation": Split(1_145, 0.06)}
     evaluation = "validation"
     training = "train"
+    validation = "train"
     columns = ("image", "question_id", "question", "choices", "correct_choice_idx")
 
     def example(self, row: Row) -> Example:

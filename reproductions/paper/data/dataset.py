@@ -12,8 +12,8 @@ from reproductions.paper.data.examples import DataError, Example
 from reproductions.paper.data.parquet import read_parquet, write_parquet
 from reproductions.paper.data.rows import Row
 
-ORGANISATION = "lmms-lab"
-"""Organisation on the hub; newer releases of lmms-eval call it `lmms-lab-encoder`."""
+ORGANISATIONS = ("lmms-lab-encoder", "lmms-lab")
+"""Organisations on the hub that have copies of lmms-eval's sets: the new name and the old one, asked in this order."""
 
 _SAMPLES = 1_200_000
 """More rows than a sample file has: keeps ids of splits apart."""
@@ -21,23 +21,37 @@ _SAMPLES = 1_200_000
 
 @dataclass(frozen=True)
 class Split:
-    """Size of a split: examples, and gigabytes to download."""
+    """Size of a split: examples, gigabytes to download, and gigabytes of the copy that `datasets` makes of it.
+
+    The copy holds a picture once for each question about it, where a parquet file holds it once: ten times the size
+    and more. None where the copy is of the download's size, or none is made.
+    """
 
     examples: int
     gigabytes: float
+    copy: float | None = None
+
+    @property
+    def unpacked(self) -> float:
+        """Gigabytes of the copy."""
+        return self.gigabytes if self.copy is None else self.copy
 
 
 @dataclass(frozen=True)
 class Examples(Sequence[Example]):
-    """The first `length` rows of a split, read when they are asked for; can be sent to worker processes."""
+    """Rows of a split, read when they are asked for; can be sent to worker processes.
+
+    Attributes:
+        places: of the rows in the split.
+    """
 
     data: "DataSet" = field(repr=False)
     split: str
     rows: Sequence[Mapping[str, Any]] = field(repr=False)
-    length: int
+    places: Sequence[int] = field(repr=False)
 
     def __len__(self) -> int:
-        return self.length
+        return len(self.places)
 
     @overload
     def __getitem__(self, index: int) -> Example: ...
@@ -45,11 +59,9 @@ class Examples(Sequence[Example]):
     def __getitem__(self, index: slice) -> list[Example]: ...
     def __getitem__(self, index: int | slice) -> Example | list[Example]:
         if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(self.length))]
-        if not -self.length <= index < self.length:
-            raise IndexError(index)
-        index %= self.length
-        return self.data.example(Row(self.data.title, self.split, index, self.rows[index]))
+            return [self[i] for i in range(*index.indices(len(self)))]
+        place = self.places[index]
+        return self.data.example(Row(self.data.title, self.split, place, self.rows[place]))
 
 
 @dataclass(frozen=True)
@@ -59,16 +71,17 @@ class DataSet(ABC):
     Attributes:
         name: what configurations call it.
         title: what tables and errors call it.
-        repository: on the hub; "{organisation}" stands for the argument of `load`.
+        repository: on the hub; "{organisation}" stands for one of `ORGANISATIONS`, or the argument of `load`.
         folder: of the repository that holds the files, which is the configuration's name where there are several.
         metric: name in `METRICS`.
         splits: sizes by name.
         evaluation: the split that the tables' numbers are measured on.
         training: the split to fine-tune on; None for sets that are only evaluated.
+        validation: a split to choose settings by, whose examples the tables' numbers are not measured on; None for
+            sets that have none.
         columns: those that `example` reads.
         answer_tokens: the longest answer that is asked for: lmms-eval's where it names one of at most 256, and else
             enough that no answer that counts is cut off.
-        by_hand: splits that the hub does not have.
     """
 
     name: ClassVar[str]
@@ -79,9 +92,9 @@ class DataSet(ABC):
     splits: ClassVar[Mapping[str, Split]]
     evaluation: ClassVar[str]
     training: ClassVar[str | None] = None
+    validation: ClassVar[str | None] = None
     columns: ClassVar[tuple[str, ...]]
     answer_tokens: ClassVar[int] = 128
-    by_hand: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def example(self, row: Row) -> Example:
@@ -105,7 +118,9 @@ class DataSet(ABC):
         *,
         source: str | Path | None = None,
         limit: int | None = None,
-        organisation: str = ORGANISATION,
+        seed: int = 0,
+        organisation: str = "",
+        revision: str | None = None,
     ) -> Examples:
         """Open a split; pictures are decoded when they are looked at.
 
@@ -113,8 +128,10 @@ class DataSet(ABC):
             split: one of `splits`.
             source: folder in the layout of the hub's repository (`{folder}/{split}-*.parquet`), a clone of it for
                 instance; by default the files of this split are fetched from the hub, once.
-            limit: how many rows, from the first; all by default.
-            organisation: whose copy on the hub.
+            limit: how many rows, drawn at random and in their own order; all by default.
+            seed: draws them.
+            organisation: whose copy on the hub; those of `ORGANISATIONS` if empty.
+            revision: commit or branch of the repository on the hub; the newest if None.
 
         Raises:
             DataError: an unknown split, a file or a column that is missing, no rows, or a hub out of reach. A broken
@@ -125,9 +142,15 @@ class DataSet(ABC):
             raise DataError(f"{self.title}: split must be one of {', '.join(self.splits)}, got {split!r}")
         if limit is not None and limit < 1:
             raise ValueError(f"limit must be positive, got {limit}")
-        folder = self.fetch(split, organisation) if source is None else Path(source)
+        folder = self.fetch(split, organisation, revision) if source is None else Path(source)
         rows = self.rows(folder, split)
-        return Examples(self, split, rows, len(rows) if limit is None else min(limit, len(rows)))
+        if limit is None or limit >= len(rows):
+            return Examples(self, split, rows, range(len(rows)))
+        return Examples(self, split, rows, sorted(self.drawn(rows, limit, np.random.default_rng(seed))))
+
+    def drawn(self, rows: Sequence[Mapping[str, Any]], limit: int, rng: np.random.Generator) -> list[int]:
+        """Places of so many different rows."""
+        return [int(i) for i in rng.choice(len(rows), limit, replace=False)]
 
     def rows(self, folder: Path, split: str) -> Sequence[Mapping[str, Any]]:
         """Rows of a split in a folder; at least one.
@@ -149,25 +172,37 @@ class DataSet(ABC):
         """Everything that a split needs from the hub."""
         return [self.pattern(split)]
 
-    def fetch(self, split: str, organisation: str) -> Path:
-        """Bring the files of a split from the hub, or find them in its cache.
+    def repositories(self, split: str, organisation: str) -> list[str]:
+        """Where the hub has a split, in the order to ask."""
+        names = [organisation] if organisation else ORGANISATIONS
+        return list(dict.fromkeys(self.repository.format(organisation=name) for name in names))
+
+    def fetch(self, split: str, organisation: str, revision: str | None = None) -> Path:
+        """Bring the files of a split from the hub, or find them in its cache; the folder's name is the commit.
 
         Raises:
             DataError: they are not to be had.
         """
         from huggingface_hub import snapshot_download
 
-        repository = self.repository.format(organisation=organisation)
-        try:
-            return Path(snapshot_download(repository, repo_type="dataset", allow_patterns=self.patterns(split)))
-        # No network, no such repository and no permission are different errors, of several libraries.
-        except Exception as error:
-            moved = " or, if it has moved, name whose copy to take (--set data.organisation=lmms-lab-encoder)"
-            raise DataError(
-                f"{self.title}: could not fetch {repository} from the hub: {str(error).rstrip('.')}. Pass a folder "
-                f"with its files (--data FOLDER, for FOLDER/{self.name}/{self.pattern(split)})"
-                f"{moved * (repository != self.repository)}."
-            ) from error
+        repositories = self.repositories(split, organisation)
+        errors: list[Exception] = []
+        for repository in repositories:
+            try:
+                return Path(
+                    snapshot_download(
+                        repository, repo_type="dataset", allow_patterns=self.patterns(split), revision=revision
+                    )
+                )
+            # No network, no such repository and no permission are different errors, of several libraries.
+            except Exception as error:
+                errors.append(error)
+        moved = " or, if it has moved, name whose copy to take (--set data.organisation=NAME)"
+        raise DataError(
+            f"{self.title}: could not fetch {' or '.join(repositories)} from the hub: {str(errors[0]).rstrip('.')}. "
+            f"Pass a folder with its files (--data FOLDER, for FOLDER/{self.name}/{self.pattern(split)})"
+            f"{moved * ('{organisation}' in self.repository)}."
+        ) from errors[0]
 
     def write_sample(self, folder: Path, split: str, n: int, seed: int) -> None:
         """Write a small file in the data set's own schema, which `load(split, source=folder)` reads.

@@ -56,6 +56,7 @@ class IconQA(DataSet):
     metric = "iconqa"
     splits: ClassVar = {"val": Split(21_488, 0.33), "test": Split(21_489, 0.34)}
     evaluation = "test"
+    validation = "val"
     columns = ("question_id", "question", "choices", "answer", "query_image", "ques_type")
     answer_tokens = 32
 

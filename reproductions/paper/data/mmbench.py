@@ -28,7 +28,7 @@ class MMBench(DataSet):
     repository = "{organisation}/MMBench"
     folder = "en"
     metric = "mmbench"
-    splits: ClassVar = {"dev": Split(4_329, 0.1)}
+    splits: ClassVar = {"dev": Split(4_329, 0.1, 0.1)}
     evaluation = "dev"
     columns = ("index", "question", "hint", *_OPTIONS, "answer", "category", "image")
     answer_tokens = 256
@@ -53,6 +53,18 @@ class MMBench(DataSet):
         files = sorted(folder.glob(self.pattern(split)))
         fifth = [_FIFTH] * bool(files and _FIFTH in columns_of(self.title, files[0]))
         return read_parquet(self.title, folder, self.pattern(split), (*self.columns, *fifth))
+
+    def drawn(self, rows: Sequence[Mapping[str, Any]], limit: int, rng: np.random.Generator) -> list[int]:
+        """Whole questions with all their rotations, as long as they have room; at least one."""
+        groups: dict[int, list[int]] = {}
+        column: Sequence[int] = rows["index"]  # type: ignore[call-overload]
+        for place, index in enumerate(column):
+            groups.setdefault(int(index) % ROTATION, []).append(place)
+        order = [list(groups.values())[int(i)] for i in rng.permutation(len(groups))]
+        found = list(order[0])
+        for group in order[1:]:
+            found += group if len(found) + len(group) <= limit else []
+        return found
 
     def features(self) -> dict[str, Any]:
         text = datasets.Value("string")

@@ -1,6 +1,7 @@
 """OK-VQA (Marino et al. 2019, arXiv 1906.00067): questions that need knowledge from outside the picture.
 
-The hub's copy holds the validation split alone. Training reads the files of okvqa.allenai.org and cocodataset.org.
+lmms-eval's copy on the hub holds the validation split alone. Training reads the files of okvqa.allenai.org and
+cocodataset.org where a folder has them, and else another copy on the hub.
 """
 
 import json
@@ -22,9 +23,11 @@ from reproductions.paper.data.shapes import draw
 QUESTIONS = "OpenEnded_mscoco_train2014_questions.json"
 ANNOTATIONS = "mscoco_train2014_annotations.json"
 IMAGES = "train2014"
+TRAINING = "Multimodal-Fatima/OK-VQA_train"
+"""A copy of the training split on the hub. Its columns are checked when it is read."""
 _HOW = (
     f"training needs {QUESTIONS} and {ANNOTATIONS} of https://okvqa.allenai.org/download.html and the folder {IMAGES} "
-    "of https://cocodataset.org in one folder, passed as source"
+    "of https://cocodataset.org together in FOLDER/okvqa, with --data FOLDER"
 )
 
 
@@ -38,11 +41,11 @@ class OKVQA(DataSet):
     title = "OK-VQA"
     repository = "{organisation}/OK-VQA"
     metric = "vqa"
-    splits: ClassVar = {"train": Split(9_009, 13.5), "val2014": Split(5_046, 0.83)}
+    splits: ClassVar = {"train": Split(9_009, 1.6), "val2014": Split(5_046, 0.83)}
     evaluation = "val2014"
     training = "train"
+    validation = "train"
     columns = ("image", "question", "answers", "question_id")
-    by_hand = ("train",)
 
     short: bool = True
 
@@ -52,15 +55,28 @@ class OKVQA(DataSet):
         return Example(row.text("question_id"), row.picture(), question, answers, most_common(answers))
 
     def holds(self, folder: Path, split: str) -> bool:
-        return (folder / QUESTIONS).is_file() if split == "train" else super().holds(folder, split)
+        return super().holds(folder, split) or (split == "train" and (folder / QUESTIONS).is_file())
 
-    def fetch(self, split: str, organisation: str) -> Path:
-        if split == "train":
-            raise DataError(f"{self.title}: the hub's copy has no training split; {_HOW}")
-        return super().fetch(split, organisation)
+    def repositories(self, split: str, organisation: str) -> list[str]:
+        return [TRAINING] if split == "train" else super().repositories(split, organisation)
+
+    def fetch(self, split: str, organisation: str, revision: str | None = None) -> Path:
+        try:
+            return super().fetch(split, organisation, revision)
+        except DataError as error:
+            if split != "train":
+                raise
+            raise DataError(f"{error} Or else {_HOW}.") from error
 
     def rows(self, folder: Path, split: str) -> Sequence[Mapping[str, Any]]:
-        return self._original(folder) if split == "train" else super().rows(folder, split)
+        if split == "train" and (folder / QUESTIONS).is_file():
+            return self._original(folder)
+        try:
+            return super().rows(folder, split)
+        except DataError as error:
+            if split != "train":
+                raise
+            raise DataError(f"{error}; {_HOW}") from error
 
     def _original(self, folder: Path) -> list[dict[str, Any]]:
         asked = self._entries(folder / QUESTIONS, "questions")

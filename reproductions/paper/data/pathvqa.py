@@ -19,10 +19,13 @@ class PathVQA(DataSet):
     name = "pathvqa"
     title = "PathVQA"
     repository = "flaviagiammarino/path-vqa"
-    metric = "exact_match"
-    splits: ClassVar = {"train": Split(19_654, 0.45), "validation": Split(6_259, 0.15), "test": Split(6_719, 0.16)}
+    metric = "yes_no_or_open"
+    splits: ClassVar = {
+        "train": Split(19_654, 0.45, 3.2), "validation": Split(6_259, 0.15, 1.2), "test": Split(6_719, 0.16, 1.1),
+    }  # fmt: skip
     evaluation = "test"
     training = "train"
+    validation = "validation"
     columns = ("image", "question", "answer")
 
     def example(self, row: Row) -> Example:

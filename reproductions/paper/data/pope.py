@@ -20,16 +20,16 @@ class POPE(DataSet):
     title = "POPE"
     repository = "{organisation}/POPE"
     metric = "pope"
-    splits: ClassVar = {"test": Split(9_000, 0.26)}
+    splits: ClassVar = {"test": Split(9_000, 0.26, 1.5)}
     evaluation = "test"
-    columns = ("question_id", "question", "answer", "image")
+    columns = ("question_id", "question", "answer", "image", "category")
 
     def example(self, row: Row) -> Example:
         answer = row.text("answer").strip().lower()
         if answer not in ("yes", "no"):
             raise row.error(f"the answer must be yes or no, got {answer!r}")
         # Question ids begin anew in each of the three categories.
-        extra = {"question_id": row.text("question_id")}
+        extra = {"question_id": row.text("question_id"), "category": row.optional("category")}
         question = row.text("question").strip() + SHORT
         return Example(str(row.index), row.picture(), question, (answer,), answer, extra=extra)
 

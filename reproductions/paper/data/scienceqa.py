@@ -24,6 +24,7 @@ class ScienceQA(DataSet):
     splits: ClassVar = {"train": Split(6_218, 0.4), "validation": Split(2_097, 0.13), "test": Split(2_017, 0.13)}
     evaluation = "test"
     training = "train"
+    validation = "validation"
     columns = ("image", "question", "choices", "answer", "hint")
     answer_tokens = 16
 

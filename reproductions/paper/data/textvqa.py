@@ -25,9 +25,10 @@ class TextVQA(DataSet):
     title = "TextVQA"
     repository = "{organisation}/textvqa"
     metric = "vqa"
-    splits: ClassVar = {"train": Split(34_602, 6.2), "validation": Split(5_000, 0.9)}
+    splits: ClassVar = {"train": Split(34_602, 6.2, 9.8), "validation": Split(5_000, 0.9, 1.4)}
     evaluation = "validation"
     training = "train"
+    validation = "train"
     columns = ("image", "question", "answers", "ocr_tokens", "question_id")
 
     ocr: bool = True

@@ -2,7 +2,7 @@
 
 from reproductions.paper.metrics.choice import IconQAMetric, Letter, MMBenchMetric
 from reproductions.paper.metrics.cider import CIDEr
-from reproductions.paper.metrics.exact import ExactMatch
+from reproductions.paper.metrics.exact import ExactMatch, YesNoOrOpen
 from reproductions.paper.metrics.metric import Metric
 from reproductions.paper.metrics.pope import POPEMetric
 from reproductions.paper.metrics.vqa import VQA
@@ -11,5 +11,5 @@ __all__ = ["METRICS", "Metric"]
 
 METRICS: dict[str, Metric] = {
     metric.name: metric
-    for metric in (VQA(), ExactMatch(), Letter(), IconQAMetric(), MMBenchMetric(), POPEMetric(), CIDEr())
+    for metric in (VQA(), ExactMatch(), YesNoOrOpen(), Letter(), IconQAMetric(), MMBenchMetric(), POPEMetric(), CIDEr())
 }

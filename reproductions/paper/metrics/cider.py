@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
+from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
+from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.tokenizer import ptbtokenizer
 
 from reproductions.paper.data.examples import Example
@@ -40,19 +42,29 @@ class CIDEr(Metric):
 
     def each(self, predictions: Sequence[str], examples: Sequence[Example]) -> list[float]:
         """Each depends on the others: words count by how rare they are in the references of all pictures."""
+        return self._each(*self._words(predictions, examples))
+
+    def score(self, predictions: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
+        """The mean as "score" and again under `key`; "bleu_4" of the whole and the mean "rouge_l" of the same words."""
+        given, references = self._words(predictions, examples)
+        mean = fmean(self._each(given, references))
+        bleu, _ = Bleu(4).compute_score(references, given, verbose=0)
+        rouge, _ = Rouge().compute_score(references, given)
+        return {"score": mean, self.key: mean, "bleu_4": 100 * float(bleu[3]), "rouge_l": 100 * float(rouge)}
+
+    def _words(self, predictions: Sequence[str], examples: Sequence[Example]) -> tuple[Captions, Captions]:
+        """Predictions and references by example, with a blank between words."""
         require_pairs(predictions, examples)
         # References and, below zero, predictions: Java starts once.
         texts = {i: [_line(answer) for answer in example.answers] for i, example in enumerate(examples)}
         texts |= {~i: [_line(prediction)] for i, prediction in enumerate(predictions)}
         words = _split_ptb(texts) if self.ptb else _split(texts)
         places = range(len(examples))
-        _, each = Cider().compute_score({i: words[i] for i in places}, {i: words[~i] for i in places})
-        return [100 * float(score) for score in each]
+        return {i: words[~i] for i in places}, {i: words[i] for i in places}
 
-    def score(self, predictions: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
-        """The mean as "score" and again under `key`."""
-        mean = fmean(self.each(predictions, examples))
-        return {"score": mean, self.key: mean}
+    def _each(self, given: Captions, references: Captions) -> list[float]:
+        _, each = Cider().compute_score(references, given)
+        return [100 * float(score) for score in each]
 
 
 def _line(caption: str) -> str:

@@ -7,6 +7,7 @@ for VizWiz too.
 
 import re
 from collections.abc import Sequence
+from statistics import fmean
 
 from reproductions.paper.data.examples import Example
 from reproductions.paper.metrics.contractions import CONTRACTIONS
@@ -55,3 +56,12 @@ class VQA(EachMetric):
 
     def one(self, prediction: str, example: Example) -> float:
         return vqa_accuracy(prediction, example.answers)
+
+    def score(self, predictions: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
+        """Also "any_annotator": the share of answers that at least one annotator gave."""
+        scores = super().score(predictions, examples)
+        anyone = [
+            normalise(prediction) in map(normalise, example.answers)
+            for prediction, example in zip(predictions, examples, strict=True)
+        ]
+        return {**scores, "any_annotator": 100 * fmean(anyone)}

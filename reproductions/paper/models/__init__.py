@@ -1,4 +1,4 @@
-"""The models of the tables, and how they are loaded."""
+"""The models of the tables and those of today, and how they are loaded."""
 
 from pathlib import Path
 
@@ -6,15 +6,24 @@ import torch
 from torch import nn
 
 from reproductions.paper.models.base import Batch, ModelError, VisionLanguageModel, to_device
+from reproductions.paper.models.internvl3_5 import InternVL351B, InternVL354B
 from reproductions.paper.models.llava import Llava
 from reproductions.paper.models.minicpm_v2 import MiniCPMV2Model
 from reproductions.paper.models.minicpm_v4 import MiniCPMV4Model
+from reproductions.paper.models.qwen2_5_vl import Qwen25VL3B, Qwen25VL7B
+from reproductions.paper.models.qwen3_vl import Qwen3VL2B, Qwen3VL4B
+from reproductions.paper.models.smolvlm2 import SmolVLM2
 
 __all__ = ["MODELS", "Batch", "ModelError", "VisionLanguageModel", "load_model", "skeleton", "to_device"]
 
 MODELS: dict[str, type[VisionLanguageModel]] = {
-    family.name: family for family in (Llava, MiniCPMV2Model, MiniCPMV4Model)
-}
+    family.name: family
+    for family in (
+        Llava, MiniCPMV2Model, MiniCPMV4Model, Qwen25VL3B, Qwen25VL7B, Qwen3VL2B, Qwen3VL4B, InternVL351B,
+        InternVL354B, SmolVLM2,
+    )
+}  # fmt: skip
+"""By name: the models of the tables, then those of today. A new one is a file with a class, and stands here."""
 
 
 def load_model(

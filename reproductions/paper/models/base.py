@@ -51,12 +51,20 @@ class VisionLanguageModel(ABC):
     Attributes:
         name: what configurations call the family.
         source: where its published weights are.
+        picture: tokens of a common picture, 640 × 480, for the decoder, and patches for the vision tower.
+        elsewhere: what lmms-eval calls its model, and the class of VLMEvalKit, that load a folder of this family; empty
+            where there is none.
+        tiles_in_turn: whether the vision tower looks at one tile after the other, so that the last alone is remembered
+            from one pass over the same batch to the next.
         network: called as ``network(**batch)``; its output has ``loss`` where the batch has labels.
         tokenizer: of transformers.
     """
 
     name: ClassVar[str]
     source: ClassVar[str]
+    picture: ClassVar[tuple[int, int]]
+    elsewhere: ClassVar[tuple[str, str]] = ("", "")
+    tiles_in_turn: ClassVar[bool] = False
 
     def __init__(self, network: nn.Module, tokenizer: Any) -> None:
         self.network = network
@@ -125,12 +133,14 @@ class VisionLanguageModel(ABC):
         return int(self.tokenizer.eos_token_id if pad is None else pad)
 
     @torch.no_grad()
-    def generate(self, batch: Mapping[str, Any], max_new_tokens: int) -> list[str]:
-        """Answers to a batch without labels, greedily, whatever generation settings came with the weights."""
+    def generate(
+        self, batch: Mapping[str, Any], max_new_tokens: int, *, beams: int = 1, repetition_penalty: float = 1.0
+    ) -> list[str]:
+        """Answers to a batch without labels, greedily by default, whatever settings came with the weights."""
         network: Any = self.network
         generated = network.generate(
-            **batch, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, repetition_penalty=1.0,
-            pad_token_id=self.padding, eos_token_id=self.tokenizer.eos_token_id,
+            **batch, max_new_tokens=max_new_tokens, do_sample=False, num_beams=beams,
+            repetition_penalty=repetition_penalty, pad_token_id=self.padding, eos_token_id=self.tokenizer.eos_token_id,
         )  # fmt: skip
         words = generated[:, batch["input_ids"].shape[1] :]
         return [text.strip() for text in self.tokenizer.batch_decode(words, skip_special_tokens=True)]

@@ -21,8 +21,12 @@ from reproductions.paper.models.base import Batch, Encoded, VisionLanguageModel,
 from reproductions.paper.models.tiny import WIDTH, byte_tokenizer
 
 TOKEN = "<image>"
-PROMPT = "USER: {image}\n{question} ASSISTANT:"
-"""The instruction as the model was taught: Vicuna's form without a system prompt, as its card on the hub has it."""
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+PROMPT = SYSTEM + " USER: {image}\n{question} ASSISTANT:"
+"""The instruction as the model was taught, and as its published scores were measured: LLaVA's form "vicuna_v1"."""
 
 
 class Llava(VisionLanguageModel):
@@ -30,6 +34,8 @@ class Llava(VisionLanguageModel):
 
     name = "llava-1.5-7b"
     source = "llava-hf/llava-1.5-7b-hf"
+    picture = (576, 577)
+    elsewhere = ("llava_hf", "")
 
     def __init__(self, network: nn.Module, tokenizer: Any, pixels: Any) -> None:
         super().__init__(network, tokenizer)

@@ -105,6 +105,10 @@ class MiniCPMV2Model(VisionLanguageModel):
 
     name = "minicpm-v-2"
     source = "openbmb/MiniCPM-V-2"
+    # An overview and up to nine slices; four is what 0.8 megapixels are cut into.
+    picture = (5 * 64, 5 * 1024)
+    tiles_in_turn = True
+    elsewhere = ("minicpm_v", "MiniCPM_V")
 
     @classmethod
     def skeleton(cls) -> nn.Module:

@@ -41,6 +41,7 @@ class MiniCPMV4Model(VisionLanguageModel):
 
     name = "minicpm-v-4.6"
     source = "openbmb/MiniCPM-V-4.6"
+    picture = (5 * 64, 5 * 1024)
 
     def __init__(self, network: nn.Module, tokenizer: Any, pixels: Any) -> None:
         super().__init__(network, tokenizer)

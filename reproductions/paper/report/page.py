@@ -11,8 +11,9 @@ from reproductions.paper.report.figures import draw_all
 from reproductions.paper.report.findings import Finding, findings
 from reproductions.paper.report.published import published
 from reproductions.paper.report.results import Result, read_results
-from reproductions.paper.report.tables import Comparison, Line, comparisons, trained_cell
+from reproductions.paper.report.tables import Comparison, Line, beside, comparisons, trained_cell
 from reproductions.shared.page import document, embedded, figure, navigation
+from reproductions.shared.tables import Table
 
 SHOWN, AMONG = 4, 12
 """Examples of each task on the page, and how many of the first they are chosen from: runs keep pictures of those."""
@@ -46,11 +47,13 @@ def write_report(results: Path, output: Path) -> Path:
     path = output if output.suffix == ".html" else output / "report.html"
     runs = read_results(results)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(_page(runs, comparisons(results), _figures(results)), encoding="utf-8")
+    path.write_text(_page(runs, comparisons(results), beside(results), _figures(results)), encoding="utf-8")
     return path
 
 
-def _page(runs: Mapping[str, Mapping[str, Result]], tables: Sequence[Comparison], figures: str) -> str:
+def _page(
+    runs: Mapping[str, Mapping[str, Result]], tables: Sequence[Comparison], more: Sequence[Table], figures: str
+) -> str:
     everything = [run for methods in runs.values() for run in methods.values()]
     sections = ("Findings", "Tables", "Figures", "Answers", "Runs")
     parts = [
@@ -65,6 +68,7 @@ def _page(runs: Mapping[str, Mapping[str, Result]], tables: Sequence[Comparison]
         "<p>Each system as published, as measured here, and the difference in percentage points. Hscore is the "
         "harmonic mean that the table used; H(P, T) weighs what was kept against what was learned.</p>",
         *(_table(table) for table in tables),
+        *(table.html for table in more),
         '<h2 id="figures">Figures</h2>',
         figures or '<p class="faint">No run has left data for a figure yet.</p>',
         '<h2 id="answers">Answers</h2>',

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -22,6 +22,7 @@ class PublishedRow:
         scores: data set -> percent, the target last.
         average: the column Avg.
         hscore: the column Hscore.
+        incomparable: data set -> why its number is of another quantity than ours, in this row alone.
     """
 
     experiment: str
@@ -32,6 +33,7 @@ class PublishedRow:
     scores: Mapping[str, float]
     average: float
     hscore: float
+    incomparable: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class PublishedExperiment:
         target: data set that was learned.
         hscore: which of `scores.H_SCORES` the table's Hscore is.
         rows: method -> row, in the table's order.
+        incomparable: data set -> why its published numbers are of another quantity than ours.
     """
 
     name: str
@@ -55,11 +58,17 @@ class PublishedExperiment:
     target: str
     hscore: str
     rows: Mapping[str, PublishedRow]
+    incomparable: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def tasks(self) -> tuple[str, ...]:
         """Every data set, the target last."""
         return (*self.pretrained, self.target)
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """The pre-trained data sets whose published numbers are of the quantity that is measured here."""
+        return tuple(task for task in self.pretrained if task not in self.incomparable)
 
 
 @cache
@@ -74,6 +83,9 @@ def _experiment(name: str, values: dict) -> PublishedExperiment:
     for row in values["rows"]:
         scores = dict(zip((*pretrained, target), row["scores"], strict=True))
         rows[row["method"]] = PublishedRow(
-            name, row["method"], row["label"], row["params"], row["trained"], scores, row["average"], row["hscore"]
-        )
-    return PublishedExperiment(name, values["table"], values["model"], pretrained, target, values["hscore"], rows)
+            name, row["method"], row["label"], row["params"], row["trained"], scores, row["average"], row["hscore"],
+            row.get("incomparable", {}),
+        )  # fmt: skip
+    return PublishedExperiment(
+        name, values["table"], values["model"], pretrained, target, values["hscore"], rows, values["incomparable"]
+    )

@@ -1,4 +1,4 @@
-"""What runs leave on disk, `<results>/<experiment>/<method>/`, read back."""
+"""What runs leave on disk, `<results>/<experiment>/<method>[-seed<n>]/`, read back."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -9,6 +9,7 @@ from typing import Any
 
 from safetensors.numpy import load_file
 
+from reproductions.paper.config import method_and_seed
 from reproductions.paper.report.published import published
 
 
@@ -21,7 +22,7 @@ class Result:
     """The folder of one run; files are read when they are asked for, and what a run has not written yet is empty.
 
     Attributes:
-        folder: `<results>/<experiment>/<method>`.
+        folder: see `config.run_name`.
     """
 
     folder: Path
@@ -34,7 +35,12 @@ class Result:
     @property
     def method(self) -> str:
         """Name of the method."""
-        return self.folder.name
+        return method_and_seed(self.folder.name)[0]
+
+    @property
+    def seed(self) -> int:
+        """Of batches and everything random."""
+        return method_and_seed(self.folder.name)[1]
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -116,16 +122,28 @@ class Result:
 
 
 def read_results(folder: Path) -> dict[str, dict[str, Result]]:
-    """Experiment -> method -> the run's result; runs are the folders with a `config.json`.
+    """Experiment -> method -> the result of its run with the lowest seed.
+
+    Raises:
+        ResultError: there is no such folder.
+    """
+    return {name: {m: runs[0] for m, runs in methods.items()} for name, methods in read_seeds(folder).items()}
+
+
+def read_seeds(folder: Path) -> dict[str, dict[str, list[Result]]]:
+    """Experiment -> method -> its runs by rising seed; runs are the folders with a `config.json`.
 
     Raises:
         ResultError: there is no such folder.
     """
     if not folder.is_dir():
         raise ResultError(f"there is no folder {folder} with results")
-    found: dict[str, dict[str, Result]] = {}
+    found: dict[str, dict[str, list[Result]]] = {}
     for result in _runs(folder):
-        found.setdefault(result.experiment, {})[result.method] = result
+        found.setdefault(result.experiment, {}).setdefault(result.method, []).append(result)
+    for methods in found.values():
+        for runs in methods.values():
+            runs.sort(key=lambda run: run.seed)
     return found
 
 
@@ -135,7 +153,8 @@ def _runs(folder: Path) -> Iterator[Result]:
     places = [{name: i for i, name in enumerate(names)} for names in (published(), methods)]
 
     def place(config: Path) -> list[tuple[int, str]]:
-        return [(known.get(name, len(known)), name) for known, name in zip(places, config.parts[-3:-1], strict=True)]
+        names = config.parts[-3], method_and_seed(config.parts[-2])[0]
+        return [(known.get(name, len(known)), name) for known, name in zip(places, names, strict=True)]
 
     for config in sorted(folder.glob("*/*/config.json"), key=place):
         yield Result(config.parent)

@@ -1,23 +1,42 @@
 """The tables in the paper's layout: what was published, what was measured, and the difference."""
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from rich.table import Table
 from rich.text import Text
 
+from reproductions.methods import METHODS
+from reproductions.paper.config import WHEREABOUTS, differences, load_experiment, method_of
 from reproductions.paper.data import DATASETS
+from reproductions.paper.report.keys import key_table
 from reproductions.paper.report.published import PublishedExperiment, PublishedRow, published
-from reproductions.paper.report.results import Result, read_results
+from reproductions.paper.report.results import Result, read_seeds
 from reproductions.paper.report.scores import summary
+from reproductions.paper.report.seeds import seed_table
+from reproductions.shared.fields import build
+from reproductions.shared.scores import average
+from reproductions.shared.stats import estimate
+from reproductions.shared.tables import Table as PlainTable
 
 NOTES = {
     "cider_no_ptb": "CIDEr without the Penn Treebank tokenizer, which needs Java: not the published form.",
     "smoke": "Smoke: tiny random models on drawn pictures; shows that everything runs, and nothing else.",
     "short": "Trained on a part of the examples, or for a set number of steps.",
-    "limited": "Measured on the first examples of each task only.",
+    "limited": "Measured on a sample of each task.",
+    "other": "Rows with other settings than the published experiment's have no difference; their settings are named.",
+    "greedy": "MiniCPM-V-2.0's own chat searches with three beams and a repetition penalty of 1.2; here answers are "
+    "greedy (--set evaluation.beams=3 --set evaluation.repetition_penalty=1.2 for its own).",
 }
+KEPT = "P, comparable"
+"""The mean over the pre-trained tasks whose published numbers are of the quantity that is measured here."""
+IGNORED = (
+    *WHEREABOUTS, "name", "title", "seed", "evaluation.rank_examples", "evaluation.feature_examples",
+    "evaluation.beams", "evaluation.repetition_penalty", "masking", "data.revisions",
+)  # fmt: skip
+"""Settings that a published number is compared in spite of."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +52,9 @@ class Line:
         ours: column -> value, those that are measured.
         state: "not run", "done", or the stage of an unfinished run.
         smoke: whether our numbers are of tiny random models.
+        incomparable: columns whose published value is of another quantity.
+        changed: settings that differ from the published experiment's.
+        spread: column -> half a 95 % interval over seeds; empty for one seed.
     """
 
     method: str
@@ -43,15 +65,22 @@ class Line:
     ours: Mapping[str, float]
     state: str
     smoke: bool = False
+    incomparable: frozenset[str] = frozenset()
+    changed: tuple[str, ...] = ()
+    spread: Mapping[str, float] = field(default_factory=dict)
 
     def rows(self, columns: Sequence[str]) -> list[tuple[str, list[str]]]:
-        """What to print, one kind a row: "published", "ours" or "smoke", "difference" of real numbers, and the state
-        of what is not done."""
+        """What to print, one kind a row: "published", "ours" or "smoke", the "difference" of real numbers of one
+        quantity that were made with the published settings, and the state of what is not done."""
         out = [("published", _cells(self.published, columns))] if self.published else []
         if self.ours:
             out.append(("smoke" if self.smoke else "ours", _cells(self.ours, columns)))
-        if self.ours and self.published and not self.smoke:
-            both = [column for column in columns if column in self.ours and column in self.published]
+        if self.spread:
+            out.append(("± 95 %", _cells(self.spread, columns)))
+        if self.ours and self.published and not self.smoke and self.changed:
+            out.append((f"other {', '.join(self.changed[:3])}", [""] * len(columns)))
+        elif self.ours and self.published and not self.smoke:
+            both = [c for c in columns if c in self.ours and c in self.published and c not in self.incomparable]
             apart = {column: round(self.ours[column], 2) - self.published[column] for column in both}
             out.append(("difference", _cells(apart, columns, "+.2f")))
         if self.state != "done":
@@ -65,7 +94,7 @@ class Comparison:
 
     Attributes:
         title: says the table, the model and the target.
-        columns: data sets by title, then Avg, Hscore and H(P, T).
+        columns: data sets by title, then `KEPT`, Avg, Hscore and H(P, T).
         lines: in the order of the paper, ours beyond it last.
         notes: what one has to know to read our numbers.
     """
@@ -82,60 +111,120 @@ def comparisons(results: Path) -> list[Comparison]:
     Raises:
         ResultError: the folder or a file in it cannot be read.
     """
-    found = read_results(results)
+    found = read_seeds(results)
     known = [compare(experiment, found.get(name, {})) for name, experiment in published().items()]
-    return known + [compare(_own(name, runs), runs) for name, runs in found.items() if name not in published()]
+    return known + [compare(own(name, runs), runs) for name, runs in found.items() if name not in published()]
 
 
-def compare(experiment: PublishedExperiment, runs: Mapping[str, Result]) -> Comparison:
-    """One half of a table beside its runs, by method."""
+def beside(results: Path) -> list[PlainTable]:
+    """What stands beside the comparisons: means over seeds, and other metrics.
+
+    Raises:
+        ResultError: the folder or a file in it cannot be read.
+    """
+    out = []
+    for name, runs in read_seeds(results).items():
+        experiment = published().get(name) or own(name, runs)
+        title = next(iter(runs.values()))[0].config.get("title", name)
+        first = {method: some[0] for method, some in runs.items()}
+        out += [seed_table(title, runs, experiment.tasks), key_table(title, first)]
+    return [table for table in out if table is not None]
+
+
+def compare(experiment: PublishedExperiment, seeds: Mapping[str, Sequence[Result]]) -> Comparison:
+    """One half of a table beside its runs, by method; ours are the means over seeds that are complete."""
+    runs = {method: some[0] for method, some in seeds.items()}
     columns = [DATASETS[task].title for task in experiment.tasks]
-    columns += ["Avg", "Hscore", "H(P, T)"] if experiment.table else ["Avg", "H(P, T)"]
-    lines = [_published_line(experiment, row, runs.get(row.method)) for row in experiment.rows.values()]
-    lines += [_line(experiment, run) for name, run in runs.items() if name not in experiment.rows]
+    columns += [KEPT, "Avg", "Hscore", "H(P, T)"] if experiment.table else ["Avg", "H(P, T)"]
+    lines = [_published_line(experiment, row, seeds.get(row.method, [])) for row in experiment.rows.values()]
+    lines += [_line(experiment, some) for name, some in seeds.items() if name not in experiment.rows]
     title = experiment.model
     if experiment.table:
         target = DATASETS[experiment.target].title
         title = f"Table {experiment.table}: {title} fine-tuned on {target} (Hscore = {experiment.hscore})"
-    return Comparison(title, tuple(columns), tuple(lines), _notes(runs.values()))
+    return Comparison(title, tuple(columns), tuple(lines), (*_notes(runs.values(), lines), *_quantities(experiment)))
 
 
 def rich_tables(results: Path) -> list[Table]:
     """The tables for a terminal."""
-    return [_rich(comparison) for comparison in comparisons(results)]
+    return [*map(_rich, comparisons(results)), *(table.rich for table in beside(results))]
 
 
 def markdown(results: Path) -> str:
     """The tables for a text file."""
-    return "\n".join(_markdown(comparison) for comparison in comparisons(results))
+    return "\n".join([*map(_markdown, comparisons(results)), *(table.markdown for table in beside(results))])
 
 
-def _own(name: str, runs: Mapping[str, Result]) -> PublishedExperiment:
+def own(name: str, runs: Mapping[str, Sequence[Result]]) -> PublishedExperiment:
     """An experiment that the paper does not have, as a table without published rows."""
-    config = next(iter(runs.values())).config
+    config = next(iter(runs.values()))[0].config
     values = config["configuration"]
     return PublishedExperiment(
         name, 0, config.get("title", name), tuple(values["pretrained"]), values["target"], "H(P, T)", {}
     )
 
 
-def _published_line(experiment: PublishedExperiment, row: PublishedRow, run: Result | None) -> Line:
+def _published_line(experiment: PublishedExperiment, row: PublishedRow, runs: Sequence[Result]) -> Line:
     values = _columns(experiment, row.scores) | {"Avg": row.average, "Hscore": row.hscore}
-    if run is None:
+    if not runs:
         return Line(row.method, row.label, row.params, None, values, {}, "not run")
-    return _line(experiment, run, row, values)
+    return _line(experiment, runs, row, values)
 
 
 def _line(
     experiment: PublishedExperiment,
-    run: Result,
+    runs: Sequence[Result],
     row: PublishedRow | None = None,
     values: Mapping[str, float] | None = None,
 ) -> Line:
+    run, complete = runs[0], [_columns(experiment, other.scores) for other in runs if other.done]
     label = row.label if row else run.config.get("method_title", run.method)
     state = "done" if run.done else f"unfinished: {run.status.get('stage')}"
-    ours = _columns(experiment, run.scores)
-    return Line(run.method, label, row.params if row else "", run.trained, values or {}, ours, state, run.smoke)
+    ours, spread = _columns(experiment, run.scores), {}
+    if len(complete) > 1:
+        label += f", {len(complete)} seeds"
+        means = {column: estimate([values[column] for values in complete]) for column in ours}
+        ours, spread = ({c: x.mean for c, x in means.items()}, {c: x.half for c, x in means.items()})
+    return Line(
+        run.method, label, row.params if row else "", run.trained, values or {}, ours, state, run.smoke,
+        _incomparable(experiment, row), changed_settings(run) if row and not run.smoke else (), spread,
+    )  # fmt: skip
+
+
+def changed_settings(run: Result) -> tuple[str, ...]:
+    """The settings of a run that differ from those of the published experiment that it has the name of."""
+    ours, theirs = run.config["configuration"], load_experiment(run.experiment)
+    expected = json.loads(json.dumps(theirs.as_dict()))
+    found = [
+        key
+        for key in differences({**expected, "methods": None}, {**ours, "methods": None})
+        if not any(key == ignored or key.startswith(f"{ignored}.") for ignored in IGNORED)
+    ]
+    for name, values in ours.get("methods", {}).items():
+        settings = asdict(build(METHODS[name].Settings, values, str(run.folder)))
+        found += [f"{name}.{key}" for key in differences(asdict(method_of(theirs, name).settings), settings)]
+    return tuple(found)
+
+
+def _incomparable(experiment: PublishedExperiment, row: PublishedRow | None) -> frozenset[str]:
+    """Columns of other quantities, and the summaries that they enter."""
+    alone = row.incomparable if row else {}
+    tasks = {*experiment.incomparable, *alone}
+    summaries = {"Avg", "Hscore", "H(P, T)"} if tasks else set()
+    return frozenset({DATASETS[task].title for task in tasks} | summaries | ({KEPT} if alone else set()))
+
+
+def _quantities(experiment: PublishedExperiment) -> list[str]:
+    """Why columns have no difference, a line each."""
+    notes = [f"{DATASETS[task].title} is not compared: {why}." for task, why in experiment.incomparable.items()]
+    for row in experiment.rows.values():
+        notes += [
+            f"{DATASETS[task].title} of {row.label} is not compared: {why}." for task, why in row.incomparable.items()
+        ]
+    if notes:
+        titles = ", ".join(DATASETS[task].title for task in experiment.kept)
+        notes.append(f"Nor are Avg, Hscore and H(P, T), which they enter. {KEPT} is the mean over {titles}.")
+    return notes
 
 
 def _columns(experiment: PublishedExperiment, scores: Mapping[str, float]) -> dict[str, float]:
@@ -143,18 +232,22 @@ def _columns(experiment: PublishedExperiment, scores: Mapping[str, float]) -> di
     out = {DATASETS[task].title: scores[task] for task in experiment.tasks if task in scores}
     if len(out) == len(experiment.tasks):
         total = summary([scores[task] for task in experiment.tasks])
+        out[KEPT] = average({task: scores[task] for task in experiment.kept})
         out |= {"Avg": total.average, "Hscore": total.h(experiment.hscore), "H(P, T)": total.h("H(P, T)")}
     return out
 
 
-def _notes(runs: Iterable[Result]) -> tuple[str, ...]:
+def _notes(runs: Iterable[Result], lines: Iterable[Line]) -> tuple[str, ...]:
     notes = dict.fromkeys(NOTES, False)
+    notes["other"] = any(line.changed for line in lines)
     for run in runs:
         notes["smoke"] |= run.smoke
         notes["cider_no_ptb"] |= any("cider_no_ptb" in found["scores"] for found in run.evaluation.values())
         configuration = run.config.get("configuration", {})
         limit, training = configuration.get("evaluation", {}).get("examples", 0), configuration.get("training", {})
         notes["limited"] |= bool(limit) and not run.smoke
+        search = configuration.get("evaluation", {})
+        notes["greedy"] |= configuration.get("model") == "minicpm-v-2" and search.get("beams", 1) == 1 and not run.smoke
         notes["short"] |= bool(training.get("steps") or training.get("examples")) and not run.smoke
     return tuple(text for name, text in NOTES.items() if notes[name])
 

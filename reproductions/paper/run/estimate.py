@@ -5,37 +5,72 @@ passes a step, as many as the gradients take that the method's rule needs:
 
     training    T · (2 P (f + b c) + b (2 P + 2 Q)) + 2 V N     operations an example
     evaluation  2 P T + 2 V N operations, then a pass over all weights' bytes for each token of a batch's answers
-    memory      2 bytes a frozen number; 4 a trained one, 2 more for autocast's copy, 8 for AdamW, 4 for each gradient
-                that is held, for φ, and for the values before a step that is corrected; 4 more inside a mask, for
-                positions; what the rule keeps by itself; and activations
+    memory      2 bytes a frozen number, 4 a trained one, what `bytes_a_number` says beside it, what the rule keeps by
+                itself, and activations
+    host        two copies of the weights in 2 bytes, of which one is compared with what was trained; and 4 GB
 
 c is 1 if activations are computed again in backward passes; V and N are the vision tower's parameters and patches: it
 is frozen and runs once an example. Gradients pass through all of the language model, since the connector is trained.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import nn
 
 from reproductions.methods import METHODS, Method
 from reproductions.methods.base import trained_parameters
 from reproductions.methods.mdgd_gm import MDGDGM
+from reproductions.paper.config import CARDS as NAMES
 from reproductions.paper.config import Experiment, method_of
-from reproductions.paper.data import DATASETS
-from reproductions.paper.models import skeleton
-from torch_mdgd import connector, last_decoder_layers
+from reproductions.paper.data import DATASETS, Split
+from reproductions.paper.models import MODELS, skeleton
+from torch_mdgd import MDGD, connector, last_decoder_layers
 from torch_mdgd.models.parts import text_decoder
 
-OPERATIONS, BANDWIDTH, UTILISATION = 312e12, 2.0e12, 0.35
+UTILISATION = 0.35
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU.
+
+    Attributes:
+        title: a common one of its memory.
+        memory: bytes.
+        operations: a second, in bfloat16 without sparsity.
+        bandwidth: bytes a second.
+    """
+
+    title: str
+    memory: float
+    operations: float
+    bandwidth: float
+
+
+CARDS: dict[str, Card] = {
+    name: card
+    for name, card in zip(
+        NAMES,
+        (
+            Card("RTX 3090", 24e9, 71e12, 0.94e12),
+            Card("RTX A6000", 48e9, 155e12, 0.77e12),
+            Card("A100-80GB", 80e9, 312e12, 2.0e12),
+        ),
+        strict=True,
+    )
+}
 ASSUMPTIONS = (
     "A100-80GB: 312 TFLOP/s in bfloat16 and 2 TB/s, at 35 % of either; one row uses one GPU, two GPUs do two rows at "
     "a time"
 )
+SPARE = 1.5e9
+"""Bytes of a GPU that are not ours: its context, and what the allocator cannot use."""
 PASSES = {1: (1, 1), 2: (2, 2), 4: (3, 4)}
-"""Forward and backward passes, by how many gradients a step needs."""
+"""Forward and backward passes, by how many gradients a step takes apart."""
 GRADIENTS = {1: 1, 2: 2, 4: 3}
 """How many are held at the peak: the two at the reference become one."""
 WORDS = 80
@@ -77,6 +112,7 @@ class Estimate:
         evaluation_hours: of all tasks.
         analysis_hours: of the short fine-tunings behind Figures 3b and 3c.
         memory: bytes of GPU memory at the peak.
+        host: bytes of the host's memory.
         disk: bytes that stay.
         checkpoints: bytes while it trains: two checkpoints, for one is written before the last is removed.
     """
@@ -86,6 +122,7 @@ class Estimate:
     evaluation_hours: float
     analysis_hours: float
     memory: float
+    host: float
     disk: float
     checkpoints: float
 
@@ -94,9 +131,10 @@ class Estimate:
         """Of everything."""
         return self.training_hours + self.evaluation_hours + self.analysis_hours
 
-
-# A picture of MiniCPM-V is an overview and up to nine slices; four is what 0.8 megapixels are cut into.
-TOKENS = {"llava-1.5-7b": (576, 577), "minicpm-v-2": (5 * 64, 5 * 1024), "minicpm-v-4.6": (5 * 64, 5 * 1024)}
+    @property
+    def card(self) -> str | None:
+        """The smallest card that holds it; None where none does."""
+        return next((name for name, card in CARDS.items() if self.memory + SPARE <= card.memory), None)
 
 
 @lru_cache
@@ -105,11 +143,12 @@ def size_of(model: str) -> Size:
     network: Any = skeleton(model)
     decoder: Any = text_decoder(network)
     total = count(network)
-    embeddings = count(decoder.get_input_embeddings())
-    head = embeddings  # of the same shape, and not tied to them
-    language = count(decoder) - embeddings + head
-    vision = total - count(decoder) - head - count(connector(network))
-    image_tokens, patches = TOKENS[model]
+    embeddings = decoder.get_input_embeddings().weight
+    # The head is of the embeddings' shape: their own weight, or one beside them.
+    beside = sum(p.numel() for p in network.parameters() if p.shape == embeddings.shape) - embeddings.numel()
+    language = count(decoder)
+    vision = total - count(decoder) - beside - count(connector(network))
+    image_tokens, patches = MODELS[model].picture
     return Size(
         total, language, vision, decoder.config.hidden_size, len(decoder.layers), decoder.config.vocab_size,
         image_tokens, patches,
@@ -132,14 +171,16 @@ class Asked:
 
     Attributes:
         trained: numbers that it may change.
-        gradients: how many it needs in a step.
+        gradients: how many of a step it takes apart.
+        passes: forward and backward, of a step in the mean.
         wraps: whether it holds the reference.
         corrects: whether it holds the values before a step.
-        own: bytes that its rule keeps from step to step.
+        own: bytes that its rule or penalty keeps from step to step.
     """
 
     trained: int = 0
     gradients: int = 1
+    passes: tuple[float, float] = (1, 1)
     wraps: bool = False
     corrects: bool = False
     own: int = 0
@@ -157,14 +198,41 @@ def _asked(model: str, layers: int, name: str, settings: Any) -> Asked:
     trained = method.trained_numbers(network, layers)
     rule = method.rule(network)
     if rule is None:
-        return Asked(trained)
+        # One pass more, at φ.
+        looks_back = type(method).divergence is not Method.divergence
+        return Asked(trained, passes=(1 + looks_back, 1), own=method.keeps * trained)
+    every, weights = getattr(rule, "every", 1), {k: torch.tensor([x]) for k, x in rule.weights.items()}
+    gradients, lazy = len(method.needs(network)), isinstance(rule, MDGD) and every > 1
+    passes: tuple[float, float] = PASSES[gradients]
+    if lazy or rule.joint(weights, method.mask() is not None) is not None:
+        # One backward pass of both losses, and one forward pass at φ without a graph.
+        gradients, passes = 1, (1 + 1 / every, 1)
     rule.attach(trained_parameters(network), method.mask() is not None)
     kept = [x for tensors in rule.state().values() for x in (tensors if isinstance(tensors, Sequence) else [tensors])]
-    return Asked(trained, len(method.needs(network)), True, rule.corrects, sum(x.nbytes for x in kept))
+    return Asked(trained, gradients, passes, True, rule.corrects, sum(x.nbytes for x in kept))
 
 
-def estimate(experiment: Experiment, name: str) -> Estimate:
-    """What a row of the tables takes."""
+def bytes_a_number(asked: Asked, ratio: float | None = None) -> tuple[float, float]:
+    """Bytes beside each trained number's own 4, at the peak of the first step and of later ones.
+
+    AdamW's moments 8, each gradient 4; of what is wrapped φ 4, and autocast's copy 2, which lives while gradients are
+    there; the values before a step that is corrected 4. In a compact mask that holds a share ρ: moments, φ and
+    positions 16 ρ, its gradients twice 8 ρ; and to choose it 15, and 8 ρ for the places. Measured, not derived, is the
+    last: ``test_bytes_a_number_are_those_of_a_step`` holds all of them to a profile of steps.
+
+    Args:
+        asked: of a method.
+        ratio: ρ of its mask; None without one.
+    """
+    if ratio is not None:
+        later = max(16 * ratio + 4 + 2, 24 * ratio + 4)
+        return max(15 + 8 * ratio, later), later
+    dense = 8 + 4 * GRADIENTS[asked.gradients] + (4 + 2) * asked.wraps + 4 * asked.corrects
+    return dense, dense
+
+
+def estimate(experiment: Experiment, name: str, card: str = NAMES[-1]) -> Estimate:
+    """What a row of the tables takes, on one of ``CARDS``."""
     method, size, t = method_of(experiment, name), size_of(experiment.model), experiment.training
     asked = _ask(experiment, method)
     trained, masked = asked.trained, isinstance(method, MDGDGM)
@@ -175,28 +243,26 @@ def estimate(experiment: Experiment, name: str) -> Estimate:
     rounds = t.steps * t.batch * t.accumulation / examples if t.steps else t.epochs
     one, learns = 0.0, method.trains and method.begins_with is None
     if learns:
-        f, b = PASSES[asked.gradients]
+        f, b = asked.passes
         one = tokens * (2 * size.language * (f + b * t.checkpointing) + b * 2 * (size.language + dense))
-        # MiniCPM-V-2.0 looks at one slice after the other, of which the last alone is remembered.
-        looks = f if experiment.model == "minicpm-v-2" else 1
-        one = (one + 2 * size.vision * size.patches * looks) / (OPERATIONS * UTILISATION) / 3600
-    # With a ratio of 1 everything is inside the mask.
+        looks = f if MODELS[experiment.model].tiles_in_turn else 1
+        one = (one + 2 * size.vision * size.patches * looks) / (CARDS[card].operations * UTILISATION) / 3600
     short = experiment.masking if masked else None
-    inside = round(dense * max(short.ratios)) if short else trained
+    # Figures 3b and 3c take larger masks too.
+    largest = max(method.settings.ratio, *short.ratios) if short else None
     memory = 2 * (size.total - dense) + 4 * dense + _activations(experiment, size, learns)
     if learns:
-        # State for what moves; gradients for everything; and φ, which the plain optimizer does without.
-        memory += 2 * dense + 8 * inside + 4 * dense * GRADIENTS[asked.gradients] + 4 * inside * asked.wraps
-        memory += 4 * inside * asked.corrects + asked.own + (4 * inside if short else 0)
+        memory += dense * max(bytes_a_number(asked, largest)) + asked.own
     elif method.trains:
         memory += 4 * sum(side**2 for side in _inputs(experiment))
-    state = 16 * inside if short else (8 + 4 * asked.wraps) * trained + asked.own
+    state = 16 * largest * dense if largest else (8 + 4 * asked.wraps) * trained + asked.own * asked.wraps
     return Estimate(
         trained if name != "osf" else None,
         one * rounds * examples,
-        sum(_evaluation(experiment, size, task) for task in experiment.tasks) / 3600,
+        sum(_evaluation(experiment, size, task, CARDS[card]) for task in experiment.tasks) / 3600,
         one * len(short.ratios) * short.steps * t.batch * t.accumulation if short else 0.0,
         memory,
+        4 * size.total + 4e9,
         2 * dense,
         2 * (4 * dense + state) if learns else 0.0,
     )
@@ -208,7 +274,7 @@ def _inputs(experiment: Experiment) -> list[int]:
     return [part.in_features for part in layer.modules() if isinstance(part, nn.Linear)]
 
 
-def _evaluation(experiment: Experiment, size: Size, task: str) -> float:
+def _evaluation(experiment: Experiment, size: Size, task: str, card: Card) -> float:
     """Seconds to measure a task."""
     data, e = DATASETS[task], experiment.evaluation
     n = data.splits[data.evaluation].examples
@@ -217,7 +283,7 @@ def _evaluation(experiment: Experiment, size: Size, task: str) -> float:
     answer = 24 if data.metric == "cider" else 4
     reading = 2 * size.language * (size.image_tokens + WORDS) + 2 * size.vision * size.patches
     writing = answer * 2 * size.total / e.batch
-    return n * (reading / (OPERATIONS * UTILISATION) + writing / (BANDWIDTH * UTILISATION))
+    return n * (reading / (card.operations * UTILISATION) + writing / (card.bandwidth * UTILISATION))
 
 
 def _activations(experiment: Experiment, size: Size, trains: bool) -> float:
@@ -236,11 +302,21 @@ def _activations(experiment: Experiment, size: Size, trains: bool) -> float:
 
 def downloads(experiment: Experiment) -> dict[str, float]:
     """Gigabytes to fetch: the weights, and each data set's splits."""
-    found = {experiment.model: 2 * size_of(experiment.model).total / 1e9}
+    weights = {experiment.model: 2 * size_of(experiment.model).total / 1e9}
+    return weights | _of_data(experiment, lambda split: split.gigabytes)
+
+
+def copies(experiment: Experiment) -> dict[str, float]:
+    """Gigabytes of the copies that `datasets` makes of each data set's splits."""
+    return _of_data(experiment, lambda split: split.unpacked)
+
+
+def _of_data(experiment: Experiment, size: Callable[[Split], float]) -> dict[str, float]:
+    found = {}
     for task in experiment.tasks:
         data = DATASETS[task]
         splits = {data.evaluation} | ({str(data.training)} if task == experiment.target else set())
-        found[task] = max(data.splits[split].gigabytes for split in splits)
-        if len({data.pattern(split) for split in splits}) > 1:
-            found[task] = sum(data.splits[split].gigabytes for split in splits)
+        # Several splits may lie in one file.
+        of_files = {data.pattern(split): size(data.splits[split]) for split in splits}
+        found[task] = sum(of_files.values())
     return found

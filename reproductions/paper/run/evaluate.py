@@ -20,7 +20,7 @@ from reproductions.paper.metrics import METRICS
 from reproductions.paper.models import to_device
 from reproductions.paper.run.work import Workshop
 from reproductions.paper.run.workers import errors_of_workers
-from reproductions.shared.files import read_until_cut, write
+from reproductions.shared.files import read_json, read_until_cut, write
 from torch_mdgd import VisualTap, effective_rank
 
 THUMBNAILS, THUMBNAIL = 12, (224, 224)
@@ -40,7 +40,7 @@ def evaluate(work: Workshop, task: str, folder: Path, bars: Progress) -> dict[st
     """
     done = folder / "evaluation" / f"{task}.json"
     if done.is_file():
-        found: dict[str, Any] = json.loads(done.read_text())
+        found: dict[str, Any] = read_json(done)
         return found
     done.parent.mkdir(parents=True, exist_ok=True)
     examples, metric = work.evaluation_examples(task), DATASETS[task].metric
@@ -75,7 +75,9 @@ def answer(work: Workshop, task: str, examples: Sequence[Any], path: Path, bars:
     work.network.eval()
     with path.open("a", encoding="utf-8") as file:
         for inputs in batches(work, examples, len(predictions)):
-            texts = work.model.generate(inputs, longest)
+            texts = work.model.generate(
+                inputs, longest, beams=settings.beams, repetition_penalty=settings.repetition_penalty
+            )
             batch = examples[len(predictions) : len(predictions) + len(texts)]
             file.write("".join(_line(x, text, None) for x, text in zip(batch, texts, strict=True)))
             file.flush()

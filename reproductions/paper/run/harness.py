@@ -1,6 +1,5 @@
 """lmms-eval around a run's model: its tasks, prompts and metrics in place of ours. Needs `pip install lmms-eval`."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from reproductions.paper.models import VisionLanguageModel, to_device
 from reproductions.paper.run.weights import NAME, load_changes
 from reproductions.paper.run.work import Workshop
 from reproductions.shared.fields import build
+from reproductions.shared.files import read_json
 
 LONGEST = 64
 """Tokens of an answer to a task that does not say how many."""
@@ -89,7 +89,7 @@ def load_run(folder: Path, device: torch.device) -> VisionLanguageModel:
     Raises:
         FileNotFoundError: the folder holds no run.
     """
-    values = json.loads((folder / "config.json").read_text())["configuration"]
+    values = read_json(folder / "config.json")["configuration"]
     work = Workshop(build(Experiment, values, str(folder)), device)
     if (folder / NAME).is_file():
         load_changes(work.network, folder / NAME)

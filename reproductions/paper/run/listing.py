@@ -8,10 +8,15 @@ from rich.console import Console
 from rich.table import Table
 
 from reproductions.methods import METHODS
-from reproductions.paper.config import experiment_names, load_experiment, methods_of
+from reproductions.paper.config import PRESET_NAMES, experiment_names, load_experiment, load_preset, methods_of
 from reproductions.paper.data import DATASETS
-from reproductions.paper.run.estimate import ASSUMPTIONS, Estimate, downloads, estimate, size_of
+from reproductions.paper.run.estimate import ASSUMPTIONS, Estimate, copies, downloads, estimate, size_of
+from reproductions.paper.run.preset import tell
 
+HEADS = (
+    "method", "numbers trained", "train h", "evaluate h", "analyse h", "GPU GB", "fits", "host GB", "disk GB",
+    "has run",
+)  # fmt: skip
 FIGURES = {
     "1": ("effective rank of what is seen before and after fine-tuning, by task", ("zero-shot", "fine-tune"), ""),
     "2": ("t-SNE of features of MiniCPM", ("zero-shot", "fine-tune", "mdgd"), "minicpm"),
@@ -26,10 +31,11 @@ def print_list(overrides: Sequence[str], results: Path, console: Console) -> Non
     """Print all rows, figures, downloads and totals."""
     rows: list[Estimate] = []
     fetched: dict[str, float] = {}
+    copied: dict[str, float] = {}
     for name in experiment_names():
         experiment = load_experiment(name, overrides)
         table = Table(title=f"{name}: {experiment.title}", title_justify="left")
-        for head in ("method", "numbers trained", "train h", "evaluate h", "analyse h", "GPU GB", "disk GB", "has run"):
+        for head in HEADS:
             table.add_column(head, justify="left" if head in ("method", "has run") else "right")
         for method in methods_of(experiment.model):
             found = estimate(experiment, method)
@@ -37,13 +43,21 @@ def print_list(overrides: Sequence[str], results: Path, console: Console) -> Non
             rows.append(found)
         console.print(table)
         own = downloads(experiment)
+        copied |= {what: max(size, copied.get(what, 0.0)) for what, size in copies(experiment).items()}
         fetched |= {what: max(size, fetched.get(what, 0.0)) for what, size in own.items()}
         sizes = ", ".join(f"{DATASETS[task].title} {own[task]:.1f}" for task in experiment.tasks)
         weights = f"{experiment.model} {own[experiment.model]:.1f}"
         console.print(
             f"{size_of(experiment.model).total:,} parameters. To fetch, GB: {weights}, {sizes}\n", soft_wrap=True
         )
-    console.print("disk GB: what stays + checkpoints while it trains\n", soft_wrap=True)
+    console.print(
+        "fits: the smallest card that holds the row. disk GB: what stays + checkpoints while it trains\n",
+        soft_wrap=True,
+    )
+    for name in PRESET_NAMES:
+        console.print(f"run --preset {name}")
+        tell(name, str(load_preset(name)[0]), overrides, console)
+    console.print("")
     for number, (what, methods, kind) in FIGURES.items():
         needed = [results / name / method for name in experiment_names() if name.startswith(kind) for method in methods]
         done = sum(stage(folder).startswith("done") for folder in needed)
@@ -53,8 +67,7 @@ def print_list(overrides: Sequence[str], results: Path, console: Console) -> Non
     console.print(f"Beyond the paper: {beyond}\n")
     hours, memory = sum(found.hours for found in rows), max(found.memory for found in rows)
     disk = sum(found.disk for found in rows) + 2 * max(found.checkpoints for found in rows)
-    # Pictures stay encoded, so that the copy which `datasets` makes of a parquet file is of its size.
-    unpacked = sum(size for what, size in fetched.items() if what in DATASETS)
+    unpacked = sum(copied.values())
     console.print(
         f"All rows: about {hours:.0f} GPU hours, {hours / 2:.0f} on two GPUs of {memory / 1e9:.0f} GB or more; "
         f"{sum(fetched.values()):.0f} GB to fetch, {unpacked:.0f} GB for the copy that `datasets` makes of the data, "
@@ -73,6 +86,8 @@ def cells(method: str, found: Estimate) -> list[str]:
         f"{found.evaluation_hours:.1f}",
         f"{found.analysis_hours:.1f}" if found.analysis_hours else "–",
         f"{found.memory / 1e9:.0f}",
+        found.card or "–",
+        f"{found.host / 1e9:.0f}",
         f"{found.disk / 1e9:.1f} + {found.checkpoints / 1e9:.0f}" if found.disk else "–",
     ]
 

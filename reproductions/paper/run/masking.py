@@ -14,7 +14,7 @@ from reproductions.paper.models import load_model
 from reproductions.paper.run.train import train
 from reproductions.paper.run.weights import NAME, load_changes
 from reproductions.paper.run.work import Workshop
-from reproductions.shared.files import write
+from reproductions.shared.files import read_json, write
 from reproductions.shared.masked_cosine import masked_cosine
 from torch_mdgd import MDGDOptimizer, mdgd_backward
 
@@ -30,7 +30,7 @@ def analyse_masking(work: Workshop, method: MDGDGM, folder: Path, progress: bool
     """
     path = folder / "analysis" / "masking.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    found: list[dict[str, float]] = json.loads(path.read_text()) if path.is_file() else []
+    found: list[dict[str, float]] = read_json(path) if path.is_file() else []
     e = work.experiment
     training = replace(e.training, steps=e.masking.steps, save_every=e.masking.steps)
     for ratio in e.masking.ratios:

@@ -18,20 +18,16 @@ from transformers import TrainerCallback, set_seed
 
 from reproductions.methods import Method
 from reproductions.methods.mdgd_gm import MDGDGM
-from reproductions.paper.config import Experiment, method_of
+from reproductions.paper.config import WHEREABOUTS, Experiment, differences, method_of, run_name
+from reproductions.paper.run.estimate import estimate
 from reproductions.paper.run.evaluate import evaluate
 from reproductions.paper.run.masking import analyse_masking
 from reproductions.paper.run.train import CHECKPOINTS, train
 from reproductions.paper.run.weights import NAME, load_changes
 from reproductions.paper.run.work import Workshop
 from reproductions.shared.fields import ConfigError
-from reproductions.shared.files import alone_in, write
+from reproductions.shared.files import alone_in, read_json, write
 
-WHEREABOUTS = (
-    "data.source", "data.organisation", "training.workers", "training.save_every", "training.log_every",
-    "training.report_to", "training.checkpointing", "evaluation.batch",
-)  # fmt: skip
-"""Settings that results do not depend on: a run may be taken up with others."""
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "safetensors", "torch-mdgd")
 
 
@@ -62,17 +58,20 @@ def run_row(
     Raises:
         ConfigError: the folder holds a run with another configuration.
         BusyError: another process is at this row.
+        FileError: a file of the run is broken.
     """
     console = console or Console()
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     method = method_of(experiment, name)
-    folder = results / experiment.name / name
+    folder = results / experiment.name / run_name(name, experiment.seed)
     folder.mkdir(parents=True, exist_ok=True)
     status = Status(folder / "status.json")
     _write_config(experiment, method, folder, smoke, device)
-    if status.stage == "done":
+    if status.stage == "done" and all(_whole(folder, task) for task in experiment.tasks):
         console.print(f"{experiment.name} {name}: done already")
         return folder
+    if not smoke:
+        require_room(experiment, name, folder)
     with alone_in(folder):
         _do(experiment, method, folder, status, results, smoke, device, callbacks, console)
     return folder
@@ -100,7 +99,9 @@ def _do(
             with status.during("training"):
                 found = Workshop(experiment, device)
                 counts = train(found, method, folder, [Ticking(status), *callbacks], begin, progress=show)
-            console.print("  {changed_numbers:,} of {trained_numbers:,} numbers changed".format(**counts))
+            console.print(
+                "  {trained_numbers:,} numbers trained; {changed_numbers:,} of the model's changed".format(**counts)
+            )
             del found
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     # Read anew, since the Trainer leaves a network that computes under autocast: what is measured is what is on disk.
@@ -113,7 +114,7 @@ def _do(
             result = evaluate(work, task, folder, bars)
             status.tick()
             console.print(f"  {task:12} {result['scores']['score']:6.2f}   rank {result['effective_rank']:.1f}")
-    if isinstance(method, MDGDGM):
+    if isinstance(method, MDGDGM) and experiment.evaluation.split == "evaluation":
         # Its models are loaded one after the other.
         del work
         with status.during("analysis"):
@@ -126,7 +127,7 @@ class Status:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        found = json.loads(path.read_text()) if path.is_file() else {}
+        found = read_json(path) if path.is_file() else {}
         self.stage = str(found.get("stage", "new"))
         self.seconds = float(found.get("wall_seconds", 0.0))
         self.since = time.perf_counter()
@@ -173,7 +174,7 @@ def _trained_by(
     console: Console,
 ) -> Path:
     """What another method of the same experiment changed; it is trained now if it was not."""
-    folder = results / experiment.name / name
+    folder = results / experiment.name / run_name(name, experiment.seed)
     folder.mkdir(parents=True, exist_ok=True)
     other = method_of(experiment, name)
     _write_config(experiment, other, folder, smoke, device)
@@ -191,10 +192,10 @@ def _write_config(experiment: Experiment, method: Method, folder: Path, smoke: b
     path = folder / "config.json"
     # A round trip, so that it compares with what is read: tuples are lists there.
     configuration = json.loads(json.dumps(_relevant(experiment, method)))
-    if path.is_file():
-        there = json.loads(path.read_text())
+    if path.is_file() and _begun(folder):
+        there = read_json(path)
         pairs = [(there["configuration"], configuration), ({"smoke": there["smoke"]}, {"smoke": smoke})]
-        keys = ", ".join([key for pair in pairs for key in _differences(*pair) if key not in WHEREABOUTS][:5])
+        keys = ", ".join([key for pair in pairs for key in differences(*pair) if key not in WHEREABOUTS][:5])
         if keys:
             raise ConfigError(
                 f"{folder} holds a run with another configuration ({keys}): choose other --results, or remove it"
@@ -216,20 +217,42 @@ def _write_config(experiment: Experiment, method: Method, folder: Path, smoke: b
     write(path, json.dumps(config, indent=1))
 
 
+def _begun(folder: Path) -> bool:
+    """Whether a run has left anything but its configuration: what failed before may be set right."""
+    left = [folder / NAME, folder / "training.jsonl", *(folder / "evaluation").glob("*.json*")]
+    return any(path.is_file() and path.stat().st_size for path in left) or any((folder / CHECKPOINTS).glob("*"))
+
+
+def _whole(folder: Path, task: str) -> bool:
+    """Whether a task's file is there.
+
+    Raises:
+        FileError: it is broken.
+    """
+    path = folder / "evaluation" / f"{task}.json"
+    return path.is_file() and bool(read_json(path))
+
+
+def require_room(experiment: Experiment, name: str, folder: Path) -> None:
+    """Look whether what a row writes has room, before hours are spent.
+
+    Raises:
+        ConfigError: it has not.
+    """
+    found = estimate(experiment, name)
+    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    wanted, free = found.disk + found.checkpoints - there, shutil.disk_usage(folder).free
+    if wanted > free:
+        raise ConfigError(
+            f"{folder}: {experiment.name} {name} writes about {wanted / 1e9:.1f} GB while it trains, and "
+            f"{free / 1e9:.1f} GB are free: choose other --results"
+        )
+
+
 def _relevant(experiment: Experiment, method: Method) -> dict[str, Any]:
     """What a run's results depend on: not the settings of other methods."""
     own = {name: experiment.methods.get(name, {}) for name in (method.name, method.begins_with) if name}
     return {**experiment.as_dict(), "methods": own}
-
-
-def _differences(before: Any, now: Any, prefix: str = "") -> list[str]:
-    if not (isinstance(before, dict) and isinstance(now, dict)):
-        return [] if before == now else [prefix.removesuffix(".")]
-    return [
-        found
-        for key in dict.fromkeys([*before, *now])
-        for found in _differences(before.get(key), now.get(key), f"{prefix}{key}.")
-    ]
 
 
 def _version(name: str) -> str | None:

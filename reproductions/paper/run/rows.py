@@ -2,13 +2,14 @@
 
 import ctypes
 import gc
+import json
 import os
 import signal
 import subprocess
 import sys
 import traceback
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,9 @@ from rich.console import Console
 
 from reproductions.methods import METHODS
 from reproductions.paper.config import Experiment, experiment_names, load_experiment, methods_of
+from reproductions.paper.models import MODELS
 from reproductions.shared.fields import ConfigError
+from reproductions.shared.files import BusyError, FileError, read_json, write
 
 if TYPE_CHECKING:
     from reproductions.paper.data import DataError
@@ -26,6 +29,7 @@ Rows = Mapping[str, Sequence[str]]
 """Methods by experiment."""
 Row = tuple[str, str]
 """An experiment and a method."""
+REVISIONS = "revisions.json"
 OUT_OF_MEMORY = (
     ": out of GPU memory. While it was trained: halve training.batch and double training.accumulation, which is the "
     "same step, and remove its folder first; while it was measured: lower evaluation.batch and call again"
@@ -41,7 +45,7 @@ def chosen(
 ) -> Rows:
     """The rows that a command line asks for.
 
-    With ``smoke``, all rows include each method beyond the paper once.
+    With ``smoke``, all rows include each method beyond the paper once, and every model.
 
     Raises:
         ConfigError: it asks for none, or for one that there is not.
@@ -50,8 +54,8 @@ def chosen(
         raise ConfigError(f"name an experiment ({', '.join(experiment_names())}) or pass --all")
     if method is None and not all_rows:
         raise ConfigError(f"pass --method ({', '.join(METHODS)}) or --all")
-    if method is not None and method not in METHODS:
-        raise ConfigError(f"no method {method!r}; there are {', '.join(METHODS)}")
+    if method is not None:
+        known([method])
     names = experiment_names() if experiment is None else [experiment]
     found: dict[str, Sequence[str]] = {}
     for place, name in enumerate(names):
@@ -60,7 +64,31 @@ def chosen(
             more = more[place :: len(names)] if smoke and experiment is None else []
         rows = methods_of(load_experiment(name, overrides).model)
         found[name] = [method] if method else [*rows, *more]
+    if smoke and experiment is None and method is None and not any(x.startswith("model=") for x in overrides):
+        # Every model of today too, with the rows of the tables and what users train most.
+        for model in MODELS:
+            if model not in {load_experiment(name).model for name in names}:
+                name = f"{names[-1]}@{model}"
+                found[name] = [*methods_of(model), "fine-tune-lv", "anchor", "lora-all"]
     return found
+
+
+def known(methods: Sequence[str]) -> None:
+    """Raise ConfigError for a method that there is not."""
+    for method in methods:
+        if method not in METHODS:
+            raise ConfigError(f"no method {method!r}; there are {', '.join(METHODS)}")
+
+
+def seeds_of(text: str) -> list[int]:
+    """The seeds that a command line names, such as "0,1,2".
+
+    Raises:
+        ConfigError: it names something else.
+    """
+    if not all(part.strip().isdigit() for part in text.split(",")):
+        raise ConfigError(f"--seeds: {text!r} is not of the form 0,1,2")
+    return [int(part) for part in text.split(",")]
 
 
 def run_rows(rows: Rows, overrides: Sequence[str], results: Path, *, smoke: bool, console: Console) -> None:
@@ -71,23 +99,29 @@ def run_rows(rows: Rows, overrides: Sequence[str], results: Path, *, smoke: bool
         DataError: there is one row only, whose data cannot be had.
     """
     _quiet()
+    require_one_process()
     single = sum(map(len, rows.values())) == 1
-    if smoke:
-        from reproductions.paper.run.smoke import Assets
-
-        load = Assets(results / "assets").write().experiment
-    else:
-        load = load_experiment
+    load = smoke_loader(results) if smoke else pinned(results)
     experiments = {name: load(name, overrides) for name in rows}
+    for experiment in experiments.values():
+        require_reporting(experiment)
     for error in look_at_data(rows, experiments, console):
         if single:
             raise error
         console.print(f"{error}", style="red", markup=False, soft_wrap=True)
+    if not smoke:
+        pin(results)
+        experiments = {name: pinned(results)(name, overrides) for name in rows}
     devices = visible_devices()
     if len(devices) > 1 and not single and not smoke:
         beside(rows, overrides, results, devices, console)
     else:
         _in_turn(rows, experiments, results, smoke, console)
+    if smoke and not single:
+        from reproductions.paper.run.oracle import run_oracle
+
+        for experiment in experiments.values():
+            run_oracle(experiment, results, console)
 
 
 def look_at_data(rows: Rows, experiments: Mapping[str, Experiment], console: Console) -> Iterator["DataError"]:
@@ -118,6 +152,8 @@ def look_at_data(rows: Rows, experiments: Mapping[str, Experiment], console: Con
 
 
 def _in_turn(rows: Rows, experiments: Mapping[str, Experiment], results: Path, smoke: bool, console: Console) -> None:
+    from reproductions.paper.data import DataError
+    from reproductions.paper.models import ModelError
     from reproductions.paper.run.row import run_row
 
     failed: list[str] = []
@@ -133,7 +169,9 @@ def _in_turn(rows: Rows, experiments: Mapping[str, Experiment], results: Path, s
                     raise
                 # The others can still be done; this one is taken up by the next call.
                 # Not rich's own, which holds on to what the frames held: a model on the device.
-                console.print(traceback.format_exc(), style="red", markup=False, highlight=False, soft_wrap=True)
+                told = isinstance(error, BusyError | ConfigError | DataError | FileError | ModelError)
+                text = str(error) if told else traceback.format_exc()
+                console.print(text, style="red", markup=False, highlight=False, soft_wrap=True)
                 failed.append(f"{name} {method}{hint}")
             # Also what a row that failed left on the device: the next one needs the room.
             gc.collect()
@@ -219,6 +257,64 @@ def _die_with_the_parent() -> None:
 def _report(failed: Sequence[str]) -> None:
     if failed:
         raise RowsFailedError(f"{len(failed)} rows failed, and are taken up by the next call:\n" + "\n".join(failed))
+
+
+def smoke_loader(results: Path) -> Callable[[str, Sequence[str]], Experiment]:
+    """What loads experiments in the smoke test's sizes."""
+    from reproductions.paper.run.smoke import Assets
+
+    return Assets(results / "assets").write().experiment
+
+
+def pinned(results: Path) -> Callable[[str, Sequence[str]], Experiment]:
+    """What loads experiments with the commits of data sets that a folder of results began with.
+
+    Raises:
+        FileError: their file is broken.
+    """
+    path = results / REVISIONS
+    more = {"data": {"revisions": read_json(path)}} if path.is_file() else {}
+    return lambda name, overrides: load_experiment(name, overrides, more)
+
+
+def pin(results: Path) -> None:
+    """Write down the commits of the splits that came from the hub, for those that have none yet."""
+    from reproductions.paper.run.work import commits
+
+    path = results / REVISIONS
+    before = read_json(path) if path.is_file() else {}
+    now = {**commits(), **before}
+    if now != before:
+        results.mkdir(parents=True, exist_ok=True)
+        write(path, json.dumps(now, indent=1))
+
+
+def require_one_process() -> None:
+    """Refuse to be one of several processes that all do the same rows.
+
+    Raises:
+        ConfigError: torchrun or something like it began several.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            "one process does a row, on one GPU: call without torchrun; `run --all` puts a row on each GPU by itself"
+        )
+
+
+def require_reporting(experiment: Experiment) -> None:
+    """Refuse to report to what is not installed, before a model is loaded.
+
+    Raises:
+        ConfigError: it is not, or transformers knows no such integration.
+    """
+    from transformers.integrations.integration_utils import get_available_reporting_integrations
+
+    name, found = experiment.training.report_to, get_available_reporting_integrations()
+    if name not in ("none", "tensorboard", *found):
+        raise ConfigError(
+            f"{experiment.name}: training.report_to: {name} is not installed, or is none of transformers' "
+            f"integrations; there are none, {', '.join(dict.fromkeys(['tensorboard', *found]))}"
+        )
 
 
 def _quiet() -> None:

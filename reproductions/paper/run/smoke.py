@@ -13,18 +13,19 @@ from reproductions.paper.config import Experiment, load_experiment
 from reproductions.paper.data import DATASETS
 from reproductions.paper.models import MODELS
 
-EXAMPLES = 8
+EXAMPLES, ROWS = 4, 16
 SETTINGS: dict[str, Any] = {
     "layers": 2,
     "training": {
-        "steps": 8, "batch": 1, "accumulation": 2, "learning_rate": 1e-2, "warmup": 0.0, "save_every": 4,
+        "steps": 4, "batch": 1, "accumulation": 2, "learning_rate": 1e-2, "warmup": 0.0, "save_every": 2,
         "log_every": 1, "workers": 0,
     },
     "evaluation": {"batch": EXAMPLES, "examples": EXAMPLES, "answer_tokens": 2},
     "masking": {"ratios": [0.1, 0.5, 1.0], "steps": 2, "batches": 1},
     "methods": {
         "lora": {"rank": 2}, "corda": {"rank": 2, "samples": 2}, "ewc": {"samples": 2}, "model-tailor": {"samples": 2},
-        "replay": {"share": 0.5},
+        "replay": {"share": 0.5}, "anchor": {"samples": 2}, "lora-all": {"rank": 2}, "lora-all-lv": {"rank": 2},
+        "lora-all-anchor": {"rank": 2, "samples": 2},
     },
 }  # fmt: skip
 
@@ -43,8 +44,9 @@ class Assets:
         for name, data in DATASETS.items():
             marker = self.data / name / "written"
             if not marker.is_file():
-                for split in {data.evaluation, data.training} - {None}:
-                    data.write_sample(self.data / name, str(split), 2 * EXAMPLES, 0)
+                for split in dict.fromkeys((data.evaluation, data.training, data.validation)):
+                    if split is not None:
+                        data.write_sample(self.data / name, split, ROWS, 0)
                 marker.touch()
         return self
 

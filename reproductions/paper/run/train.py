@@ -14,12 +14,12 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.integrations.integration_utils import TensorBoardCallback
 
 from reproductions.methods import Method
-from reproductions.methods.base import Penalty
+from reproductions.methods.base import Divergence, Penalty
 from reproductions.paper.config import Experiment
 from reproductions.paper.run.weights import NAME, changes, load_changes, save_changes
 from reproductions.paper.run.work import Workshop
 from reproductions.paper.run.workers import errors_of_workers
-from reproductions.shared.files import read_until_cut, write
+from reproductions.shared.files import named, read_until_cut, write
 from torch_mdgd.integrations.transformers import MDGDTrainerMixin
 
 CHECKPOINTS, LOG, TRAINED = "checkpoints", "training.jsonl", "trained_parameters.safetensors"
@@ -44,32 +44,50 @@ class SmallCheckpoints:
     @torch.no_grad()
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         trainer: Any = self
-        saved = load_file(Path(resume_from_checkpoint) / TRAINED)
+        path = Path(resume_from_checkpoint) / TRAINED
+        with named(path.parent, "a whole checkpoint"):
+            saved = load_file(path)
         for name, p in _trained(trainer.model if model is None else model):
             if name not in saved:
                 raise ValueError(f"{resume_from_checkpoint} lacks {name}: it is a checkpoint of another run")
             p.copy_(saved[name])
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        trainer: Any = super()
+        with named(Path(checkpoint or ""), "a whole checkpoint"):
+            trainer._load_optimizer_and_scheduler(checkpoint)
+
 
 class PaperTrainer(SmallCheckpoints, Trainer):
-    """The Trainer, with a penalty that may be added to its loss."""
+    """The Trainer, with a penalty or a divergence that may be added to its loss."""
 
     penalty: Penalty | None = None
+    divergence: Divergence | None = None
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
     ) -> Any:
-        """The task loss, and the penalty once a step."""
+        """The task loss, and what is added to it once a step."""
+        diverged = None if self.divergence is None else self.divergence(inputs)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        # A loss over all tokens of a step is not divided by the number of passes afterwards.
+        once = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        passes = self.current_gradient_accumulation_steps if once else 1
         if self.penalty is not None:
-            # A loss over all tokens of a step is not divided by the number of passes afterwards.
-            once = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-            loss = loss + self.penalty() / (self.current_gradient_accumulation_steps if once else 1)
+            loss = loss + self.penalty() / passes
+        if diverged is not None:
+            loss = loss + diverged(outputs) / passes
         return (loss, outputs) if return_outputs else loss
 
 
 class PaperMDGDTrainer(SmallCheckpoints, MDGDTrainerMixin, Trainer):
     """The same around MDGD."""
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Some weights are float32 by now and some are not, and a rule may run the model to see what enters layers."""
+        settings: Any = self.args
+        with torch.autocast(settings.device.type, torch.bfloat16, enabled=settings.bf16):
+            return super().create_optimizer(*args, **kwargs)
 
 
 class LogLines(TrainerCallback):
@@ -156,13 +174,14 @@ def _train(
         "data_collator": lambda some: work.model.collate(some, answers=True),
         "callbacks": [LogLines(folder / LOG), *callbacks],
     }
-    wrapper = method.wrapper(module)
+    wrapper = method.wrapper(module, work)
     trainer: PaperTrainer | PaperMDGDTrainer
     if wrapper is None:
         trainer = PaperTrainer(**common)
         # Some weights are float32 by now and some are not.
         with torch.autocast(work.device.type, torch.bfloat16, enabled=e.dtype == "bfloat16"):
             trainer.penalty = method.penalty(work, module)
+            trainer.divergence = method.divergence(work, module)
     else:
         trainer = PaperMDGDTrainer(**common, **wrapper, tap=work.model.tap())
     if e.training.report_to == TENSORBOARD:
@@ -189,7 +208,7 @@ def arguments(
         output_dir=str(folder / CHECKPOINTS),
         num_train_epochs=t.epochs,
         max_steps=t.steps or -1,
-        learning_rate=method.settings.learning_rate or t.learning_rate,
+        learning_rate=method.settings.learning_rate or method.rate * t.learning_rate,
         lr_scheduler_type=t.schedule,
         warmup_steps=t.warmup if t.warmup < 1 else 0.999,
         weight_decay=t.weight_decay,

@@ -1,6 +1,7 @@
 """One run's model and data, as methods and evaluation see them."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from reproductions.paper.config import Experiment
 from reproductions.paper.data import DATASETS, Example
 from reproductions.paper.models import Batch, load_model, to_device
+from torch_mdgd.prompts import QUESTIONS
 
 
 class Workshop:
@@ -46,20 +48,27 @@ class Workshop:
         ).network  # fmt: skip
         return {name: p.detach() for name, p in fresh.named_parameters()}
 
-    def examples(self, task: str, split: str, limit: int = 0) -> Sequence[Example]:
-        """Examples of a data set; 0 for all. A split that the folder of ``data.source`` lacks comes from the hub."""
+    def examples(self, task: str, split: str, limit: int = 0, seed: int = 0) -> Sequence[Example]:
+        """Examples of a data set, so many at random; 0 for all.
+
+        A split that the folder of ``data.source`` lacks comes from the hub.
+        """
         data = self.experiment.data
         options = tuple(data.options.get(task, {}).items())
-        return _open(task, split, data.source, data.organisation, limit, options)
+        revision = data.revisions.get(f"{task}/{split}")
+        return _open(task, split, data.source, data.organisation, revision, limit, seed, options)
 
     def training_examples(self) -> Sequence[Example]:
         """What the target task teaches with."""
         e = self.experiment
-        return self.examples(e.target, str(DATASETS[e.target].training), e.training.examples)
+        found = self.examples(e.target, str(DATASETS[e.target].training), e.training.examples, e.seed)
+        return found if e.training.captions == 1 else Captions(found, e.training.captions)
 
     def evaluation_examples(self, task: str) -> Sequence[Example]:
-        """What a task is measured on."""
-        return self.examples(task, DATASETS[task].evaluation, self.experiment.evaluation.examples)
+        """What a task is measured on: where it is a sample, the same one whatever the seed, so that runs compare."""
+        data, evaluation = DATASETS[task], self.experiment.evaluation
+        split = str(data.validation) if evaluation.split == "validation" else data.evaluation
+        return self.examples(task, split, evaluation.examples)
 
     def memory(self) -> Sequence[Example]:
         """Training examples of those pre-trained tasks that have a training split; never those that are measured.
@@ -70,12 +79,20 @@ class Workshop:
         tasks = [task for task in self.experiment.pretrained if DATASETS[task].training is not None]
         if not tasks:
             raise ValueError(f"{self.experiment.name}: no pre-trained task has a training split to remember")
-        limit = self.experiment.training.examples
-        return _Chained([self.examples(task, str(DATASETS[task].training), limit) for task in tasks])
+        e = self.experiment
+        limit = e.training.examples
+        return _Chained([self.examples(task, str(DATASETS[task].training), limit, e.seed) for task in tasks])
 
     def target_batches(self, count: int) -> Iterator[Batch]:
         """Batches of one example of the target task, with labels."""
         yield from self._singles(self.training_examples(), count)
+
+    def prompt_batches(self, count: int) -> Iterator[Batch]:
+        """Batches of one picture of the target task under a general question, without labels."""
+        examples, rng = self.training_examples(), np.random.default_rng(self.experiment.seed)
+        for i in rng.permutation(len(examples))[:count]:
+            asked = replace(examples[int(i)], question=QUESTIONS[int(rng.integers(len(QUESTIONS)))])
+            yield to_device(self.model.collate([asked], answers=False), self.device)
 
     def memory_batches(self, count: int) -> Iterator[Batch]:
         """Batches of one example of what the model could answer before, with labels."""
@@ -85,6 +102,22 @@ class Workshop:
         rng = np.random.default_rng(self.experiment.seed)
         for i in rng.permutation(len(examples))[:count]:
             yield to_device(self.model.collate([examples[int(i)]], answers=True), self.device)
+
+
+class Captions(Sequence[Example]):
+    """Each example as often as it has reference answers, up to a number, with one of them to learn each time."""
+
+    def __init__(self, examples: Sequence[Example], most: int) -> None:
+        self.examples = examples
+        self.places = [(i, k) for i in range(len(examples)) for k in range(min(most, len(examples[i].answers)))]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: Any) -> Any:
+        place, answer = self.places[index]
+        example = self.examples[place]
+        return replace(example, target=example.answers[answer])
 
 
 class _Chained(Sequence[Example]):
@@ -102,10 +135,29 @@ class _Chained(Sequence[Example]):
         return self.parts[part][int(index) - (int(self.ends[part - 1]) if part else 0)]
 
 
+_COMMITS: dict[str, str] = {}
+
+
+def commits() -> dict[str, str]:
+    """The commits of the hub's repositories that splits of this process came from, by "data set/split"."""
+    return dict(_COMMITS)
+
+
 @lru_cache(maxsize=64)
 def _open(
-    task: str, split: str, source: str, organisation: str, limit: int, options: tuple[tuple[str, Any], ...]
+    task: str,
+    split: str,
+    source: str,
+    organisation: str,
+    revision: str | None,
+    limit: int,
+    seed: int,
+    options: tuple[tuple[str, Any], ...],
 ) -> Sequence[Example]:
     data, folder = DATASETS[task].with_options(**dict(options)), Path(source) / task
     here = folder if source and data.holds(folder, split) else None
-    return data.load(split, source=here, limit=limit or None, organisation=organisation)
+    if here is None:
+        here = data.fetch(split, organisation, revision)
+        if here.parent.name == "snapshots":
+            _COMMITS[f"{task}/{split}"] = here.name
+    return data.load(split, source=here, limit=limit or None, seed=seed)

@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -14,12 +15,24 @@ from reproductions.mini.commands import app
 from reproductions.mini.experiment import masking, study
 from reproductions.mini.experiment.outcomes import load
 from reproductions.mini.experiment.systems import CELLS, SYSTEMS
-from reproductions.mini.report.claims import CLAIMS, Claim, Condition
+from reproductions.mini.report import rerun
+from reproductions.mini.report.claims import CLAIMS, RECOMMENDATION, Claim, Condition
 from reproductions.mini.report.figures import draw_masking
+from reproductions.mini.report.opening import sentences
 from reproductions.mini.report.page import verdicts_markdown, write_report
-from reproductions.mini.report.tables import cost_table, difference_table, score_table, summary_table, tables
-from reproductions.mini.report.verdicts import against, rank_and_forgetting, together, verdicts
+from reproductions.mini.report.razor import correlation, diverged, draw_razor
+from reproductions.mini.report.tables import (
+    cost_table,
+    difference_table,
+    form_table,
+    score_table,
+    summary_table,
+    tables,
+)
+from reproductions.mini.report.verdicts import against, claims_of, rank_and_forgetting, together, verdicts
+from reproductions.mini.world.questions import PRETRAINED_TASKS
 from reproductions.shared.stats import Estimate
+from reproductions.shared.tables import Table
 from tests.reproductions.mini.made_up import CELL, COSTS, QUIET, SCORES, SIZE, made_up, result
 
 
@@ -104,9 +117,82 @@ def test_few_systems_say_nothing_of_a_correlation(tmp_path):
     assert (found.outcome, found.evidence) == ("cannot tell", "2 systems with 3 seeds")
 
 
+def test_claims_of_the_recommendation_appear_once_their_systems_are_tested(tmp_path):
+    assert claims_of(load(made_up(tmp_path / "old"))) == [
+        *CLAIMS, next(c for c in RECOMMENDATION if c.text.startswith("αv alone keeps more")),
+    ]  # fmt: skip
+    scores = SCORES | {"anchor": (90, 97, 69), "lora-all": (80, 70, 60), "lora-anchor": (85, 95, 60)}
+    cells = load(made_up(tmp_path / "new", scores, noise=0))
+    found = {v.claim.text: v.outcome for v in verdicts(cells[0], claims_of(cells))}
+    assert found["The anchor, in one pass, comes within a point of αv's H."] == "holds here"
+    assert found["LoRA with the anchor has a higher H than Fine-tune at the rate with the best H."] == "holds here"
+    assert set(RECOMMENDATION) <= set(claims_of(cells))
+
+
+def test_the_claims_are_run_again_with_the_chosen_settings(tmp_path, monkeypatch):
+    monkeypatch.setattr(rerun, "NAMES", ("zero-shot", "fine-tune-low", "align"))
+    settings, out = made_up(tmp_path / "study"), tmp_path / "out"
+    call = ["claims", "--settings", str(settings), "--output", str(out), "--workers", "1", "--seeds", "0"]
+    call += ["--steps", "1", "--batch", "2", "--examples", "2"]
+    threads = torch.get_num_threads()
+    for _ in range(2):
+        called = CliRunner().invoke(app, call)
+        assert called.exit_code == 0, called.output
+    torch.set_num_threads(threads)
+    runs = [json.loads(line) for line in (out / "test.jsonl").read_text().splitlines()]
+    assert len(runs) == 4, "of captions, which have no settings, the pre-trained model alone; and nothing twice"
+    assert {run["learning_rate"] for run in (run["settings"] for run in runs)} == {None, 5e-4, 1e-3}
+    lines = [json.loads(line) for line in (out / "claims.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 * len(RECOMMENDATION)
+    assert lines[0]["versions"]["torch"] == runs[0]["versions"]["torch"]
+    first = next(line for line in lines if line["claim"].startswith("αv alone"))
+    assert (first["cell"], first["outcome"], first["seeds"]) == ("digits-adamw", "cannot tell", [0])
+    assert re.match(r"ΔP [+-]\d+\.\d \(n = 1\); ΔT", first["evidence"])
+    assert "captions, AdamW: " in called.output
+    assert "cannot tell: αv alone keeps more" in called.output
+    assert CliRunner().invoke(app, ["claims", "--seeds", "100"]).exit_code == 2
+
+
+def test_kl_on_the_new_task_stands_beside_forgetting_where_results_hold_it(tmp_path):
+    folder = made_up(tmp_path, noise=0)
+    assert not diverged(load(folder)[0])
+    assert draw_razor(load(folder)) is None
+    path, kls = folder / "test.jsonl", {80: 0.9, 90: 0.3, 96: 0.1, 93: 0.2}
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [line | ({"kl": kls[line["P"]]} if line["P"] in kls else {}) for line in lines]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    cell = load(folder)[0]
+    (table,) = (table for table in tables(cell) if "KL on the new task" in table.title)
+    assert rows(table)["Fine-tune"] == {"system": "Fine-tune", "KL": "0.900 ± 0.000", "ΔP": "-19.0"}
+    assert set(rows(table)) == {SYSTEMS[n].label for n in ("fine-tune", "fine-tune-low", "mdgd", "align", "history")}
+    assert "Spearman's ρ over 5 systems: -1.00" in table.notes[0]
+    figure = draw_razor([cell])
+    assert figure.axes[0].get_title().startswith("digits, AdamW\nSpearman's ρ")
+    assert len(figure.axes[0].lines) == 5
+    plt.close(figure)
+    assert correlation({str(i): ({0: 0.1 * i}, -3.0) for i in range(5)}) == "Nothing varies over 5 systems."
+    assert correlation({}) == "Of 0 systems there is no correlation to speak of."
+
+
+def test_what_knows_of_the_old_tasks_is_marked_in_every_table(tmp_path):
+    scores = SCORES | {"kl-questions": (90, 97, 69)}
+    cells = load(made_up(tmp_path, scores, noise=0))
+    for table in (summary_table(cells), *tables(cells[0])[:4]):
+        names = {row[0] for row in table.rows if row[0].endswith("†")}
+        assert names == {"replay †", "KL at old questions †"}
+        assert table.notes[-1].startswith("† Knows")
+    few = load(made_up(tmp_path / "few", {name: SCORES[name] for name in ("fine-tune", "mdgd")}))
+    assert "†" not in summary_table(few).markdown
+
+
+def test_form_and_sight_stand_apart_for_every_task(tmp_path):
+    found = rows(form_table(load(made_up(tmp_path, noise=0))[0]))
+    assert found["Fine-tune"] == {"system": "Fine-tune"} | dict.fromkeys(PRETRAINED_TASKS, "80 / 81")
+
+
 def test_claims_name_systems_and_measures_that_exist():
     known = {*SYSTEMS, "the best other system"}
-    conditions = [condition for claim in CLAIMS for condition in claim.conditions]
+    conditions = [condition for claim in (*CLAIMS, *RECOMMENDATION) for condition in claim.conditions]
     assert all({c.system, c.baseline} <= known for c in conditions)
     assert {c.measure for c in conditions} == {"T", "P", "H", "rank"}
     assert len({claim.text for claim in CLAIMS}) == len(CLAIMS)
@@ -162,7 +248,7 @@ def test_tables_say_what_is_there_and_what_is_missing(tmp_path):
     assert scores["MDGD"]["P exact"] == "96.0 ± 0.0"
     assert scores["MDGD"]["H"] == f"{2 * 96 * 88 / 184:.1f} ± 0.0"
     assert scores["LoRA"]["T"].startswith(f"{45 * 3 / 4:.1f} ± "), "a run that diverged counts as zero"
-    assert scores["replay"]["seeds"] == "3"
+    assert scores["replay †"]["seeds"] == "3"
     notes = " ".join(score_table(cell).notes)
     for part in ("LoRA diverged on seed 2", "Seeds 3, 4, 5 are missing of replay.", "Not tested yet: step, inputs;"):
         assert part in notes
@@ -230,7 +316,9 @@ def test_the_page_stands_alone(tmp_path):
     folder = made_up(tmp_path / "results", frontier=("mdgd", "fine-tune"))
     page = write_report(folder, tmp_path / "out", QUIET).read_text()
     drawn = {path.name for path in (tmp_path / "out" / "figures").iterdir()}
-    assert drawn == {"frontier-digits-adamw.png", "ranks.png", "curves.png", "gradients.png"}
+    assert drawn == {
+        "frontier-digits-adamw.png", "ranks.png", "curves.png", "gradients.png", "opening-digits-adamw.png",
+    }  # fmt: skip
     sources = re.findall(r'src="([^"]*)"', page)
     assert len(sources) > len(drawn)
     assert all(source.startswith("data:image/png;base64,") for source in sources)
@@ -249,6 +337,32 @@ def test_the_page_stands_alone(tmp_path):
     told = (tmp_path / "out" / "verdicts.md").read_text()
     assert all(claim.text in told for claim in CLAIMS)
     assert "### digits, AdamW: scores" in (tmp_path / "out" / "tables.md").read_text()
+
+
+def test_the_page_begins_with_a_picture_and_with_sentences_of_the_results(tmp_path):
+    folder = made_up(tmp_path, noise=0)
+    told = sentences(load(folder))
+    assert len(told) == 4, "nothing is said of the form after captions, which were not tested"
+    for text, part in zip(
+        told, ("by −19.0 ± 0.0", "by +6.0 ± 0.0 and +0.0 ± 0.0", "by +0.0 ± 0.0", "step, history 16 92.5"), strict=True
+    ):
+        assert part in text
+        assert "(digits, AdamW)" in text
+    page = write_report(folder, tmp_path / "out", QUIET).read_text()
+    assert page.index("<img") < page.index(told[0]) < page.index("<nav>") < page.index("Verdicts</h2>")
+
+
+def test_five_sentences_at_most_and_what_was_asked_of_the_anchor_before_the_rest(tmp_path):
+    scores = SCORES | {"anchor": (90, 97, 69), "lora-all": (80, 70, 60), "lora-anchor": (85, 95, 60)}
+    told = sentences(load(made_up(tmp_path, scores, noise=0)))
+    assert len(told) == 5
+    assert "the anchor, which takes one pass, changes H by +1.5 ± 0.0" in told[3]
+    assert "of LoRA on all layers by +15.1 ± 0.0" in told[4]
+
+
+def test_a_cell_of_a_table_says_its_column_on_a_narrow_page():
+    page = Table("A", ("x", 'a "b"'), (("1", "2 ± 3"),)).html
+    assert '<td data-label="x">1</td><td data-label="a &quot;b&quot;">2&nbsp;±&nbsp;3</td>' in page
 
 
 def test_a_report_of_nothing_says_so(tmp_path):
@@ -295,5 +409,5 @@ def test_the_committed_tables_and_verdicts_are_those_of_the_committed_results():
     readme = (Path(study.__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     for line in summary.splitlines():
         assert not line.startswith("|") or line in readme
-    judged = {cell.cell.name: verdicts(cell) for cell in cells if cell.systems}
+    judged = {cell.cell.name: verdicts(cell, claims_of(cells)) for cell in cells if cell.systems}
     assert (folder / "verdicts.md").read_text(encoding="utf-8") == verdicts_markdown(cells, judged)

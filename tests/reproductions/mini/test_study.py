@@ -2,25 +2,33 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
 from torch import nn
 
-from reproductions.mini.experiment import costs, study
+from reproductions.methods.kl import answer_logits
+from reproductions.mini.commands import STUDY
+from reproductions.mini.experiment import calibration, costs, own_answers, study
 from reproductions.mini.experiment.adapters import PullOfAdapters, adapt_all
 from reproductions.mini.experiment.calibration import prompts
-from reproductions.mini.experiment.finetune import finetune, prepare, training
-from reproductions.mini.experiment.methods import METHODS, rule_of
+from reproductions.mini.experiment.finetune import finetune, prepare, replayed, trainable_parameters, training
+from reproductions.mini.experiment.losses import Additions
+from reproductions.mini.experiment.measure import divergence, pretrained_answers
+from reproductions.mini.experiment.methods import METHODS, Method, rule_of
+from reproductions.mini.experiment.outcomes import CellOutcomes, Outcome, load
 from reproductions.mini.experiment.parallel import execute_all
 from reproductions.mini.experiment.run import Run, execute, rounded
 from reproductions.mini.experiment.scores import average, h_scores, kept, mean, rate_that_reaches, target_score
-from reproductions.mini.experiment.systems import CANDIDATES, CELLS, SYSTEMS
-from reproductions.mini.model.evaluate import Evaluation
+from reproductions.mini.experiment.systems import CANDIDATES, CELLS, SEQUENCES, SYSTEMS
+from reproductions.mini.model.evaluate import Evaluation, evaluate
 from reproductions.mini.model.llava import CHECKPOINT, load_checkpoint
+from reproductions.mini.report.tables import score_table
 from reproductions.mini.rules import History
-from reproductions.mini.world.data import pixel_values, target_data
+from reproductions.mini.world.data import TaskData, pixel_values, target_data, training_batch
 from reproductions.mini.world.questions import CAPTION_QUESTION, PRETRAINED_TASKS
 from reproductions.shared.results import read_results
 from torch_mdgd import StepProject
@@ -35,7 +43,10 @@ def one_checkpoint(monkeypatch):
 
 
 @pytest.mark.parametrize("name", [name for name in SYSTEMS if name != "zero-shot"])
-def test_every_system_moves_what_it_says(name):
+def test_every_system_moves_what_it_says(name, monkeypatch):
+    monkeypatch.setattr(own_answers, "BATCHES", 1)
+    monkeypatch.setattr(own_answers, "SIZE", 8)
+    monkeypatch.setattr(f"{finetune.__module__}.prompts", partial(prompts, batches=2, size=8))
     model, tokenizer = load_checkpoint()
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     method = SYSTEMS[name].candidates("adamw", 1.0)[-1]
@@ -55,6 +66,14 @@ def test_every_system_moves_what_it_says(name):
         assert parts == {"language_model"} | kept, "the projector goes back, or stays"
         inside = {n: count for n, count in moved.items() if "language_model" in n}
         assert sum(inside.values()) < 0.2 * course.trained
+    elif method.trained != "last":
+        wanted = {"attention": {"q_proj", "k_proj", "v_proj", "o_proj"}, "gate-up": {"gate_proj", "up_proj"}}
+        assert {n.split(".")[-2] for n, count in moved.items() if count} == wanted[method.trained]
+    elif method.momentum < 1 or method.drop is not None:
+        # The numbers with the largest momentum of either step, and vectors.
+        share = 2 * method.momentum if method.drop is None else 1 - method.drop
+        assert parts == {"language_model", "multi_modal_projector"}
+        assert 0.4 * share * course.trained < sum(moved.values()) < 1.1 * share * course.trained
     else:
         assert parts == {"language_model", "multi_modal_projector"}
         assert 0.9 * course.trained <= sum(moved.values()) <= course.trained
@@ -108,6 +127,104 @@ def test_the_anchor_that_settings_tell(name, rule):
     assert bool(drawn) == (name != "anchor-running")
     if name == "anchor-lazy":
         assert optimizer.rule.rule.every == 8
+
+
+@pytest.mark.parametrize("kind", ["questions", "random"])
+def test_the_model_answers_questions_about_the_tasks_pictures_itself(kind, checkpoint):
+    model, tokenizer = checkpoint
+    data = target_data("caption", "train", 20)
+    found = own_answers.own_answers(model, tokenizer, data, kind, 3, batches=2, size=5)
+    asked = calibration.questions(kind, data, tokenizer, 3, 2, 5)
+    assert [example.question for example in found] == [question for _, question in asked]
+    assert all(example.picture is data.examples[i].picture for example, (i, _) in zip(found, asked, strict=True))
+    if kind == "questions":
+        assert all(example.answer for example in found)
+        again = evaluate(model, tokenizer, TaskData("any", found, ()))
+        assert again.predictions == tuple(example.answer for example in found)
+
+
+def test_a_share_of_replay_is_kept_over_the_steps():
+    for share, steps in ((0.01, 100), (0.05, 40), (0.1, 30), (0.5, 7)):
+        counts = [replayed(share, 16, step) for step in range(steps)]
+        assert sum(counts) == round(share * 16 * steps)
+        assert max(counts) - min(counts) <= 1
+    assert {replayed(0.5, 16, step) for step in range(300)} == {8}, "as committed results were made"
+
+
+def test_a_divergence_is_that_at_its_own_tokens(checkpoint):
+    model, tokenizer = load_checkpoint()
+    parameters = trainable_parameters(model)
+    data = target_data("digits", "train")
+    answered = own_answers.own_answers(model, tokenizer, data, "questions", 0, batches=1, size=6)
+    batch = training_batch(data.examples[:4], tokenizer)
+    methods = {where: Method("kl", "KL", 1e-3, kl=2.0, kl_at=where) for where in ("answers", "questions")}
+    losses = {where: Additions(model, method, tokenizer, answered, 5) for where, method in methods.items()}
+    with torch.no_grad():
+        for p in parameters:
+            p += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+        other = training_batch(
+            [answered[i] for i in np.random.default_rng([5, 9]).choice(6, 4, replace=False)], tokenizer
+        )
+        for where, asked in (("answers", batch), ("questions", other)):
+            output = model(**batch)
+            found = float(losses[where](batch)(output)) - float(output.loss)
+            p, q = (
+                answer_logits(m(**asked).logits, asked["labels"]).double().softmax(-1) for m in (checkpoint[0], model)
+            )
+            assert found == pytest.approx(2 * float((p * (p / q).log()).sum(-1).mean()), rel=1e-3)
+
+
+def test_a_middle_layers_features_are_looked_at():
+    seen = {}
+    for layer in (-1, 3):
+        model, tokenizer = load_checkpoint()
+        method = SYSTEMS["align"].method.with_settings(features=layer)
+        model, parameters = prepare(model, method)
+        options = {"seed": 0, "steps": 4, "batch_size": 4}
+        *_, (_, optimizer) = training(model, tokenizer, target_data("digits", "train"), method, parameters, **options)
+        seen[layer] = float(optimizer.diagnostics["visual_loss"])
+    assert min(seen.values()) > 0
+    assert seen[3] != pytest.approx(seen[-1], rel=0.01)
+
+
+def test_settings_that_a_rule_would_leave_idle_are_refused():
+    with pytest.raises(ValueError, match="a rule makes the step"):
+        SYSTEMS["align"].method.with_settings(kl=1.0)
+
+
+def test_a_tenth_of_the_rate_that_learns_best():
+    results = tuned({"fine-tune": [(99, 50), (90, 85), (60, 90), (1, 1)]})
+    assert study.chosen(CELL, SYSTEMS["fine-tune-tenth"], SIZE, results).learning_rate == pytest.approx(2e-4)
+
+
+def test_every_committed_result_is_found_again(monkeypatch):
+    """Their keys are of settings that systems of today still tell."""
+    monkeypatch.undo()
+    found = set()
+    for cell in load(STUDY):
+        found |= {run["key"] for outcome in cell.systems.values() for run in outcome.runs.values()}
+        tried = [pair for pairs in (*cell.tuning.values(), *cell.edges.values()) for pair in pairs]
+        found |= {run["key"] for _, runs in tried for run in runs}
+        found |= {run["key"] for _, curve in cell.frontier.values() for runs in curve.values() for run in runs}
+    gone = {key for stage in ("test", "frontier") for key in read_results(STUDY / f"{stage}.jsonl") if key not in found}
+    assert all(json.loads(key)["method"]["lora"] == 8 for key in gone), "LoRA's rates of before they were moved down"
+    assert len(gone) == 18
+    # Validation results are those of leads too, and of the rates that others were matched by.
+    assert len(read_results(STUDY / "tune.jsonl").keys() & found) >= 25 * CANDIDATES * 2 * 3
+
+
+def test_the_divergence_on_the_new_task_is_none_before_training_and_positive_after(checkpoint):
+    model, tokenizer = checkpoint
+    assert divergence(model, tokenizer, "digits", "test", 5, CHECKPOINT) == pytest.approx(0, abs=1e-9)
+    other, _ = load_checkpoint()
+    with torch.no_grad():
+        for p in trainable_parameters(other):
+            p += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+    (batch,), (was,) = pretrained_answers(CHECKPOINT, "digits", "test", 5)
+    p, q = was.exp(), answer_logits(other(**batch).logits, batch["labels"]).detach().double().softmax(-1)
+    found = divergence(other, tokenizer, "digits", "test", 5, CHECKPOINT)
+    assert found == pytest.approx(float((p * (p / q).log()).sum(-1).mean()), rel=1e-6)
+    assert found > 0
 
 
 def test_every_8th_step_of_lazy_looks_at_the_features():
@@ -361,6 +478,31 @@ def test_traces_and_losses_are_every_fifth_steps():
     for name in ("cos_task_visual", "cos_task_reference", "visual_loss"):
         assert len(found["traces"][name]) == 2
     assert all(len(answers) == 1 for answers in found["answers"].values())
+
+
+def test_a_sequence_trains_one_target_after_the_other_and_asks_for_both(monkeypatch):
+    threads, trained = torch.get_num_threads(), []
+
+    def noted(model, tokenizer, data, *args, **options):
+        trained.append((data.task, id(model)))
+        return finetune(model, tokenizer, data, *args, **options)
+
+    monkeypatch.setattr(f"{execute.__module__}.finetune", noted)
+    (place,) = SEQUENCES
+    size = study.Size(steps=1, batch=2, tuning_examples=1, examples=2)
+    (run,) = study.runs_of(place, [SYSTEMS["fine-tune"].method], [0], size)
+    assert json.loads(run.key)["first"] == "digits"
+    found = execute(replace(run, record="scores"))
+    torch.set_num_threads(threads)
+    assert [task for task, _ in trained] == ["digits", "caption"]
+    assert trained[0][1] == trained[1][1], "the second begins where the first ended"
+    assert found["T_first"] in (0, 50, 100)
+    assert (place.name, place.title) == ("digits-caption-adamw", "digits then captions, AdamW")
+    outcome = Outcome(SYSTEMS["fine-tune"], run.method, {0: {"key": run.key, **found}}, ())
+    table = score_table(CellOutcomes(place, {"fine-tune": outcome}, (), {}, {}, {}, {}))
+    assert table.rows[0][table.columns.index("T of the first")] == f"{found['T_first']:.1f}"
+    with pytest.raises(ValueError, match="first must be one of"):
+        replace(run, first="letters")
 
 
 def test_a_run_that_diverges_is_a_result(tmp_path):

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 from safetensors.numpy import save_file
 
+from reproductions.paper.config import load_experiment
 from reproductions.paper.data import DATASETS
 from reproductions.paper.data.shapes import COLOURS, SHAPES
 from reproductions.paper.report.published import PublishedExperiment, PublishedRow, published
@@ -35,8 +36,8 @@ def write_run(folder: Path, experiment: PublishedExperiment, row: PublishedRow, 
     (run / "evaluation").mkdir(parents=True)
     rng = np.random.default_rng([*experiment.name.encode(), *row.method.encode()])
     drift = SHIFT.get(row.method, 1.0)
-    configuration = {"name": experiment.name, "target": experiment.target, "pretrained": list(experiment.pretrained),
-                     "training": {"learning_rate": 1e-4, "epochs": 1.0}, "evaluation": {"examples": 0}}  # fmt: skip
+    configuration = json.loads(json.dumps(load_experiment(experiment.name).as_dict() | {"methods": {}}))
+    configuration["methods"] = {row.method: load_experiment(experiment.name).methods.get(row.method, {})}
     config = {
         "configuration": configuration, "experiment": experiment.name, "title": f"{experiment.model} somewhere",
         "method": row.method, "method_title": row.label, "seed": 0, "smoke": smoke, "device": "a made-up GPU",

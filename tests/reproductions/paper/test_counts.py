@@ -2,13 +2,15 @@
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from reproductions.methods import METHODS
 from reproductions.methods.base import train_last
 from reproductions.paper.config import load_experiment, method_of, methods_of
 from reproductions.paper.models import skeleton
 from reproductions.paper.report.published import published
-from reproductions.paper.run.estimate import estimate, size_of, trained_numbers
+from reproductions.paper.run.estimate import Asked, bytes_a_number, estimate, size_of, trained_numbers
 from reproductions.paper.run.work import Workshop
 from tests.reproductions.paper.running import CPU, EXACT
 from torch_mdgd import MDGDOptimizer, connector, last_decoder_layers, mdgd_backward
@@ -18,7 +20,13 @@ COUNTS = {
     "minicpm-v-2": {"fine-tune": 517_777_920, "lora": 35_265_024, "mdgd-gm": 51_777_792},
 }
 LIKE_FINE_TUNE = ("model-tailor", "mdgd", "mdgd-no-align", "fine-tune-lv", "project", "step", "inputs", "l2-sp", "ewc",
-                  "replay")  # fmt: skip
+                  "replay", "replay-1", "replay-5", "replay-10", "fine-tune-low", "lazy", "anchor", "wise-ft",
+                  "kl")  # fmt: skip
+# Rank 16 on all linear layers, and the connector: 16 · 32 · (4 · 2 · 4096 + 3 · (4096 + 11008)) + 20,979,712, and
+# 16 · 40 · (4 · 2 · 2304 + 3 · (2304 + 5760)) + 29,366,784.
+EVERYWHERE = {"llava-1.5-7b": 60_956_672, "minicpm-v-2": 56_646_144}
+# Six layers of four projections of 4096², and eight of 2304².
+ATTENTION = {"llava-1.5-7b": 6 * 4 * 4096**2, "minicpm-v-2": 8 * 4 * 2304**2}
 
 
 @pytest.mark.parametrize("name", ["llava-okvqa", "minicpm-pathvqa"])
@@ -30,7 +38,10 @@ def test_every_method_trains_the_published_count(name):
             continue
         count = trained_numbers(experiment, method_of(experiment, method))
         expected = (
-            {"zero-shot": 0, "corda": wanted["lora"]} | wanted | dict.fromkeys(LIKE_FINE_TUNE, wanted["fine-tune"])
+            {"zero-shot": 0, "corda": wanted["lora"], "attention": ATTENTION[experiment.model]}
+            | dict.fromkeys(("lora-all", "lora-all-lv", "lora-all-anchor"), EVERYWHERE[experiment.model])
+            | wanted
+            | dict.fromkeys(LIKE_FINE_TUNE, wanted["fine-tune"])
         )
         assert count == expected[method], method
     for method, row in published()[name].rows.items():
@@ -67,8 +78,8 @@ def test_estimates_follow_the_passes():
     assert 3 * plain < found["mdgd"].training_hours < 4 * plain
     assert plain < found["mdgd-gm"].training_hours < 2.1 * plain
     assert found["lora"].training_hours < plain
-    # φ and two more gradients of float32.
-    assert found["mdgd"].memory - found["fine-tune"].memory == 12 * 1_235_279_872
+    # φ and two more gradients of float32, and autocast's copy in bfloat16.
+    assert found["mdgd"].memory - found["fine-tune"].memory == 14 * 1_235_279_872
     assert all(f.memory < 80e9 for f in found.values())
     assert found["mdgd"].disk == 2 * 1_235_279_872
     # Two checkpoints, each of the weights and two moments; and φ.
@@ -103,3 +114,77 @@ def test_longer_training_takes_longer_in_proportion():
     short = estimate(load_experiment("minicpm-textcaps", ["training.steps=10"]), "mdgd")
     examples = 10 * 64 / 21953
     assert short.training_hours == pytest.approx(examples * once.training_hours)
+
+
+def wide_llava():
+    """Its trained numbers are many, and what else a step holds is little."""
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4,
+        projection_dim=16,
+    )  # fmt: skip
+    text = LlamaConfig(
+        vocab_size=64, hidden_size=384, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=63, vision_feature_layer=-1)
+    return LlavaForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "ratio"),
+    [("fine-tune", None), ("fine-tune-lv", None), ("step", None), ("mdgd", None), ("mdgd-gm", 0.1), ("mdgd-gm", 1.0)],
+)  # fmt: skip
+def test_bytes_a_number_are_those_of_a_step(name, ratio):
+    """By the allocator: what a step holds at its peak beside the weights, for each trained number."""
+    model = wide_llava()
+    parameters = train_last(model, 3)
+    numbers = sum(p.numel() for p in parameters)
+    method = METHODS[name](METHODS[name].Settings() if ratio is None else METHODS[name].Settings(ratio=ratio))
+    wrapper, optimizer = method.wrapper(model), torch.optim.AdamW(parameters, lr=1e-3, fused=True)
+    batch = {
+        "input_ids": torch.tensor([[1, 63, 63, 63, 63, 5, 6, 7]]), "pixel_values": torch.ones(1, 3, 8, 8),
+        "attention_mask": torch.ones(1, 8, dtype=torch.long), "labels": torch.tensor([[-100] * 5 + [5, 6, 7]]),
+    }  # fmt: skip
+
+    def wrap():
+        nonlocal optimizer
+        if wrapper is not None:
+            optimizer = MDGDOptimizer(optimizer, **wrapper)
+
+    def step():
+        if wrapper is None:
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(**batch).loss
+            loss.backward()
+        else:
+            with torch.autocast("cpu", torch.bfloat16):
+                mdgd_backward(model, optimizer, batch)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    held, found = allocated(wrap)[1], []
+    for _ in range(3):
+        highest, left = allocated(step)
+        found.append((held + highest) / numbers)
+        held += left
+    rule = method.rule(model)
+    gradients = 1 if name in ("fine-tune-lv", "mdgd-gm") else len(method.needs(model))
+    asked = Asked(numbers, gradients, wraps=rule is not None, corrects=rule is not None and rule.corrects)
+    first, later = bytes_a_number(asked, ratio)
+    # What is left: the layers' activations, and what operations need for themselves on the largest tensor.
+    assert max(found[1:]) == pytest.approx(later, rel=0.08, abs=1.2)
+    assert found[0] <= 1.05 * first + 1.2
+
+
+def allocated(run):
+    """Bytes that the allocator gave out at the worst moment, and that were left, beyond those of before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = [(e.start_ns(), e.nbytes()) for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = highest = 0
+    for _, size in sorted(events, key=lambda event: event[0]):
+        held += size
+        highest = max(highest, held)
+    return highest, held

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from collections import Counter
 
 import datasets
 import huggingface_hub
@@ -10,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from reproductions.paper.data import DATASETS, DataError
+from reproductions.paper.data.parquet import write_parquet
 from reproductions.paper.data.prompts import CAPTION, LETTER, SHORT, UNANSWERABLE
 from reproductions.paper.data.shapes import COLOURS, SHAPES
 from reproductions.paper.metrics import METRICS
@@ -89,10 +91,15 @@ def test_splits_of_one_folder_do_not_disturb_each_other(tmp_path):
         assert set(pictures.values()) == set(data.splits)
 
 
-def test_a_limit_takes_the_first_rows(tmp_path):
+def test_a_limit_draws_rows_with_a_seed(tmp_path):
     folder = sample("pathvqa", tmp_path)
-    everything, some = load("pathvqa", folder), load("pathvqa", folder, limit=2)
-    assert [e.question for e in some] == [e.question for e in everything[:2]]
+    everything, some = load("pathvqa", folder), load("pathvqa", folder, limit=3)
+    assert [e.id for e in some] == [e.id for e in load("pathvqa", folder, limit=3)], "the same ones again"
+    # An example is named after its row, wherever it stands in the sample.
+    assert all(e == everything[int(e.id)] for e in some)
+    drawn = {tuple(e.id for e in load("pathvqa", folder, limit=3, seed=seed)) for seed in range(8)}
+    assert all(len(set(ids)) == 3 for ids in drawn)
+    assert len(drawn) > 1
     assert len(load("pathvqa", folder, limit=99)) == 6
     with pytest.raises(ValueError, match="limit"):
         load("pathvqa", folder, limit=0)
@@ -230,8 +237,48 @@ def test_okvqa_trains_on_the_original_files(tmp_path):
     (tmp_path / "mscoco_train2014_annotations.json").unlink()
     with pytest.raises(DataError, match=r"there is no .*annotations.json; training needs .*allenai"):
         DATASETS["okvqa"].load("train", source=tmp_path)
-    with pytest.raises(DataError, match="the hub's copy has no training split; training needs"):
-        DATASETS["okvqa"].load("train")
+
+
+def test_okvqa_trains_on_the_hubs_copy_where_no_folder_has_the_original_files(tmp_path, monkeypatch):
+    asked = []
+
+    def download(repository, **settings):
+        asked.append((repository, settings["allow_patterns"]))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    data = DATASETS["okvqa"]
+    rows = list(data.sample_rows("train", 3, 0))
+    write_parquet(tmp_path / "data" / "train-00000-of-00001.parquet", rows, data.features())
+    example = data.load("train")[0]
+    assert example.target == seen(example.image)
+    assert asked == [("Multimodal-Fatima/OK-VQA_train", ["data/train-*.parquet"])]
+    # Of a copy with other columns, the files by hand are the way out.
+    bare = [{key: row[key] for key in ("image", "question")} for row in rows]
+    features = {key: data.features()[key] for key in ("image", "question")}
+    write_parquet(tmp_path / "data" / "train-00000-of-00001.parquet", bare, features)
+    with pytest.raises(DataError, match=r"no column answers, question_id; .*training needs .*FOLDER/okvqa"):
+        data.load("train")
+
+
+def test_a_sample_of_mmbench_has_all_rotations_of_its_questions(tmp_path):
+    folder = sample("mmbench", tmp_path, n=12)
+    for limit in (4, 5):
+        groups = Counter(e.extra["group"] for e in load("mmbench", folder, limit=limit))
+        assert sorted(groups.values()) == [2, 2]
+
+
+def test_the_prompt_of_a_caption_can_be_set(tmp_path):
+    data = DATASETS["flickr30k"].with_options(prompt="Describe it.")
+    assert data.load("test", source=sample("flickr30k", tmp_path))[0].question == "Describe it."
+
+
+def test_the_copy_that_datasets_makes_is_counted():
+    # 0.79 GB of parquet became 5.48.
+    splits = DATASETS["pathvqa"].splits.values()
+    assert sum(split.unpacked for split in splits) == pytest.approx(5.48, abs=0.05)
+    for data in DATASETS.values():
+        assert all(split.unpacked >= split.gigabytes for split in data.splits.values())
 
 
 def test_iconqa_has_three_kinds_of_questions(tmp_path):

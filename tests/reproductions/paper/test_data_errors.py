@@ -123,20 +123,39 @@ def test_a_file_that_breaks_off_is_named(tmp_path):
 def test_the_hub_is_asked_for_one_split_alone(tmp_path, monkeypatch):
     asked = []
 
-    def download(repository, *, repo_type, allow_patterns):
-        asked.append((repository, repo_type, allow_patterns))
+    def download(repository, *, repo_type, allow_patterns, revision):
+        asked.append((repository, repo_type, allow_patterns, revision))
         return str(sample("gqa", tmp_path))
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert len(DATASETS["gqa"].load("testdev", organisation="someone")) == 6
+    assert len(DATASETS["gqa"].load("testdev", organisation="someone", revision="abc")) == 6
     instructions, images = (f"testdev_balanced_{part}/testdev-*.parquet" for part in ("instructions", "images"))
-    assert asked == [("someone/GQA", "dataset", [instructions, images])]
+    assert asked == [("someone/GQA", "dataset", [instructions, images], "abc")]
+
+
+def test_the_new_organisation_is_asked_and_then_the_old(tmp_path, monkeypatch):
+    asked = []
+
+    def download(repository, **settings):
+        asked.append(repository)
+        if repository.startswith("lmms-lab-encoder"):
+            raise OSError("no such repository")
+        return str(sample("gqa", tmp_path))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert len(DATASETS["gqa"].load("testdev")) == 6
+    assert asked == ["lmms-lab-encoder/GQA", "lmms-lab/GQA"]
 
 
 def test_a_hub_out_of_reach_says_what_to_do(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
-    where = r"MMBench: could not fetch lmms-lab/MMBench .*no network.*--data FOLDER, for FOLDER/mmbench/en/dev-.*moved"
+    where = (
+        r"MMBench: could not fetch lmms-lab-encoder/MMBench or lmms-lab/MMBench .*no network.*"
+        r"--data FOLDER, for FOLDER/mmbench/en/dev-.*moved"
+    )
     with pytest.raises(DataError, match=where):
         DATASETS["mmbench"].load("dev")
     with pytest.raises(DataError, match=r"A-OKVQA: could not fetch HuggingFaceM4/A-OKVQA (?!.*moved)"):
         DATASETS["aokvqa"].load("validation")
+    with pytest.raises(DataError, match=r"OK-VQA: could not fetch Multimodal-Fatima/OK-VQA_train .*FOLDER/okvqa, with"):
+        DATASETS["okvqa"].load("train")

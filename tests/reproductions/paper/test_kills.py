@@ -15,7 +15,7 @@ from reproductions.paper.models.base import VisionLanguageModel
 from reproductions.paper.run import masking, train
 from reproductions.paper.run.weights import NAME
 from reproductions.paper.run.work import Workshop
-from reproductions.shared.files import BusyError
+from reproductions.shared.files import BusyError, FileError
 from tests.reproductions.paper.running import CPU, EXACT, contents, row
 
 
@@ -113,6 +113,16 @@ def test_a_checkpoint_cut_short_is_passed_over(assets, whole, tmp_path):
     assert contents(tmp_path / "llava-okvqa" / "mdgd") == contents(whole)
 
 
+@pytest.mark.parametrize("file", [train.TRAINED, "optimizer.pt"])
+def test_a_broken_checkpoint_is_named(file, assets, tmp_path):
+    with pytest.raises(Killed):
+        row(assets, tmp_path, "fine-tune", callbacks=[KillAt(1, die)])
+    checkpoint = tmp_path / "llava-okvqa" / "fine-tune" / "checkpoints" / "checkpoint-1"
+    (checkpoint / file).write_bytes(b"half of ")
+    with pytest.raises(FileError, match=r"checkpoint-1 is not a whole checkpoint \(.*\): remove it"):
+        row(assets, tmp_path, "fine-tune")
+
+
 def test_a_checkpoint_holds_what_is_trained_alone(assets, tmp_path):
     with pytest.raises(Killed):
         row(assets, tmp_path, "fine-tune", callbacks=[KillAt(1, die)])
@@ -128,11 +138,11 @@ def test_an_evaluation_that_was_killed_asks_what_is_left(assets, whole, tmp_path
     asked, generate = Counter(), VisionLanguageModel.generate
 
     def generate_until(limit):
-        def answer(self, batch, longest):
+        def answer(self, batch, longest, **search):
             asked["batches"] += 1
             if asked["batches"] > limit:
                 raise Killed
-            return generate(self, batch, longest)
+            return generate(self, batch, longest, **search)
 
         return answer
 

@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
+from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
 from reproductions.paper.data import Example
@@ -193,6 +195,58 @@ def test_describing_is_no_way_to_a_high_f1():
     assert scores["score"] == pytest.approx(200 * 0.1 / 1.1)
 
 
+def test_pope_takes_yes_with_a_full_stop():
+    truth = [example("yes"), example("no")]
+    assert METRICS["pope"].each(["Yes.", " No. "], truth) == [100, 100]
+
+
+def llavas_script(answers, labels):
+    """F1 of llava/eval/eval_pope.py, written out."""
+    said = []
+    for text in answers:
+        words = text.split(".")[0].replace(",", "").split(" ")
+        said.append(0 if "No" in words or "not" in words or "no" in words else 1)
+    pairs = list(zip(said, labels, strict=True))
+    tp, fp, fn = (pairs.count(pair) for pair in ((1, 1), (1, 0), (0, 1)))
+    precision, recall = tp / (tp + fp), tp / (tp + fn)
+    return 2 * precision * recall / (precision + recall)
+
+
+def test_pope_by_category_and_by_the_rule_of_llava():
+    kinds = ["random", "popular", "adversarial"]
+    said = ["Yes, there is a dog.", "There is not. Yes", "yes", "No.", "A dog.", "no"]
+    label = ["yes", "no", "yes", "no", "yes", "yes"]
+    # Each category gets all six questions, the second with one answer more that is wrong.
+    extra = [[], ["yes"], []]
+    predictions, examples, loose = [], [], []
+    for kind, more in zip(kinds, extra, strict=True):
+        predictions += said + more
+        examples += [example(true, category=kind) for true in [*label, *["no" for _ in more]]]
+        loose.append(llavas_script(said + more, [int(true == "yes") for true in [*label, *["no" for _ in more]]]))
+    scores = METRICS["pope"].score(predictions, examples)
+    assert scores["f1_llava"] == pytest.approx(100 * sum(loose) / 3)
+    # Strictly, "yes", "No." and "no" are answers: one of four is found, and all that are given are right.
+    assert scores["f1_random"] == scores["f1_adversarial"] == pytest.approx(100 * 2 * 0.25 / 1.25)
+    assert scores["f1_popular"] == pytest.approx(100 * 2 * 0.5 * 0.25 / 0.75)
+    assert scores["f1_categories"] == pytest.approx((2 * scores["f1_random"] + scores["f1_popular"]) / 3)
+    assert "f1_llava" not in METRICS["pope"].score(said, [example(true) for true in label])
+
+
+def test_any_annotator_beside_the_soft_score():
+    answers = ("red",) * 8 + ("a blue", "green")
+    examples = [example(*answers) for _ in range(4)]
+    scores = METRICS["vqa"].score(["Red", "blue", "Green.", "pink"], examples)
+    assert scores["any_annotator"] == 75
+    assert scores["score"] < 75
+
+
+def test_yes_or_no_and_open_questions_apart():
+    examples = [example("yes"), example("No"), example("liver"), example("kidney"), example("lung")]
+    scores = METRICS["yes_no_or_open"].score(["yes", "yes", "Liver.", "spleen", "heart"], examples)
+    assert scores == pytest.approx({"score": 40, "yes_no": 50, "open": 100 / 3})
+    assert "open" not in METRICS["yes_no_or_open"].score(["no"], [example("no")])
+
+
 @pytest.mark.parametrize("predictions", [["no", "no"], ["a cat", "a dog"]])
 def test_pope_without_a_yes(predictions):
     assert METRICS["pope"].score(predictions, [example("yes"), example("no")])["score"] == 0
@@ -212,9 +266,14 @@ def test_cider_is_that_of_the_package(drawn):
     )
     predictions, examples = [said for said, _ in drawn], [example(*references) for _, references in drawn]
     metric = CIDEr(ptb=False)
-    assert metric.score(predictions, examples) == pytest.approx(
-        {"score": 100 * expected, "cider_no_ptb": 100 * expected}
-    )
+    scores = metric.score(predictions, examples)
+    references = {i: texts for i, (_, texts) in enumerate(drawn)}
+    given = {i: [said] for i, (said, _) in enumerate(drawn)}
+    assert scores == pytest.approx({
+        "score": 100 * expected, "cider_no_ptb": 100 * expected,
+        "bleu_4": 100 * Bleu(4).compute_score(references, given, verbose=0)[0][3],
+        "rouge_l": 100 * Rouge().compute_score(references, given)[0],
+    })  # fmt: skip
     assert metric.each(predictions, examples) == pytest.approx([100 * value for value in each])
 
 
@@ -272,7 +331,7 @@ def test_words_by_the_penn_treebank():
     references = PTBTokenizer().tokenize({i: [{"caption": t} for t in texts] for i, texts in enumerate(REFERENCES)})
     said = PTBTokenizer().tokenize({i: [{"caption": text}] for i, text in enumerate(PREDICTIONS)})
     expected = 100 * Cider().compute_score(references, said)[0]
-    assert scores == pytest.approx({"score": expected, "cider": expected})
+    assert (scores["score"], scores["cider"]) == (pytest.approx(expected), pytest.approx(expected))
     # "man 's" is two words to this tokenizer.
     assert expected != pytest.approx(CIDEr(ptb=False).score(PREDICTIONS, [example(*t) for t in REFERENCES])["score"])
 

@@ -1,5 +1,6 @@
 """The models: batches, what stands at image tokens, answers, and weights on disk."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,14 +8,22 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers.models.internvl.processing_internvl import InternVLProcessor
+from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
+from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
+from transformers.models.smolvlm.processing_smolvlm import SmolVLMProcessor
 
-from reproductions.paper.models import MODELS, ModelError, load_model
+from reproductions.paper.models import ModelError, load_model
 from reproductions.paper.models.base import IGNORED
+from reproductions.paper.run.estimate import size_of
 from tests.reproductions.paper.questions import examples, picture
 from torch_mdgd import MDGDOptimizer, connector, last_decoder_layers, mdgd_backward
 
 CPU = torch.device("cpu")
-FAMILIES = list(MODELS)
+FAMILIES = [
+    "llava-1.5-7b", "minicpm-v-2", "minicpm-v-4.6", "qwen2.5-vl-3b", "qwen3-vl-2b", "internvl3.5-1b", "smolvlm2-2.2b",
+]  # fmt: skip
+"""One size of each."""
 
 
 @pytest.fixture(params=FAMILIES)
@@ -28,7 +37,9 @@ def test_labels_are_the_answers_alone(model):
         batch["input_ids"], batch["labels"], batch["attention_mask"], examples(), strict=True
     ):
         learned = labels != IGNORED
-        assert model.tokenizer.decode(labels[learned]) == example.target + model.tokenizer.eos_token
+        assert model.tokenizer.decode(labels[learned]) == (
+            getattr(model, "before_answer", "") + example.target + model.tokenizer.eos_token
+        )
         assert torch.equal(ids[learned], labels[learned])
         last = int(mask.nonzero().max())
         assert bool(learned[last]), "the answer comes last"
@@ -53,6 +64,9 @@ def test_generation_is_greedy_step_by_step(model):
     tokens = batch["input_ids"]
     for _ in range(4):
         more = {**batch, "input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+        if "mm_token_type_ids" in batch:
+            kinds = batch["mm_token_type_ids"]
+            more["mm_token_type_ids"] = torch.nn.functional.pad(kinds, (0, tokens.shape[1] - kinds.shape[1]))
         tokens = torch.cat([tokens, model.network(**more).logits[:, -1].argmax(-1, keepdim=True)], 1)
         if tokens[0, -1] == model.tokenizer.eos_token_id:
             break
@@ -163,7 +177,10 @@ def test_the_instruction_of_llava(llava):
     example = examples()[0]
     tokens = llava.encode(example.image, example.question).tokens
     assert tokens.count(llava.tokenizer.bos_token_id) == 1
-    assert llava.tokenizer.decode(tokens[1:]) == f"USER: {4 * '<image>'}\nWhat is this? ASSISTANT:"
+    assert llava.tokenizer.decode(tokens[1:]) == (
+        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+        f"detailed, and polite answers to the user's questions. USER: {4 * '<image>'}\nWhat is this? ASSISTANT:"
+    )
 
 
 @pytest.mark.parametrize("size", [(64, 16), (16, 64), (32, 32)])
@@ -198,3 +215,82 @@ def test_the_instruction_of_minicpm_v_4_6_is_that_of_transformers_own_processor(
     expected = f"<|im_start|>user\n{picture}\nWhy?</s>\n<|im_start|>assistant\n"
     assert model.tokenizer.decode(model.encode(image, "Why?").tokens) == expected
     assert picture.count("<slice>") == (0 if size == (20, 20) else 2)
+
+
+# Models of today, by their own chat templates and image processors.
+
+
+@pytest.mark.parametrize(
+    ("name", "total"),
+    [
+        # As the hub shows them; InternVL3.5 by the table of its report: 304.01 M of vision, 751.63 M and 4.41 B of
+        # language, and the projector.
+        ("qwen2.5-vl-3b", 3_754_622_976),
+        ("qwen2.5-vl-7b", 8_292_166_656),
+        ("qwen3-vl-2b", 2_127_532_032),
+        ("qwen3-vl-4b", 4_437_815_808),
+        ("internvl3.5-1b", 1_060_824_064),
+        ("internvl3.5-4b", 4_732_415_488),
+        ("smolvlm2-2.2b", 2_246_784_880),
+    ],
+)
+def test_skeletons_have_the_published_sizes(name, total):
+    assert size_of(name).total == total
+
+
+PROCESSORS = {
+    "qwen2.5-vl-3b": (Qwen2_5_VLProcessor, "<|vision_start|>{}<|vision_end|>What is this?"),
+    "qwen3-vl-2b": (Qwen3VLProcessor, "<|vision_start|>{}<|vision_end|>What is this?"),
+    "internvl3.5-1b": (InternVLProcessor, "{}\nWhat is this?"),
+    "smolvlm2-2.2b": (SmolVLMProcessor, "User:{}What is this?"),
+}
+
+
+@pytest.mark.parametrize("size", [(20, 20), (60, 30), (30, 60)])
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_the_instruction_is_that_of_transformers_own_processor(name, size, assets):
+    """Which cannot be made without torchvision, so that its part for pictures is asked."""
+    processor, form = PROCESSORS[name]
+    model = load_model(name, assets.model(name), "float32", CPU)
+    image = Image.new("RGB", size)
+    seen = model.pixels(images=[image], return_tensors="pt", **getattr(processor, "images_kwargs", {}))
+    theirs = SimpleNamespace(
+        image_processor=model.pixels, image_token=model.placeholder, image_seq_length=4, image_seq_len=4,
+        start_image_token="<img>", end_image_token="</img>", fake_image_token="<fake_token_around_image>",
+        global_image_token="<global-img>",
+    )  # fmt: skip
+    written = processor.replace_image_token(theirs, seen, 0)
+    tokens = model.encode(image, "What is this?").tokens
+    assert form.format(written) in model.tokenizer.decode(tokens)
+    assert written.count(model.placeholder) == int(model.tap().mask(model.collate([Asked(image)], answers=False)).sum())
+
+
+class Asked(SimpleNamespace):
+    def __init__(self, image):
+        super().__init__(image=image, question="What is this?", target="cat")
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_an_answer_is_put_as_the_chat_template_puts_it(name, assets):
+    model = load_model(name, assets.model(name), "float32", CPU)
+    content = [{"type": "image"}, {"type": "text", "text": "Why?"}]
+    talk = [{"role": "user", "content": content},
+            {"role": "assistant", "content": [{"type": "text", "text": "a dog"}]}]  # fmt: skip
+    whole = model.tokenizer.apply_chat_template(talk, tokenize=False)
+    asked = model.tokenizer.apply_chat_template(talk[:1], tokenize=False, add_generation_prompt=True)
+    taught = model.tokenizer.decode(model.answer_tokens("a dog"))
+    assert whole == f"{asked}{taught}\n"
+
+
+def test_a_processors_template_goes_before_its_tokenizers(assets, tmp_path):
+    for file in assets.model("qwen3-vl-2b").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
+    own = "{% for m in messages %}[{% for p in m.content %}{{ p.text or '<|image_pad|>' }}{% endfor %}]{% endfor %}"
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": own}))
+    model = load_model("qwen3-vl-2b", tmp_path, "float32", CPU)
+    text = model.tokenizer.decode(model.encode(Image.new("RGB", (20, 20)), "Why?").tokens)
+    assert text.replace("<|image_pad|>", "") == "[Why?]"
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": own.replace("<|image_pad|>", "")}))
+    with pytest.raises(ModelError, match=r"does not write <\|image_pad\|> for a picture"):
+        load_model("qwen3-vl-2b", tmp_path, "float32", CPU)

@@ -1,5 +1,6 @@
 """Several rows: after each other, beside each other on GPUs, and when some of them fail."""
 
+import json
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from reproductions.methods import METHODS
 from reproductions.paper.config import experiment_names, load_experiment, methods_of
 from reproductions.paper.data import DataError
 from reproductions.paper.data.dataset import DataSet
-from reproductions.paper.run import row, rows
+from reproductions.paper.run import row, rows, work
 from reproductions.shared.fields import ConfigError
 
 QUIET = Console(quiet=True)
@@ -166,21 +167,57 @@ def test_rows_beyond_the_paper_on_request():
 
 
 def test_data_that_cannot_be_had_are_missed_before_anything_runs(assets, tmp_path, monkeypatch):
-    def fetch(self, split, organisation):
+    def fetch(self, split, organisation, revision):
         if self.name == "pope":
             raise DataError("POPE: the hub is out of reach")
-        return whole(self, split, organisation) if self.name == "okvqa" else assets.data / self.name
+        return assets.data / self.name
 
-    whole, asked = DataSet.fetch, []
+    asked = []
     monkeypatch.setattr(DataSet, "fetch", fetch)
     monkeypatch.setattr(row, "run_row", lambda experiment, name, *args, **kwargs: asked.append(name))
     done = call("run", "llava-okvqa", "--all", "--results", tmp_path)
     assert "GQA, testdev: 16 examples" in done.output
-    assert "OK-VQA: the hub's copy has no training split" in done.output
     assert "POPE: the hub is out of reach" in done.output
     assert len(asked) == 7, "the others may do"
     alone = call("run", "llava-okvqa", "--method", "zero-shot", "--results", tmp_path)
     assert alone.exit_code == 2
     assert alone.output.splitlines()[-1] == "POPE: the hub is out of reach"
-    assert "training split" not in alone.output, "which zero-shot does not need"
+    assert "OK-VQA, train:" not in alone.output, "which zero-shot does not need"
     assert len(asked) == 7
+
+
+def test_a_folder_of_results_keeps_to_the_commits_that_it_began_with(assets, tmp_path, monkeypatch):
+    def fetch(self, split, organisation, revision=None):
+        asked.append((self.name, split, revision))
+        folder = tmp_path / "hub" / self.name / "snapshots" / (revision or "new")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if not folder.exists():
+            folder.symlink_to(assets.data / self.name)
+        return folder
+
+    asked, seen = [], []
+    work._open.cache_clear()
+    monkeypatch.setattr(work, "_COMMITS", {})
+    monkeypatch.setattr(DataSet, "fetch", fetch)
+    monkeypatch.setattr(row, "run_row", lambda experiment, *args, **kwargs: seen.append(experiment.data.revisions))
+    narrow = ("--set", 'pretrained=["pope"]', "--set", "evaluation.examples=3")
+    call("run", "llava-okvqa", "--method", "zero-shot", "--results", tmp_path / "results", *narrow)
+    pins = json.loads((tmp_path / "results" / "revisions.json").read_text())
+    assert pins == {"pope/test": "new", "okvqa/val2014": "new"}
+    assert seen == [pins]
+    (tmp_path / "results" / "revisions.json").write_text('{"pope/test": "old"}')
+    asked.clear()
+    call("run", "llava-okvqa", "--method", "zero-shot", "--results", tmp_path / "results", *narrow)
+    assert ("pope", "test", "old") in asked
+
+
+def test_torchrun_and_a_missing_reporter_are_refused_before_anything_is_loaded(everything, tmp_path, monkeypatch):
+    asked = ("run", "llava-okvqa", "--method", "zero-shot", "--results", tmp_path, *everything)
+    done = call(*asked, "--set", "training.report_to=wandbee")
+    assert done.exit_code == 2
+    assert "training.report_to: wandbee is not installed, or is none of" in done.output
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = call(*asked)
+    assert done.exit_code == 2
+    assert "call without torchrun" in done.output
+    assert not list(tmp_path.glob("*/*/config.json"))

@@ -1,7 +1,9 @@
 """Rows of the tables from end to end on tiny models: what they leave, and what is measured."""
 
 import json
+import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,15 +11,16 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from reproductions.paper.data import DATASETS, DataError, Example
+from reproductions.paper.models import ModelError
 from reproductions.paper.report.results import Result
 from reproductions.paper.run import evaluate, masking
 from reproductions.paper.run.row import run_row
 from reproductions.paper.run.weights import NAME, changes, load_changes, save_changes
 from reproductions.paper.run.work import Workshop
 from reproductions.shared.fields import ConfigError
-from reproductions.shared.files import read_until_cut
+from reproductions.shared.files import FileError, read_until_cut
 from tests.properties import assert_same_bits
-from tests.reproductions.paper.running import CPU, EXACT, SHORT, row
+from tests.reproductions.paper.running import CPU, EXACT, SHORT, contents, row
 
 
 @pytest.fixture(scope="module")
@@ -97,12 +100,60 @@ def test_what_is_measured_is_what_is_on_disk(assets, tmp_path, monkeypatch):
     assert measured == 2 * [(torch.bfloat16, True)]
 
 
+def test_a_typo_is_not_remembered(assets, tmp_path):
+    """A first call with it leaves a configuration, which the next call may set right."""
+    experiment = assets.experiment("llava-okvqa", SHORT)
+    with pytest.raises(ModelError, match="could not read /nonexistent"):
+        run_row(replace(experiment, source="/nonexistent"), "zero-shot", tmp_path, smoke=True, device=CPU)
+    folder = row(assets, tmp_path, "zero-shot")
+    config = json.loads((folder / "config.json").read_text())["configuration"]
+    assert config["source"] == str(assets.model("llava-1.5-7b"))
+    with pytest.raises(ConfigError, match="another configuration"):
+        run_row(replace(experiment, source="/nonexistent"), "zero-shot", tmp_path, smoke=True, device=CPU)
+
+
+@pytest.mark.parametrize(
+    ("file", "kind"),
+    [
+        ("evaluation/okvqa.json", "a JSON file"),
+        ("status.json", "a JSON file"),
+        ("config.json", "a JSON file"),
+        ("trained.safetensors", "a whole safetensors file"),
+    ],
+)
+def test_a_broken_file_of_a_finished_row_is_named(file, kind, whole, assets, tmp_path):
+    folder = tmp_path / "llava-okvqa" / "mdgd"
+    shutil.copytree(whole, folder)
+    (folder / file).write_text("{")
+    if file == "trained.safetensors":
+        (folder / "evaluation" / "okvqa.json").unlink()
+    with pytest.raises(FileError, match=rf"mdgd/{file} is not {kind} \(.*\): remove it and call again"):
+        row(assets, tmp_path, "mdgd")
+
+
+def test_a_task_that_is_missing_from_a_finished_row_is_measured_again(whole, assets, tmp_path):
+    folder = tmp_path / "llava-okvqa" / "mdgd"
+    shutil.copytree(whole, folder)
+    (folder / "evaluation" / "okvqa.json").unlink()
+    row(assets, tmp_path, "mdgd")
+    assert contents(folder) == contents(whole)
+
+
+def test_a_disk_without_room_is_seen_before_anything_is_trained(assets, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=20e9))
+    experiment = assets.experiment("llava-okvqa", [*SHORT, "layers=6"])
+    # Two checkpoints of 12 bytes a trained number, and the result.
+    with pytest.raises(ConfigError, match=r"fine-tune writes about 32\.1 GB while it trains, and 20\.0 GB are free"):
+        run_row(experiment, "fine-tune", tmp_path, device=CPU)
+    assert not (tmp_path / "llava-okvqa" / "fine-tune" / "training.jsonl").exists()
+
+
 def test_a_split_that_the_folder_lacks_comes_from_the_hub(assets, tmp_path, monkeypatch):
     (tmp_path / "okvqa").symlink_to(assets.data / "okvqa")
     experiment = assets.experiment("llava-okvqa", [*EXACT, "evaluation.examples=2"])
     asked = []
 
-    def fetch(self, split, organisation):
+    def fetch(self, split, organisation, revision=None):
         asked.append((self.name, split))
         return assets.data / self.name
 

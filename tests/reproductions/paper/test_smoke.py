@@ -11,44 +11,77 @@ from typer.testing import CliRunner
 
 from reproductions.__main__ import app
 from reproductions.methods import METHODS
-from reproductions.paper.config import experiment_names
+from reproductions.paper.config import experiment_names, load_experiment
+from reproductions.paper.models import MODELS
 from reproductions.paper.report.published import published
+from reproductions.paper.run import oracle, rows
 
 
 def call(*arguments):
     return CliRunner().invoke(app, [str(x) for x in arguments])
 
 
+OF_TABLES = {name: MODELS[name] for name in ("llava-1.5-7b", "minicpm-v-2")}
+ROWS_OF_TODAY = {
+    "zero-shot",
+    "fine-tune",
+    "lora",
+    "mdgd",
+    "mdgd-no-align",
+    "mdgd-gm",
+    "fine-tune-lv",
+    "anchor",
+    "lora-all",
+}
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """All rows, by one command."""
+    """All rows of the tables' models by one command; models of today run in `test_models` and `test_presets`."""
     folder = tmp_path_factory.mktemp("smoke")
-    done = call("run", "--smoke", "--all", "--results", folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rows, "MODELS", OF_TABLES)
+        done = call("run", "--smoke", "--all", "--results", folder)
     assert done.exit_code == 0, done.output
     return folder
+
+
+def test_by_itself_the_command_takes_every_model_of_today():
+    found = rows.chosen(None, None, True, False, True, [])
+    models = {load_experiment(name).model for name in found}
+    assert models == set(MODELS)
+    for name, methods in found.items():
+        if "@" in name:
+            assert set(methods) == ROWS_OF_TODAY
 
 
 def test_every_row_of_both_tables_ran_and_every_other_method_once(finished):
     ran = {(path.parent.parent.name, path.parent.name) for path in finished.glob("*/*/status.json")}
     for name, table in published().items():
         assert {(name, method) for method in table.rows} <= ran
-    assert {method for _, method in ran} == set(METHODS)
-    assert {path.parent.parent.name for path in finished.glob("*/*/status.json")} == set(experiment_names())
+    assert {method for _, method in ran} == {*METHODS, "oracle"}
+    assert {name for name, _ in ran} == set(experiment_names())
     for path in finished.glob("*/*/status.json"):
         status = json.loads(path.read_text())
         assert status["stage"] == "done"
+        if path.parent.name == "oracle":
+            continue
         assert status["wall_seconds"] > 0
         tasks = {file.stem for file in (path.parent / "evaluation").glob("*.json")}
         assert tasks == set(published()[path.parent.parent.name].tasks)
-        assert (path.parent / "training.jsonl").exists() == (path.parent.name not in ("zero-shot", "model-tailor"))
+        assert (path.parent / "training.jsonl").exists() == (
+            path.parent.name not in ("zero-shot", "model-tailor", "wise-ft")
+        )
         assert (path.parent / "analysis" / "masking.json").exists() == (path.parent.name == "mdgd-gm")
 
 
-def test_a_second_call_has_nothing_to_do(finished):
+def test_a_second_call_has_nothing_to_do(finished, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
+    monkeypatch.setattr(rows, "MODELS", OF_TABLES)
+    monkeypatch.setattr(oracle, "run_oracle", lambda *arguments: None)
     again = call("run", "--smoke", "--all", "--results", finished)
     assert again.exit_code == 0
-    assert again.output.count("done already") == len(list(finished.glob("*/*/status.json")))
+    assert again.output.count("done already") == len(list(finished.glob("*/*/trained.json"))) + 4, "and zero-shot"
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
@@ -73,6 +106,9 @@ def test_list_shows_counts_needs_and_what_has_run(finished):
     for count in ("1,235,279,872", "517,777,920", "29,368,320", "35,265,024", "123,527,987", "51,777,792"):
         assert count in shown.output
     assert shown.output.count("done, 0.0 h") == 26
+    assert shown.output.count(" 24 GB ") > 8, "what fits where"
+    for name in ("hour", "day"):
+        assert f"run --preset {name}\n" in shown.output
     assert "Figure 3: learning curves; agreement and drift against the masking ratio. 12 of 12 rows" in shown.output
     assert "Figure 5: t-SNE of features of LLaVA. 6 of 6 rows: zero-shot, fine-tune, mdgd of both llava" in shown.output
     readme = (Path(__file__).parents[3] / "reproductions" / "README.md").read_text()

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from reproductions.paper.report.published import published
 from reproductions.paper.report.results import Result, ResultError, read_results
-from reproductions.paper.report.tables import comparisons, markdown, rich_tables
+from reproductions.paper.report.tables import KEPT, comparisons, markdown, rich_tables
 from tests.reproductions.paper.made_up_results import SHIFT, write_results, write_run
 
 FLICKR = "llava-flickr30k"
@@ -37,7 +37,7 @@ def line(folder, method="mdgd", number=0):
 def test_the_layout_of_the_paper(tmp_path):
     found = comparisons(tmp_path)
     assert [len(table.lines) for table in found] == [7, 7, 6, 6]
-    assert found[0].columns == ("GQA", "VizWiz", "ScienceQA", "TextVQA", "POPE", "MMBench", "Flickr30k", "Avg",
+    assert found[0].columns == ("GQA", "VizWiz", "ScienceQA", "TextVQA", "POPE", "MMBench", "Flickr30k", KEPT, "Avg",
                                 "Hscore", "H(P, T)")  # fmt: skip
     assert found[0].title == "Table 1: LLaVA-1.5-7B fine-tuned on Flickr30k (Hscore = H(P, Avg))"
     assert found[3].title == "Table 2: MiniCPM-V-2.0 fine-tuned on TextCaps (Hscore = H(Avg, T))"
@@ -51,19 +51,66 @@ def test_the_layout_of_the_paper(tmp_path):
 def test_published_values_ours_and_differences(number, tmp_path):
     folder = write_results(tmp_path)
     table = comparisons(folder)[number]
-    assert not table.notes
+    experiment = list(published().values())[number]
     for found in table.lines:
         (a, printed), (b, measured), (c, apart) = found.rows(table.columns)
         assert (a, b, c) == ("published", "ours", "difference")
-        row = list(published().values())[number].rows[found.method]
-        assert [float(cell) for cell in printed[:-1]] == [*row.scores.values(), row.average, row.hscore]
+        row = experiment.rows[found.method]
+        kept = sum(row.scores[task] for task in experiment.kept) / len(experiment.kept)
+        expected = [*row.scores.values(), kept, row.average, row.hscore]
+        assert [float(cell) for cell in printed[:-1]] == pytest.approx(expected, abs=0.0051)
         shift = SHIFT.get(found.method, 1.0)
         assert [float(cell) for cell in measured[: len(row.scores)]] == pytest.approx(
             [max(0, score + shift) for score in row.scores.values()], abs=0.0051
         )
+        others = {*experiment.incomparable, *row.incomparable}
+        for task, d in zip(experiment.tasks, apart, strict=False):
+            assert (d == "–") == (task in others)
+        assert (apart[-4] == "–") == bool(row.incomparable)
+        assert apart[-3:] == ["–"] * 3, "they hold the target"
         for p, m, d in zip(printed, measured, apart, strict=True):
+            if d == "–":
+                continue
             assert float(d) == pytest.approx(float(m) - float(p), abs=0.0101)
             assert d[0] in "+-"
+
+
+def test_every_target_is_of_another_quantity_and_its_note_says_why():
+    for name, experiment in published().items():
+        assert experiment.target in experiment.incomparable, name
+        assert all(len(why) > 20 for why in experiment.incomparable.values())
+        zoo = experiment.rows["zero-shot"].incomparable
+        assert set(zoo) == ({"vizwiz", "pope"} if name.startswith("llava") else set())
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"layers": 4}, "layers"),
+        ({"source": "/elsewhere"}, "source"),
+        ({"training": {"learning_rate": 1e-5}}, "training.learning_rate"),
+        ({"methods": {"mdgd": {"align": 10.0, "regularize": 1.0}}}, "mdgd.align"),
+        ({"evaluation": {"examples": 100}}, "evaluation.examples"),
+    ],
+)
+def test_a_row_with_other_settings_has_no_difference(changes, named, tmp_path):
+    run = only(tmp_path)
+    configuration = json.loads((run.folder / "config.json").read_text())["configuration"]
+    for key, value in changes.items():
+        configuration[key] = configuration[key] | value if isinstance(value, dict) else value
+    change(run, "config.json", configuration=configuration)
+    kinds = [kind for kind, _ in line(tmp_path).rows(comparisons(tmp_path)[0].columns)]
+    assert kinds == ["published", "ours", f"other {named}"]
+    assert any("other settings" in note for note in comparisons(tmp_path)[0].notes)
+
+
+def test_what_results_do_not_depend_on_is_no_other_setting(tmp_path):
+    run = only(tmp_path)
+    configuration = json.loads((run.folder / "config.json").read_text())["configuration"]
+    configuration["evaluation"] |= {"batch": 3, "beams": 3}
+    configuration["seed"] = 5
+    change(run, "config.json", configuration=configuration)
+    assert not line(tmp_path).changed
 
 
 def test_our_summaries_are_of_our_scores(tmp_path):
@@ -80,10 +127,10 @@ def test_smoke_runs_have_no_difference(tmp_path):
     folder = write_results(tmp_path, [FLICKR], ["mdgd"], smoke=True)
     table = comparisons(folder)[0]
     assert [kind for kind, _ in line(folder).rows(table.columns)] == ["published", "smoke"]
-    assert "random models" in table.notes[0]
+    assert any("random models" in note for note in table.notes)
     assert "│ smoke " in text(folder)
     assert "difference" not in text(folder)
-    assert "ours" not in markdown(folder)
+    assert "| ours |" not in markdown(folder)
 
 
 def test_an_unfinished_run_says_so(tmp_path):
@@ -126,11 +173,11 @@ def test_what_one_has_to_know_is_noted(tmp_path):
     change(run, "evaluation/flickr30k.json", scores={"score": 70.0, "cider_no_ptb": 70.0})
     configuration = json.loads((run.folder / "config.json").read_text())["configuration"]
     change(run, "config.json", configuration=configuration | {"evaluation": {"examples": 100}})
-    first, second = comparisons(tmp_path)[0].notes
+    first, second, *_ = comparisons(tmp_path)[0].notes
     change(run, "config.json", configuration=configuration | {"training": {"steps": 10}})
     assert "for a set number of steps" in comparisons(tmp_path)[0].notes[1]
     assert "Penn Treebank" in first
-    assert "first examples" in second
+    assert "a sample of each task" in second
     assert first in markdown(tmp_path)
 
 
@@ -139,7 +186,7 @@ def test_markdown_is_a_table(tmp_path):
     rows = [row for row in lines if row.startswith("|")]
     # A head and a rule for each of four tables, and three rows a system.
     assert len(rows) == 4 * 2 + 26 * 3
-    assert {row.count("|") for row in rows} == {14, 15}
+    assert {row.count("|") for row in rows} == {15, 16}
     assert "| MDGD | published | 1.2B | 67.71 |" in markdown(tmp_path)
     assert "|  | ours | 1,235,279,872 | 68.46 |" in markdown(tmp_path)
     assert "|  | difference |  | +0.75 |" in markdown(tmp_path)

@@ -1,0 +1,79 @@
+"""A list of parameters as a table of chunks, and the threads that share them out."""
+
+from collections.abc import Callable, Sequence
+from threading import Thread
+from typing import Any, TypeAlias, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torch_mdgd.kernels.compiled import kernels
+from torch_mdgd.kernels.types import Tensors
+
+T = TypeVar("T")
+Array: TypeAlias = np.ndarray[Any, Any]
+
+# Numbers in a chunk: some vectors' fit into a core's first cache together.
+CHUNK = 4096
+# A thread is worth starting for so many chunks.
+LEAST = 64
+DTYPES = {
+    torch.float32: kernels.FLOAT32,
+    torch.bfloat16: kernels.BFLOAT16,
+    torch.float16: kernels.FLOAT16,
+    torch.float64: kernels.FLOAT64,
+    torch.bool: kernels.BOOL,
+}
+
+
+def contiguous(tensors: Tensors) -> list[Tensor | None]:
+    """The tensors, or contiguous copies of those that are not."""
+    return [x if x is None or x.is_contiguous() else x.contiguous() for x in tensors]
+
+
+def addresses(lists: Sequence[Tensors]) -> tuple[Array, Array]:
+    """Where the tensors are, and their dtypes.
+
+    Args:
+        lists: V vectors of T contiguous tensors or None.
+
+    Returns:
+        addresses, int64, 0 for None; dtypes as ``kernels`` numbers them, int64; both of shape (T, V).
+    """
+    at = [[0 if x is None else x.data_ptr() for x in tensors] for tensors in lists]
+    kinds = [[0 if x is None else DTYPES[x.dtype] for x in tensors] for tensors in lists]
+    return tuple(np.array(x, dtype=np.int64).reshape(len(lists), -1).T.copy() for x in (at, kinds))  # type: ignore[return-value]
+
+
+def lengths(lists: Sequence[Tensors]) -> list[int]:
+    """Of each of T parameters, 0 where no vector has it."""
+    each = [[0 if x is None else x.numel() for x in tensors] for tensors in lists]
+    return np.array(each, dtype=np.int64).max(0).tolist()  # type: ignore[no-any-return]
+
+
+def cut(numels: Sequence[int], rows: Sequence[int]) -> Array:
+    """The chunks of some parameters, in order: int64, shape (N, 3): parameter, first number, numbers."""
+    counts = np.array([-(-numels[t] // CHUNK) for t in rows], dtype=np.int64)
+    t = np.repeat(np.array(rows, dtype=np.int64), counts)
+    start = (np.arange(len(t), dtype=np.int64) - np.repeat(counts.cumsum() - counts, counts)) * CHUNK
+    return np.stack([t, start, np.minimum(np.array(numels, dtype=np.int64)[t] - start, CHUNK)], axis=1)
+
+
+def spread(run: Callable[[int, int], T], chunks: int) -> list[T]:
+    """Let threads run (first, end) for stretches of so many chunks that are all of them; the results, in order."""
+    threads = max(1, min(torch.get_num_threads(), chunks // LEAST))
+    edges = [chunks * i // threads for i in range(threads + 1)]
+    results: dict[int, T] = {}
+
+    def work(i: int) -> None:
+        results[i] = run(edges[i], edges[i + 1])
+
+    # Anew for each list, which is large: nothing is left over that a fork of the process would break.
+    others = [Thread(target=work, args=(i,)) for i in range(1, threads)]
+    for thread in others:
+        thread.start()
+    work(0)
+    for thread in others:
+        thread.join()
+    return [results[i] for i in range(threads)]

@@ -1,4 +1,4 @@
-"""``python docs/optimizers.py``: try MDGD around other optimizers and with adapters; print optimizers.md's tables.
+"""``python docs/optimizers.py``: try MDGD with other libraries' optimizers and adapters; print optimizers.md's tables.
 
 Each trains the examples' LLaVA. Optimizers: a step has to be the wrapped optimizer's own on d, bit for bit; a run that
 was saved and loaded has to go on as it would have; under a mask all other elements have to stay as they were.
@@ -110,7 +110,7 @@ class Run:
         self.gradients: list[list[Tensor | None]] = []
 
     def steps(self, first: int, last: int) -> "Run":
-        """Train on these batches, and keep each d."""
+        """Train on these batches."""
         mode: Any = getattr(self.optimizer, "train", lambda: None)
         mode()
         for batch in batches(first, last):
@@ -126,12 +126,12 @@ class Run:
 
 
 def same(a: list[Tensor], b: list[Tensor]) -> bool:
-    """To the bit."""
+    """Bit for bit."""
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 def close(a: list[Tensor], b: list[Tensor]) -> bool:
-    """To 1e-6."""
+    """To rounding."""
     return all(bool((x - y).abs().max() <= 1e-6 * (1 + y.abs().max())) for x, y in zip(a, b, strict=True))
 
 
@@ -236,7 +236,7 @@ def aligned(name: str) -> str:
     model.eval()
     mdgd_backward(model, optimizer, batch, alignment="mse")
     ours: list[Any] = [p.grad for p in optimizer.parameters]
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     output, visual = visual_loss(model, batch, reference=adapted(name).eval(), alignment="mse")
     (output.loss + 0.5 * visual).backward()
     wanted: list[Any] = [p.grad for p in optimizer.parameters]

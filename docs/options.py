@@ -1,4 +1,4 @@
-"""``python docs/options.py FRAMEWORK``: write the option names of an installed framework to ``docs/options/``.
+"""``python docs/options.py FRAMEWORK``: write a framework's option names to ``docs/options/FRAMEWORK.txt``.
 
 The recipes are held to these lists, so that no recipe has an option that its framework does not know. The first line is
 the framework's version, each further line a name. Frameworks: ms-swift, llamafactory, axolotl, trl, unsloth.

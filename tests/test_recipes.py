@@ -1,4 +1,4 @@
-"""docs/recipes.md has no option that its framework does not know, and names the versions that it is held to."""
+"""docs/recipes.md has no option that its framework does not know, and names the versions that it was held to."""
 
 import ast
 import re

@@ -111,8 +111,8 @@ class SwiftCallback(TrainerCallback):
 class SwiftTrainer(Trainer):
     """As far as it goes for optimizers and callbacks: swift/trainers/mixin.py."""
 
-    optimizers_map: ClassVar = {}
-    callbacks_map: ClassVar = {}
+    optimizers_map: ClassVar[dict] = {}
+    callbacks_map: ClassVar[dict] = {}
 
     def __init__(self, *, args, optimizer, **kwargs):
         args.callbacks = getattr(args, "callbacks", [])

@@ -1,4 +1,4 @@
-"""Axolotl: ``plugins: [torch_mdgd.integrations.axolotl.MDGDPlugin]``, with ``mdgd_rule:`` and ``mdgd_mask:``."""
+"""Axolotl: ``plugins: [torch_mdgd.integrations.axolotl.MDGDPlugin]``, and ``mdgd_rule:`` and ``mdgd_mask:``."""
 
 from typing import Any
 

@@ -250,7 +250,8 @@ def test_strength_to_begin_with_is_the_default():
 def test_readme_is_read_once():
     text = read("README.md")
     assert len(text.splitlines()) <= 150
-    assert len(text.split()) <= 1200
+    # The bars of tables are no words.
+    assert len(text.replace("|", " ").split()) <= 1200
 
 
 def test_results_in_the_readme_are_the_committed_ones():

@@ -6,9 +6,12 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+from pathlib import PurePath
+
 import pytest
 import torch
 from hypothesis import settings
+from xdist.scheduler import LoadScopeScheduling
 
 torch.set_num_threads(1)
 
@@ -17,9 +20,15 @@ settings.register_profile("torch_mdgd", deadline=None, max_examples=50)
 settings.load_profile("torch_mdgd")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """With several workers, a file is one worker's, for its fixtures; and so are all tests of two processes."""
-    for item in items:
-        together = "distributed" in item.path.parts
-        item.add_marker(pytest.mark.xdist_group("two processes" if together else str(item.path)))
+class _Together(LoadScopeScheduling):
+    """A file is one worker's, for its fixtures; and so are all tests of two processes, which share a pair."""
+
+    def _split_scope(self, nodeid):
+        path = PurePath(nodeid.partition("::")[0])
+        return "two processes" if "distributed" in path.parts else str(path)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """In place of --dist loadgroup, whose marks do not reach the scheduler with pytest 9.2 and xdist 3.8."""
+    return _Together(config, log)

@@ -95,7 +95,7 @@ chunks.on_device = lambda device: seen.append(device) or nullcontext()
 x = [torch.arange(5.0)]
 for operation, arguments in (
     (kernels.inner_products, ([x],)),
-    (kernels.combine_, (x, [x], torch.ones(1, 1, dtype=torch.float64))),
+    (kernels.combine_, (x, [x], torch.full((1, 1), 2.0, dtype=torch.float64))),
     (kernels.top_k_masks, (x, 2)),
     (kernels.top_k_similarity_masks, (x, x, x, None, 2)),
 ):

@@ -142,14 +142,14 @@ def _adder(name: str, weight: Tensor, delta: Delta, count: int) -> tuple[Tensor,
     positions, new = delta.changes[f"{name}.weight"]
     old = weight.flatten()[positions.long()]
     added = (new.double() - old.double()).float()
-    free = torch.ones(weight.numel(), dtype=torch.bool)
+    free = torch.ones(weight.numel(), dtype=torch.bool, device=weight.device)
     free[positions.long()] = False
     spare = free.nonzero().squeeze(1)[: count - len(positions)]
     at, order = torch.cat([positions.long(), spare]).sort()
-    return at, torch.cat([added, torch.full((len(spare),), -0.0)])[order]
+    return at, torch.cat([added, added.new_full((len(spare),), -0.0)])[order]
 
 
 def _mask(weight: Tensor, at: Tensor) -> Tensor:
-    mask = torch.zeros(weight.numel(), dtype=weight.dtype)
+    mask = weight.new_zeros(weight.numel())
     mask[at] = 1
     return mask.view(weight.shape)

@@ -527,7 +527,7 @@ class _Passes:
         """What z is compared with, so that no rounding is taken for drift."""
 
         def anywhere(here: bool) -> bool:
-            return bool(self.mdgd.ranks.mean(torch.tensor(float(here), device=z.device)) > 0)
+            return bool(self.mdgd.ranks.mean(torch.tensor(float(here), dtype=torch.float32, device=z.device)) > 0)
 
         return without_noise(
             z, z_fixed, self.features, self.tap.text_module, unmoved=self.mdgd.reference.is_there, anywhere=anywhere
@@ -699,7 +699,7 @@ def _clear_gradients(parameters: Sequence[Tensor]) -> None:
 def _require_alike(batch: Batch, ranks: Ranks, device: torch.device) -> None:
     """Raise a RuntimeError if some processes' batches have pictures and others' have none."""
     here = any(isinstance(batch.get(name), Tensor) and batch[name].numel() > 0 for name in PICTURES)
-    mean = float(ranks.mean(torch.tensor(float(here), device=device)))
+    mean = float(ranks.mean(torch.tensor(float(here), dtype=torch.float32, device=device)))
     if 0 < mean < 1:
         raise RuntimeError(
             "MDGDEngine: some processes' batches have pictures and others' have none. DeepSpeed reduces gradients in "

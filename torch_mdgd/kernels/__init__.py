@@ -74,7 +74,7 @@ def combine_(
     Sums in float32 (float64 for float64 tensors) and rounds once to out's dtype.
     """
     parts, here = [local(vector) for vector in vectors], local(out)
-    if masks is None and coefficients.device.type == "cpu":
+    if masks is None and coefficients.device.type == "cpu" and not torch.compiler.is_compiling():
         here = _unfinished(here, parts, coefficients)
     if any(x is not None for x in here):
         backend_module(here).combine_(here, parts, coefficients, None if masks is None else local(masks))

@@ -118,5 +118,5 @@ class _Forced:
         step = input_ids.shape[1] - self.length
         chosen = [answer[step] if step < len(answer) else self.pad for answer in self.answers]
         only = torch.full_like(scores, -torch.inf)
-        only[torch.arange(len(chosen), device=only.device), torch.tensor(chosen, device=only.device)] = 0
-        return only
+        at = torch.tensor(chosen, dtype=torch.int64, device=only.device)
+        return only.scatter_(1, at[:, None], 0)

@@ -52,8 +52,8 @@ class Measured:
     chosen: list[str | None] = field(default_factory=list)
     exact: list[bool] = field(default_factory=list)
     loss: list[float] = field(default_factory=list)
-    log_p: Tensor = field(default_factory=lambda: torch.empty(0, 0))
-    z: Tensor = field(default_factory=lambda: torch.empty(0, 0, 0))
+    log_p: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.float32, device="cpu"))
+    z: Tensor = field(default_factory=lambda: torch.empty(0, 0, 0, dtype=torch.float32, device="cpu"))
 
 
 @contextmanager

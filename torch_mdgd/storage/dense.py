@@ -175,7 +175,7 @@ class DenseStorage(Storage):
         if any(zero is not None for zero in self.zero):
             # Each parameter has both entries, so that none can be missed.
             own["reference"] = [
-                x if x is not None or not one else torch.zeros(0, device="cpu")
+                x if x is not None or not one else torch.zeros(0, dtype=torch.float32, device="cpu")
                 for x, one in zip(self.reference, self.trained, strict=True)
             ]
             own[DROPPED] = [

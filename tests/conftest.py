@@ -16,7 +16,7 @@ from xdist.scheduler import LoadScopeScheduling
 torch.set_num_threads(1)
 
 # On CI hypothesis derandomizes by itself, and this profile inherits that.
-settings.register_profile("torch_mdgd", deadline=None, max_examples=50)
+settings.register_profile("torch_mdgd", deadline=None, max_examples=30)
 settings.load_profile("torch_mdgd")
 
 

@@ -18,7 +18,7 @@ from benchmarks.settings import QUICK
 
 ROOT = Path(__file__).resolve().parents[2]
 # Whether a number is right is asked elsewhere: fewer rounds.
-SETTINGS = replace(QUICK, threads=(1,), rounds=3)
+SETTINGS = replace(QUICK, threads=(1,), rounds=2)
 PNG = b"\x89PNG\r\n\x1a\n"
 
 

@@ -47,8 +47,8 @@ def backend(request):
         if request.param == "triton":
             from torch_mdgd.kernels.triton import chunks
 
-            # A program costs the interpreter the same for twice as many numbers.
-            patch.setattr(chunks, "TILE", 128 if INTERPRETED else 64)
+            # NumPy, which sums in the interpreter, loses more digits in longer sums than a tree does.
+            patch.setattr(chunks, "TILE", 64)
         with kernels.use_backend(request.param):
             yield request.param
 

@@ -104,20 +104,6 @@ class MDGDTrainerMixin:
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self._take(rule, mask, compact, tap, alignment, effective_rank_steps, separate, diagnose_every)
-
-    def _take(
-        self,
-        rule: Rule | Callable[[nn.Module], Rule] | str | None = None,
-        mask: Mask | str | None = None,
-        compact: bool = False,
-        tap: VisualTap | None = None,
-        alignment: Literal["l1", "mse"] = "l1",
-        effective_rank_steps: int = 0,
-        separate: bool = False,
-        diagnose_every: int | None = None,
-    ) -> None:
-        """The arguments that are ours."""
         trainer: Any = self
         self.mdgd_rule = written_rule(rule) if isinstance(rule, str) else rule
         self.mdgd_mask = written_mask(mask) if isinstance(mask, str) else mask
@@ -327,6 +313,13 @@ class MDGDTrainer(MDGDTrainerMixin, Trainer):
     """The Trainer of transformers around MDGD: see :class:`MDGDTrainerMixin` for its own arguments."""
 
 
+class _IsMade:
+    """Ends the chain of constructors: the trainer behind it has been made."""
+
+    def __init__(self) -> None:
+        pass
+
+
 def adopt(trainer: Trainer, **options: Any) -> None:
     """Put :class:`MDGDTrainerMixin` before the class of a trainer that a framework has made, before it trains.
 
@@ -341,10 +334,9 @@ def adopt(trainer: Trainer, **options: Any) -> None:
     kind = type(trainer)
     if isinstance(trainer, MDGDTrainerMixin):
         raise TypeError(f"adopt: {kind.__name__} has the mixin already")
-    trainer.__class__ = type(f"MDGD{kind.__name__}", (MDGDTrainerMixin, kind), {})
-    adopted: Any = trainer
+    trainer.__class__ = type(f"MDGD{kind.__name__}", (MDGDTrainerMixin, _IsMade, kind), {})
     try:
-        adopted._take(**options)
+        MDGDTrainerMixin.__init__(trainer, **options)  # type: ignore[arg-type]
     except BaseException:
         trainer.__class__ = kind
         raise

@@ -67,10 +67,12 @@ class MDGDOptimizer(Optimizer):
         mask: which elements may move, see :mod:`torch_mdgd.masks`; ``TopK(0.1)`` makes MDGD-GM of ``MDGD()``.
         compact: keep φ and the wrapped optimizer's state for the elements inside the mask alone. For optimizers that
             treat every element of a parameter alike and apart; see :mod:`torch_mdgd.storage.compact`.
+        offload: keep φ in the host's memory, for copies over the bus at each pass at φ; see
+            :mod:`torch_mdgd.storage.host`.
 
     Raises:
         TypeError: ``base`` is no optimizer, is wrapped already, re-evaluates closures (LBFGS), or is DeepSpeed's,
-            FSDP1's or ZeRO's; ``rule``, ``mask`` or ``compact`` is of another kind.
+            FSDP1's or ZeRO's; ``rule``, ``mask``, ``compact`` or ``offload`` is of another kind.
         ValueError: an argument is out of range or excludes another, naming them; ``base`` holds a parameter twice.
             ``base`` stays as it was.
     """
@@ -78,7 +80,13 @@ class MDGDOptimizer(Optimizer):
     base: Optimizer
 
     def __init__(
-        self, base: Optimizer, rule: Rule | None = None, *, mask: Mask | None = None, compact: bool = False
+        self,
+        base: Optimizer,
+        rule: Rule | None = None,
+        *,
+        mask: Mask | None = None,
+        compact: bool = False,
+        offload: bool = False,
     ) -> None:
         _refuse(base)
         rule = MDGD() if rule is None else rule
@@ -86,7 +94,7 @@ class MDGDOptimizer(Optimizer):
             raise TypeError(f"rule must be a Rule such as MDGD(), or None, got {rule!r}")
         groups = [_settings(group, rule, compact=bool(compact)) for group in base.param_groups]
         parameters = [p for group in base.param_groups for p in group["params"]]
-        storage = storage_for(parameters, base, mask, compact)
+        storage = storage_for(parameters, base, mask, compact, offload)
         rule.attach(parameters, mask is not None)
         # Not Optimizer.__init__, which would make a second set of groups; this installs the hooks and patches step.
         Optimizer.__setstate__(self, {"base": base})

@@ -70,6 +70,7 @@ class Method:
         trains: False measures the weights as they are.
         begins_with: the method whose result is taken up in place of training; None for training.
         keeps: bytes beside each trained number that a penalty or a divergence holds.
+        rewrites: whether it begins with weights that are taken apart, which have to be there in full.
         rate: what the experiment's learning rate is multiplied with, where the method has none of its own.
     """
 
@@ -78,6 +79,7 @@ class Method:
     in_paper: ClassVar[bool] = True
     trains: ClassVar[bool] = True
     begins_with: ClassVar[str | None] = None
+    rewrites: ClassVar[bool] = False
     rate: ClassVar[float] = 1.0
     keeps: ClassVar[int] = 0
     Settings: ClassVar[type] = Settings

@@ -28,6 +28,7 @@ class OSF(base.Method):
     name = "osf"
     title = "OSF"
     in_paper = False
+    rewrites = True
     Settings = OSFSettings
 
     def mark(self, network: Any, layers: int) -> nn.Module:

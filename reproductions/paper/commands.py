@@ -89,6 +89,11 @@ def run(
             raise
         if all_rows or preset is not None:
             _print_tables(folder, console)
+        if smoke and all_rows:
+            import time
+
+            told = f"{sum(map(len, found.values()))} rows in {time.process_time() / 60:.1f} minutes of processor time"
+            console.print(told)
 
 
 def table(results: Results = None, smoke: Smoke = False) -> None:
@@ -221,9 +226,10 @@ class _refusals:  # noqa: N801
 
 
 def _console() -> "Console":
-    """Where to print; as wide as the tables need where the output is no terminal."""
+    """Where to print; as wide as the tables need where the output is no terminal. Of several processes one prints."""
+    import os
     import sys
 
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else 200)
+    return Console(width=None if sys.stdout.isatty() else 200, quiet=os.environ.get("RANK", "0") != "0")

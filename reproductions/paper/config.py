@@ -25,7 +25,8 @@ CARDS = ("24 GB", "48 GB", "80 GB")
 """GPUs by their memory."""
 WHEREABOUTS = (
     "data.source", "data.organisation", "training.workers", "training.save_every", "training.log_every",
-    "training.report_to", "training.checkpointing", "evaluation.batch",
+    "training.report_to", "training.checkpointing", "training.reference", "training.shard",
+    "evaluation.batch",
 )  # fmt: skip
 """Settings that results do not depend on: a run may be taken up with others."""
 
@@ -48,6 +49,12 @@ class Training:
         clip: largest norm of the gradient; 0 for none.
         batch: examples in a pass.
         accumulation: passes in a step.
+        optimizer: "adamw", or "adamw8bit" for moments of 8 bits, by bitsandbytes.
+        quantize: which frozen Linear layers are in 4 bits (NF4 of bitsandbytes, Dettmers et al. 2023, arXiv 2305.14314)
+            while it trains: "none", "vision", "decoder" or "all"; what is measured is in full.
+        reference: where rules hold φ: on the "device" or, for copies over the bus at each pass at φ, on the "cpu".
+            That of a compact mask stays on the device.
+        shard: in several processes, split weights, gradients and states over them (FSDP2) in place of a copy on each.
         checkpointing: compute activations again in the backward pass, to spare memory.
         save_every: steps between checkpoints.
         log_every: steps between lines of the log.
@@ -67,6 +74,10 @@ class Training:
     clip: float = limited(1.0, least=0)
     batch: int = limited(4, least=1)
     accumulation: int = limited(16, least=1)
+    optimizer: str = limited("adamw", choices=("adamw", "adamw8bit"))
+    quantize: str = limited("none", choices=("none", "vision", "decoder", "all"))
+    reference: str = limited("device", choices=("device", "cpu"))
+    shard: bool = False
     checkpointing: bool = True
     save_every: int = limited(50, least=1)
     log_every: int = limited(5, least=1)

@@ -68,13 +68,17 @@ class BusyError(RuntimeError):
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
+def alone_in(folder: Path, name: str = "lock") -> Iterator[None]:
     """Keep other processes out of a folder until this block ends, or this process by whatever death.
+
+    Args:
+        folder: that is there.
+        name: of a file in it, for what of the folder is kept.
 
     Raises:
         BusyError: another process is in it.
     """
-    with (folder / "lock").open("w") as file:
+    with (folder / name).open("w") as file:
         try:
             # Unlike flock, not handed on to worker processes, which outlive a killed one for seconds.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

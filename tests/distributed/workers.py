@@ -22,7 +22,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.distributed import checkpoints, fsdp2, integrations, losses, rules, setups
+from tests.distributed import checkpoints, fsdp2, integrations, losses, paper_rows, rules, setups
 from tests.distributed.setups import error, example
 from torch_mdgd import Given, Magnitude, MDGDOptimizer, Project, Random, kernels, mdgd_backward
 from torch_mdgd.delta import apply_delta, save_delta
@@ -88,6 +88,7 @@ def with_libraries(case: Callable[..., None], folder: Path, rank: int) -> None:
     case("untold", error, integrations.lightning, rank, WORLD, folder, "published", integrations.Untold)
     case("another strategy", error, integrations.another_strategy, folder)
     fsdp2.run(case, folder, rank)
+    paper_rows.run(case, folder, WORLD)
 
 
 def not_wrapped(rank: int) -> tuple[list[dict[str, Any]], list[str]]:

@@ -21,6 +21,7 @@ FORMS = {
     "refreshed": {"mask": TopK(0.3, refresh=2)},
     "masked step": {"rule": StepProject(), "mask": TopK(0.3)},
     "compact": {"mask": TopK(0.3), "compact": True},
+    "offload": {"offload": True},
     "compact step": {"rule": StepProject(0.1), "mask": TopK(0.3), "compact": True},
 }
 BASES = {

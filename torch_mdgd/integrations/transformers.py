@@ -68,6 +68,7 @@ class MDGDTrainerMixin:
             ``"MDGD(3.0, regularize=0)"``; ``MDGD()`` if None.
         mask: of the :class:`MDGDOptimizer`, or text such as ``"Random(0.1)"``.
         compact: of the :class:`MDGDOptimizer`.
+        offload: of the :class:`MDGDOptimizer`.
         tap: where z comes from; ``VisualTap.for_model(model)`` if None.
         alignment: the form of L_v (5).
         effective_rank_steps: add the effective rank (4) of z to the log, measured every so many steps; 0 for never. It
@@ -96,6 +97,7 @@ class MDGDTrainerMixin:
         rule: Rule | Callable[[nn.Module], Rule] | str | None = None,
         mask: Mask | str | None = None,
         compact: bool = False,
+        offload: bool = False,
         tap: VisualTap | None = None,
         alignment: Literal["l1", "mse"] = "l1",
         effective_rank_steps: int = 0,
@@ -107,7 +109,7 @@ class MDGDTrainerMixin:
         trainer: Any = self
         self.mdgd_rule = written_rule(rule) if isinstance(rule, str) else rule
         self.mdgd_mask = written_mask(mask) if isinstance(mask, str) else mask
-        self.mdgd_compact = compact
+        self.mdgd_compact, self.mdgd_offload = compact, offload
         self._given_tap = tap
         self.mdgd_tap = _watching(tap, trainer.model)
         self.mdgd_alignment: Literal["l1", "mse"] = alignment
@@ -133,11 +135,13 @@ class MDGDTrainerMixin:
             return plain
         self._wrapped_after_loading = inner is None
         if inner is None:
-            optimizer = MDGDOptimizer(optimizer, self._new_rule(), mask=self.mdgd_mask, compact=self.mdgd_compact)
+            optimizer = MDGDOptimizer(
+                optimizer, self._new_rule(), mask=self.mdgd_mask, compact=self.mdgd_compact, offload=self.mdgd_offload
+            )
             vars(self)["optimizer"] = optimizer
             # With model_init every call of train() has a model of its own.
             self.mdgd_tap = _watching(self._given_tap, self.model)  # type: ignore[attr-defined]
-        elif inner is optimizer and (self.mdgd_rule or self.mdgd_mask or self.mdgd_compact):
+        elif inner is optimizer and (self.mdgd_rule or self.mdgd_mask or self.mdgd_compact or self.mdgd_offload):
             raise ValueError(
                 "MDGDTrainer: the optimizer is an MDGDOptimizer already: leave out rule and mask, or pass its base"
             )
@@ -428,6 +432,7 @@ def _refuse_unsupported(trainer: Any) -> None:
         "a mask with DeepSpeed, whose step is in partitions of flat copies (use fully_shard, fsdp_version 2)": (
             trainer.is_deepspeed_enabled and bool(trainer.mdgd_mask or trainer.mdgd_compact)
         ),
+        "offload with DeepSpeed, whose reference is in parts": trainer.is_deepspeed_enabled and trainer.mdgd_offload,
         "DataParallel (several GPUs in one process; use one, or torchrun)": args.n_gpu > 1,
         "FSDP1, which mixes parameters in flat shards (set version 2 in fsdp_config)": (
             trainer.is_fsdp_enabled and getattr(_fsdp_plugin(trainer), "fsdp_version", 1) != 2

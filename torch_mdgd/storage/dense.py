@@ -38,6 +38,20 @@ class DenseStorage(Storage):
         # Now, when all processes are here: diagnostics may be asked for in one.
         self._kept = sum(counts(self.masks or []))
 
+    # Where φ is kept: with its parameter.
+
+    def _snapshot(self, p: Tensor) -> Tensor:
+        """φ of a parameter, from its values now."""
+        return snapshot(p)
+
+    def _copy(self, x: Tensor, p: Tensor) -> Tensor:
+        """φ of a parameter, from other values."""
+        return dtensor.shard_like(x, p, p.dtype)
+
+    def _follow(self, held: Tensor, p: Tensor) -> Tensor:
+        """φ of a parameter that may have been moved or sharded since."""
+        return held if dtensor.same_place(held, p) else dtensor.shard_like(held, p)
+
     @property
     def masked(self) -> bool:
         """Whether a mask has been chosen."""
@@ -51,20 +65,20 @@ class DenseStorage(Storage):
         """Copy the new parameters."""
         self.trained += [p.requires_grad for p in parameters]
         self.zero += [None] * len(parameters)
-        self.reference += [snapshot(p) if p.requires_grad else None for p in parameters]
+        self.reference += [self._snapshot(p) if p.requires_grad else None for p in parameters]
 
     def follow(self, parameters: Sequence[Tensor]) -> None:
         """Move φ and the mask to where the parameters are."""
         for t, (p, held) in enumerate(zip(parameters, self.reference, strict=True)):
             if held is None:
                 if p.requires_grad and self.zero[t] is None:
-                    self.reference[t], self.trained[t] = snapshot(p), True
+                    self.reference[t], self.trained[t] = self._snapshot(p), True
                     if self.masks is not None:
                         self.masks[t] = torch.zeros_like(p, dtype=torch.bool)
-            elif not dtensor.same_place(held, p):
-                self.reference[t] = dtensor.shard_like(held, p)
+            else:
+                self.reference[t] = self._follow(held, p)
                 mask = None if self.masks is None else self.masks[t]
-                if self.masks is not None and mask is not None:
+                if self.masks is not None and mask is not None and not dtensor.same_place(mask, p):
                     self.masks[t] = dtensor.shard_like(mask, p)
 
     def drop(self, zero: Sequence[bool | None]) -> bool:
@@ -99,7 +113,7 @@ class DenseStorage(Storage):
         if zero is not None:
             return snapshot(parameters[t]) if zero else torch.zeros_like(parameters[t])
         p, x = dtensor.local([parameters[t], self.reference[t]])
-        out: Tensor = p.detach() - x
+        out: Tensor = p.detach() - x.to(p.device)
         return out
 
     def has_moved(self, parameters: Sequence[Tensor], t: int) -> bool:
@@ -108,7 +122,7 @@ class DenseStorage(Storage):
         if zero is not None:
             return zero and bool(parameters[t].detach().any())
         p, x = dtensor.local([parameters[t], self.reference[t]])
-        return not torch.equal(p.detach(), x)
+        return not torch.equal(p.detach(), x.to(p.device))
 
     def renew(self, parameters: Sequence[Tensor], values: Sequence[Tensor] | None) -> None:
         """Copy the values, also of what was dropped."""
@@ -116,7 +130,7 @@ class DenseStorage(Storage):
         self.follow(parameters)
         for t, p in enumerate(parameters):
             if self.trained[t]:
-                self.reference[t] = snapshot(p) if values is None else dtensor.shard_like(values[t], p, p.dtype)
+                self.reference[t] = self._snapshot(p) if values is None else self._copy(values[t], p)
 
     def choose(self, masks: Tensors, base: Optimizer, parameters: Sequence[Tensor]) -> None:
         """Hold the masks; state of an element that an earlier mask held still begins anew."""
@@ -210,7 +224,7 @@ class DenseStorage(Storage):
             if x is not None and zero[t] is not None:
                 self.reference[t], self.trained[t] = None, True
             elif x is not None:
-                self.reference[t], self.trained[t] = dtensor.shard_like(x, p, p.dtype), True
+                self.reference[t], self.trained[t] = self._copy(x, p), True
         if chosen:
             pairs = zip(masks, parameters, strict=True)
             self._hold([None if x is None else dtensor.shard_like(x, p, torch.bool) for x, p in pairs])

@@ -5,16 +5,17 @@ passes a step, as many as the gradients take that the method's rule needs:
 
     training    T · (2 P (f + b c) + b (2 P + 2 Q)) + 2 V N     operations an example
     evaluation  2 P T + 2 V N operations, then a pass over all weights' bytes for each token of a batch's answers
-    memory      2 bytes a frozen number, 4 a trained one, what `bytes_a_number` says beside it, what the rule keeps by
-                itself, and activations
-    host        two copies of the weights in 2 bytes, of which one is compared with what was trained; and 4 GB
+    memory      2 bytes a frozen number, or half a one in 4 bits; 4 a trained one, what `bytes_a_number` says beside it,
+                what the rule keeps by itself, and activations; or all weights in 2 bytes, while it is measured
+    host        two copies of the weights in 2 bytes, of which one is compared with what was trained; 4 GB; and the
+                reference, if it is there, each tensor in pinned memory of the next power of two
 
 c is 1 if activations are computed again in backward passes; V and N are the vision tower's parameters and patches: it
 is frozen and runs once an example. Gradients pass through all of the language model, since the connector is trained.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -28,6 +29,7 @@ from reproductions.paper.config import CARDS as NAMES
 from reproductions.paper.config import Experiment, method_of
 from reproductions.paper.data import DATASETS, Split
 from reproductions.paper.models import MODELS, skeleton
+from reproductions.paper.run.sparing import FOUR_BITS, PARTS, STATE, frozen, linear_layers, trains, why_not
 from torch_mdgd import MDGD, connector, last_decoder_layers
 from torch_mdgd.models.parts import text_decoder
 
@@ -176,6 +178,8 @@ class Asked:
         wraps: whether it holds the reference.
         corrects: whether it holds the values before a step.
         own: bytes that its rule or penalty keeps from step to step.
+        pinned: bytes that its reference takes in the host's memory, if it is asked for there.
+        frozen: numbers of Linear layers that it leaves frozen, by the part that 4 bits are asked for.
     """
 
     trained: int = 0
@@ -184,6 +188,8 @@ class Asked:
     wraps: bool = False
     corrects: bool = False
     own: int = 0
+    pinned: int = 0
+    frozen: Mapping[str, int] = field(default_factory=dict)
 
 
 def _ask(experiment: Experiment, method: Method) -> Asked:
@@ -195,7 +201,18 @@ def _asked(model: str, layers: int, name: str, settings: Any) -> Asked:
     method, network = METHODS[name](settings), skeleton(model)
     if name == "osf":
         return Asked()
+    linears = {part: linear_layers(network, part) for part in PARTS}
     trained = method.trained_numbers(network, layers)
+    asked = _of_a_step(method, network, trained)
+    held = trained_parameters(network) if asked.wraps and not method.compact else ()
+    return replace(
+        asked,
+        pinned=sum(1 << (4 * p.numel() - 1).bit_length() for p in held),
+        frozen={part: sum(layer.weight.numel() for layer in frozen(some)) for part, some in linears.items()},
+    )
+
+
+def _of_a_step(method: Method, network: nn.Module, trained: int) -> Asked:
     rule = method.rule(network)
     if rule is None:
         # One pass more, at φ.
@@ -212,7 +229,9 @@ def _asked(model: str, layers: int, name: str, settings: Any) -> Asked:
     return Asked(trained, gradients, passes, True, rule.corrects, sum(x.nbytes for x in kept))
 
 
-def bytes_a_number(asked: Asked, ratio: float | None = None) -> tuple[float, float]:
+def bytes_a_number(
+    asked: Asked, ratio: float | None = None, state: float = STATE["adamw"], *, on_host: bool = False
+) -> tuple[float, float]:
     """Bytes beside each trained number's own 4, at the peak of the first step and of later ones.
 
     AdamW's moments 8, each gradient 4; of what is wrapped φ 4, and autocast's copy 2, which lives while gradients are
@@ -222,12 +241,15 @@ def bytes_a_number(asked: Asked, ratio: float | None = None) -> tuple[float, flo
 
     Args:
         asked: of a method.
-        ratio: ρ of its mask; None without one.
+        ratio: ρ of its compact mask; None without one.
+        state: bytes of the optimizer's state.
+        on_host: whether φ is in the host's memory.
     """
     if ratio is not None:
         later = max(16 * ratio + 4 + 2, 24 * ratio + 4)
         return max(15 + 8 * ratio, later), later
-    dense = 8 + 4 * GRADIENTS[asked.gradients] + (4 + 2) * asked.wraps + 4 * asked.corrects
+    reference = (0 if on_host else 4) + 2 if asked.wraps else 0
+    dense = state + 4 * GRADIENTS[asked.gradients] + reference + 4 * asked.corrects
     return dense, dense
 
 
@@ -241,7 +263,7 @@ def estimate(experiment: Experiment, name: str, card: str = NAMES[-1]) -> Estima
     target = DATASETS[experiment.target]
     examples = t.examples or target.splits[str(target.training)].examples
     rounds = t.steps * t.batch * t.accumulation / examples if t.steps else t.epochs
-    one, learns = 0.0, method.trains and method.begins_with is None
+    one, learns = 0.0, trains(method)
     if learns:
         f, b = asked.passes
         one = tokens * (2 * size.language * (f + b * t.checkpointing) + b * 2 * (size.language + dense))
@@ -250,22 +272,54 @@ def estimate(experiment: Experiment, name: str, card: str = NAMES[-1]) -> Estima
     short = experiment.masking if masked else None
     # Figures 3b and 3c take larger masks too.
     largest = max(method.settings.ratio, *short.ratios) if short else None
-    memory = 2 * (size.total - dense) + 4 * dense + _activations(experiment, size, learns)
+    # While it is measured, the published weights with what was trained.
+    memory = 2 * size.total + _activations(experiment, size, False)
     if learns:
-        memory += dense * max(bytes_a_number(asked, largest)) + asked.own
+        compact = largest if method.compact else None
+        weights = 2 * (size.total - dense) - (2 - FOUR_BITS) * asked.frozen.get(t.quantize, 0) + 4 * dense
+        on_host = t.reference == "cpu"
+        beside = dense * max(bytes_a_number(asked, compact, STATE[t.optimizer], on_host=on_host))
+        if masked and not method.compact:
+            # Three gradients where it is chosen; later the values before the step, and the mask.
+            held = 1 + (0 if on_host else 4)
+            beside = dense * max(4 * GRADIENTS[4] + 2 + held, STATE[t.optimizer] + 4 + 4 + held)
+        memory = max(memory, weights + beside + asked.own + _activations(experiment, size, True))
     elif method.trains:
         memory += 4 * sum(side**2 for side in _inputs(experiment))
-    state = 16 * largest * dense if largest else (8 + 4 * asked.wraps) * trained + asked.own * asked.wraps
+    state = (STATE[t.optimizer] + 4 * asked.wraps) * trained + asked.own * asked.wraps
+    if largest and method.compact:
+        state = 16 * largest * dense
     return Estimate(
         trained if name != "osf" else None,
         one * rounds * examples,
         sum(_evaluation(experiment, size, task, CARDS[card]) for task in experiment.tasks) / 3600,
         one * len(short.ratios) * short.steps * t.batch * t.accumulation if short else 0.0,
         memory,
-        4 * size.total + 4e9,
+        4 * size.total + 4e9 + (asked.pinned if t.reference == "cpu" else 0),
         2 * dense,
         2 * (4 * dense + state) if learns else 0.0,
     )
+
+
+SETTINGS = {"r": ("reference", "cpu"), "8": ("optimizer", "adamw8bit"), "q": ("quantize", "all")}
+"""What spares memory, of ``[training]``, by a letter."""
+ORDER = ("", "r", "8", "8 r", "q", "q r", "q 8", "q 8 r")
+"""The first changes nothing, the second no number; 4 bits are the coarsest."""
+
+
+def with_settings(experiment: Experiment, letters: str) -> Experiment:
+    """The experiment with some of ``SETTINGS``, named by their letters."""
+    return replace(experiment, training=replace(experiment.training, **dict(SETTINGS[x] for x in letters.split())))
+
+
+def fitting(experiment: Experiment, name: str) -> dict[str, tuple[str, Estimate] | None]:
+    """For each of ``CARDS`` the first of ``ORDER`` with which a row fits, and what it takes then; None for none."""
+    method = method_of(experiment, name)
+    tried = [(letters, with_settings(experiment, letters)) for letters in (ORDER if trains(method) else ORDER[:1])]
+    found = [(letters, estimate(e, name)) for letters, e in tried if why_not(e, method) is None]
+    return {
+        card: next((one for one in found if one[1].memory + SPARE <= CARDS[card].memory), None) for card in CARDS
+    }  # fmt: skip
 
 
 def _inputs(experiment: Experiment) -> list[int]:

@@ -13,7 +13,7 @@ from reproductions.paper.models import MODELS
 from reproductions.paper.run.weights import NAME, load_changes
 from reproductions.paper.run.work import Workshop
 from reproductions.shared.fields import ConfigError, build
-from reproductions.shared.files import read_json
+from reproductions.shared.files import read_json, write
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
 
@@ -41,11 +41,12 @@ def export_run(run: Path, output: Path) -> str:
     if (run / NAME).is_file():
         load_changes(work.network, run / NAME)
     output.mkdir(parents=True, exist_ok=True)
-    for file in published_files(experiment):
-        target = output / file.name
-        if file.is_file() and not file.name.endswith(WEIGHTS):
-            shutil.copyfile(file, target)
     save_weights(work.network, output)
+    for file in published_files(experiment):
+        if file.is_file() and not file.name.endswith(WEIGHTS):
+            # Over what this release of transformers writes, which older ones and other programs do not read.
+            shutil.copyfile(file, output / file.name)
+    name_dtype(output / "config.json", experiment.dtype)
     return how_to_load(experiment.model, output)
 
 
@@ -67,6 +68,20 @@ def save_weights(network: Any, folder: Path) -> None:
         # Of the adapter around MiniCPM-V-2.0, whose names are the published ones.
         weights = {name: x.contiguous() for name, x in network.model.state_dict().items()}
         save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def name_dtype(config: Path, dtype: str) -> None:
+    """Let a configuration name the dtype of the weights, wherever it names one."""
+
+    def renamed(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {key: dtype if key in ("dtype", "torch_dtype") else renamed(x) for key, x in value.items()}
+
+    values = renamed(read_json(config))
+    if not {"dtype", "torch_dtype"} & values.keys():
+        values["torch_dtype"] = dtype
+    write(config, json.dumps(values, indent=2))
 
 
 def how_to_load(model: str, folder: Path) -> str:

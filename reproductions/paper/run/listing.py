@@ -1,7 +1,7 @@
 """`python -m reproductions list`: what there is, what it takes, and what has run."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -10,11 +10,20 @@ from rich.table import Table
 from reproductions.methods import METHODS
 from reproductions.paper.config import PRESET_NAMES, experiment_names, load_experiment, load_preset, methods_of
 from reproductions.paper.data import DATASETS
-from reproductions.paper.run.estimate import ASSUMPTIONS, Estimate, copies, downloads, estimate, size_of
+from reproductions.paper.run.estimate import (
+    ASSUMPTIONS,
+    CARDS,
+    Estimate,
+    copies,
+    downloads,
+    estimate,
+    fitting,
+    size_of,
+)
 from reproductions.paper.run.preset import tell
 
 HEADS = (
-    "method", "numbers trained", "train h", "evaluate h", "analyse h", "GPU GB", "fits", "host GB", "disk GB",
+    "method", "numbers trained", "train h", "evaluate h", "analyse h", "GPU GB", *CARDS, "host GB", "disk GB",
     "has run",
 )  # fmt: skip
 FIGURES = {
@@ -39,7 +48,7 @@ def print_list(overrides: Sequence[str], results: Path, console: Console) -> Non
             table.add_column(head, justify="left" if head in ("method", "has run") else "right")
         for method in methods_of(experiment.model):
             found = estimate(experiment, method)
-            table.add_row(*cells(method, found), stage(results / experiment.name / method))
+            table.add_row(*cells(method, found, fitting(experiment, method)), stage(results / experiment.name / method))
             rows.append(found)
         console.print(table)
         own = downloads(experiment)
@@ -51,7 +60,9 @@ def print_list(overrides: Sequence[str], results: Path, console: Console) -> Non
             f"{size_of(experiment.model).total:,} parameters. To fetch, GB: {weights}, {sizes}\n", soft_wrap=True
         )
     console.print(
-        "fits: the smallest card that holds the row. disk GB: what stays + checkpoints while it trains\n",
+        "24, 48, 80 GB: whether a card of so much holds the row: yes; with r, --set training.reference=cpu; with 8, "
+        "--set training.optimizer=adamw8bit; with q, --set training.quantize=all; or –, not so. host GB: as it is, and "
+        "what r makes of it. disk GB: what stays + checkpoints while it trains\n",
         soft_wrap=True,
     )
     for name in PRESET_NAMES:
@@ -77,8 +88,9 @@ def print_list(overrides: Sequence[str], results: Path, console: Console) -> Non
     )
 
 
-def cells(method: str, found: Estimate) -> list[str]:
+def cells(method: str, found: Estimate, fits: Mapping[str, tuple[str, Estimate] | None]) -> list[str]:
     """A row of the list, without what has run."""
+    host = max(there[1].host for there in fits.values() if there) if any(fits.values()) else found.host
     return [
         method,
         f"{found.trained:,}" if found.trained else "–",
@@ -86,8 +98,8 @@ def cells(method: str, found: Estimate) -> list[str]:
         f"{found.evaluation_hours:.1f}",
         f"{found.analysis_hours:.1f}" if found.analysis_hours else "–",
         f"{found.memory / 1e9:.0f}",
-        found.card or "–",
-        f"{found.host / 1e9:.0f}",
+        *("–" if there is None else there[0] or "yes" for there in fits.values()),
+        f"{found.host / 1e9:.0f}" + (f", r {host / 1e9:.0f}" if host > found.host else ""),
         f"{found.disk / 1e9:.1f} + {found.checkpoints / 1e9:.0f}" if found.disk else "–",
     ]
 

@@ -11,6 +11,7 @@ import torch
 from reproductions.methods.base import train_last
 from reproductions.methods.mdgd_gm import MDGDGM
 from reproductions.paper.models import load_model
+from reproductions.paper.run import ranks
 from reproductions.paper.run.train import train
 from reproductions.paper.run.weights import NAME, load_changes
 from reproductions.paper.run.work import Workshop
@@ -30,7 +31,7 @@ def analyse_masking(work: Workshop, method: MDGDGM, folder: Path, progress: bool
     """
     path = folder / "analysis" / "masking.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    found: list[dict[str, float]] = read_json(path) if path.is_file() else []
+    found: list[dict[str, float]] = ranks.agree(read_json(path) if path.is_file() else [])
     e = work.experiment
     training = replace(e.training, steps=e.masking.steps, save_every=e.masking.steps)
     for ratio in e.masking.ratios:
@@ -40,11 +41,13 @@ def analyse_masking(work: Workshop, method: MDGDGM, folder: Path, progress: bool
             shutil.rmtree(run, ignore_errors=True)
             continue
         short = Workshop(replace(e, training=training), work.device)
-        if not (run / NAME).is_file():
+        if ranks.agree(not (run / NAME).is_file()):
             train(short, type(method)(replace(method.settings, ratio=ratio)), run, progress=progress)
-        found.append({"ratio": ratio, **measure(short, run / NAME)})
-        write(path, json.dumps(found, indent=1))
-        shutil.rmtree(run)
+        if ranks.is_first():
+            found.append({"ratio": ratio, **measure(short, run / NAME)})
+            write(path, json.dumps(found, indent=1))
+            shutil.rmtree(run)
+        found = ranks.agree(found)
     return found
 
 

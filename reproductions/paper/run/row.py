@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,16 @@ from transformers import TrainerCallback, set_seed
 from reproductions.methods import Method
 from reproductions.methods.mdgd_gm import MDGDGM
 from reproductions.paper.config import WHEREABOUTS, Experiment, differences, method_of, run_name
+from reproductions.paper.run import ranks
 from reproductions.paper.run.estimate import estimate
 from reproductions.paper.run.evaluate import evaluate
 from reproductions.paper.run.masking import analyse_masking
+from reproductions.paper.run.sparing import require_possible
 from reproductions.paper.run.train import CHECKPOINTS, train
 from reproductions.paper.run.weights import NAME, load_changes
 from reproductions.paper.run.work import Workshop
 from reproductions.shared.fields import ConfigError
-from reproductions.shared.files import alone_in, read_json, write
+from reproductions.shared.files import BusyError, alone_in, read_json, write
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "safetensors", "torch-mdgd")
 
@@ -41,7 +43,7 @@ def run_row(
     callbacks: Sequence[TrainerCallback] = (),
     console: Console | None = None,
 ) -> Path:
-    """Do one row, or what is left of it.
+    """Do one row, or what is left of it; several processes do it together.
 
     Args:
         experiment: the configuration.
@@ -56,24 +58,29 @@ def run_row(
         the run's folder.
 
     Raises:
-        ConfigError: the folder holds a run with another configuration.
+        ConfigError: the folder holds a run with another configuration, or the row cannot be done as it is set.
         BusyError: another process is at this row.
         FileError: a file of the run is broken.
     """
     console = console or Console()
+    ranks.join()
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     method = method_of(experiment, name)
+    require_possible(experiment, method)
     folder = results / experiment.name / run_name(name, experiment.seed)
     folder.mkdir(parents=True, exist_ok=True)
     status = Status(folder / "status.json")
-    _write_config(experiment, method, folder, smoke, device)
-    if status.stage == "done" and all(_whole(folder, task) for task in experiment.tasks):
+    with ranks.in_turn():
+        _write_config(experiment, method, folder, smoke, device)
+    done = status.stage == "done" and all(_whole(folder, task) for task in experiment.tasks)
+    if ranks.agree(done):
         console.print(f"{experiment.name} {name}: done already")
         return folder
     if not smoke:
         require_room(experiment, name, folder)
-    with alone_in(folder):
+    with alone_in(folder) if ranks.is_first() else nullcontext():
         _do(experiment, method, folder, status, results, smoke, device, callbacks, console)
+    ranks.wait()
     return folder
 
 
@@ -95,7 +102,7 @@ def _do(
     set_seed(experiment.seed)
     show = not console.quiet
     if method.trains:
-        if not (folder / NAME).is_file():
+        if ranks.agree(not (folder / NAME).is_file()):
             with status.during("training"):
                 found = Workshop(experiment, device)
                 counts = train(found, method, folder, [Ticking(status), *callbacks], begin, progress=show)
@@ -103,6 +110,7 @@ def _do(
                 "  {trained_numbers:,} numbers trained; {changed_numbers:,} of the model's changed".format(**counts)
             )
             del found
+        ranks.wait()
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     # Read anew, since the Trainer leaves a network that computes under autocast: what is measured is what is on disk.
     work = Workshop(experiment, device)
@@ -110,8 +118,7 @@ def _do(
         load_changes(work.network, folder / NAME)
     columns = TextColumn("  {task.description:12}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with status.during("evaluation"), Progress(*columns, console=console, disable=not show) as bars:
-        for task in experiment.tasks:
-            result = evaluate(work, task, folder, bars)
+        for task, result in _measured(work, experiment, folder, bars):
             status.tick()
             console.print(f"  {task:12} {result['scores']['score']:6.2f}   rank {result['effective_rank']:.1f}")
     if isinstance(method, MDGDGM) and experiment.evaluation.split == "evaluation":
@@ -122,8 +129,26 @@ def _do(
     status.set("done")
 
 
+def _measured(
+    work: Workshop, experiment: Experiment, folder: Path, bars: Progress
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every task and its result; several processes each measure what no other is at, the largest first."""
+    tasks = list(experiment.tasks)
+    if ranks.world() > 1:
+        (folder / "evaluation").mkdir(exist_ok=True)
+        for task in sorted(tasks, key=lambda task: -len(work.evaluation_examples(task))):
+            try:
+                with alone_in(folder / "evaluation", f"{task}.lock"):
+                    evaluate(work, task, folder, bars)
+            except BusyError:
+                continue
+        ranks.wait()
+    for task in tasks:
+        yield task, evaluate(work, task, folder, bars)
+
+
 class Status:
-    """``status.json``: the stage, and the seconds that all calls have taken together."""
+    """``status.json``: the stage, and the seconds that all calls have taken together; the first process writes it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -141,6 +166,8 @@ class Status:
         """Write the seconds up to now, for a kill leaves no time to."""
         now = time.perf_counter()
         self.seconds, self.since = self.seconds + now - self.since, now
+        if not ranks.is_first():
+            return
         write(self.path, json.dumps({"stage": self.stage, "wall_seconds": round(self.seconds, 3)}))
 
     @contextmanager
@@ -177,11 +204,13 @@ def _trained_by(
     folder = results / experiment.name / run_name(name, experiment.seed)
     folder.mkdir(parents=True, exist_ok=True)
     other = method_of(experiment, name)
-    _write_config(experiment, other, folder, smoke, device)
-    if not (folder / NAME).is_file():
+    require_possible(experiment, other)
+    with ranks.in_turn():
+        _write_config(experiment, other, folder, smoke, device)
+    if ranks.agree(not (folder / NAME).is_file()):
         console.print(f"{experiment.name} {name}: training, for what begins with it")
         status = Status(folder / "status.json")
-        with alone_in(folder), status.during("training"):
+        with alone_in(folder) if ranks.is_first() else nullcontext(), status.during("training"):
             train(
                 Workshop(experiment, device), other, folder, [Ticking(status), *callbacks], progress=not console.quiet
             )
@@ -201,6 +230,8 @@ def _write_config(experiment: Experiment, method: Method, folder: Path, smoke: b
                 f"{folder} holds a run with another configuration ({keys}): choose other --results, or remove it"
             )
         return
+    if not ranks.is_first():
+        return
     config = {
         "configuration": configuration,
         "experiment": experiment.name,
@@ -209,6 +240,7 @@ def _write_config(experiment: Experiment, method: Method, folder: Path, smoke: b
         "method_title": method.title,
         "seed": experiment.seed,
         "smoke": smoke,
+        "processes": ranks.world(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},

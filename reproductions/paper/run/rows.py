@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 
 from reproductions.methods import METHODS
-from reproductions.paper.config import Experiment, experiment_names, load_experiment, methods_of
+from reproductions.paper.config import Experiment, experiment_names, load_experiment, method_of, methods_of
 from reproductions.paper.models import MODELS
 from reproductions.shared.fields import ConfigError
 from reproductions.shared.files import BusyError, FileError, read_json, write
@@ -92,32 +92,40 @@ def seeds_of(text: str) -> list[int]:
 
 
 def run_rows(rows: Rows, overrides: Sequence[str], results: Path, *, smoke: bool, console: Console) -> None:
-    """Do rows, one at a time on each GPU.
+    """Do rows, one at a time on each GPU, or one on all GPUs where `torchrun` began a process for each.
 
     Raises:
         RowsFailedError: some failed.
         DataError: there is one row only, whose data cannot be had.
     """
+    from reproductions.paper.run import ranks
+    from reproductions.paper.run.sparing import require_possible
+
     _quiet()
-    require_one_process()
+    ranks.join()
     single = sum(map(len, rows.values())) == 1
-    load = smoke_loader(results) if smoke else pinned(results)
+    with ranks.in_turn():
+        load = smoke_loader(results) if smoke else pinned(results)
     experiments = {name: load(name, overrides) for name in rows}
     for experiment in experiments.values():
         require_reporting(experiment)
-    for error in look_at_data(rows, experiments, console):
-        if single:
-            raise error
-        console.print(f"{error}", style="red", markup=False, soft_wrap=True)
+    for name, method in row_list(rows):
+        require_possible(experiments[name], method_of(experiments[name], method))
+    with ranks.in_turn():
+        for error in look_at_data(rows, experiments, console):
+            if single:
+                raise error
+            console.print(f"{error}", style="red", markup=False, soft_wrap=True)
+        if not smoke:
+            pin(results)
     if not smoke:
-        pin(results)
         experiments = {name: pinned(results)(name, overrides) for name in rows}
     devices = visible_devices()
-    if len(devices) > 1 and not single and not smoke:
+    if len(devices) > 1 and not single and not smoke and ranks.world() == 1:
         beside(rows, overrides, results, devices, console)
     else:
         _in_turn(rows, experiments, results, smoke, console)
-    if smoke and not single:
+    if smoke and not single and ranks.is_first():
         from reproductions.paper.run.oracle import run_oracle
 
         for experiment in experiments.values():
@@ -154,6 +162,7 @@ def look_at_data(rows: Rows, experiments: Mapping[str, Experiment], console: Con
 def _in_turn(rows: Rows, experiments: Mapping[str, Experiment], results: Path, smoke: bool, console: Console) -> None:
     from reproductions.paper.data import DataError
     from reproductions.paper.models import ModelError
+    from reproductions.paper.run import ranks
     from reproductions.paper.run.row import run_row
 
     failed: list[str] = []
@@ -165,7 +174,8 @@ def _in_turn(rows: Rows, experiments: Mapping[str, Experiment], results: Path, s
                 run_row(experiments[name], method, results, smoke=smoke, console=console)
             except Exception as error:
                 hint = OUT_OF_MEMORY if isinstance(error, torch.OutOfMemoryError) else ""
-                if sum(map(len, rows.values())) == 1 and not hint:
+                if ranks.world() > 1 or (sum(map(len, rows.values())) == 1 and not hint):
+                    # Other processes cannot go on without this one: torchrun ends them all.
                     raise
                 # The others can still be done; this one is taken up by the next call.
                 # Not rich's own, which holds on to what the frames held: a model on the device.
@@ -287,18 +297,6 @@ def pin(results: Path) -> None:
     if now != before:
         results.mkdir(parents=True, exist_ok=True)
         write(path, json.dumps(now, indent=1))
-
-
-def require_one_process() -> None:
-    """Refuse to be one of several processes that all do the same rows.
-
-    Raises:
-        ConfigError: torchrun or something like it began several.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError(
-            "one process does a row, on one GPU: call without torchrun; `run --all` puts a row on each GPU by itself"
-        )
 
 
 def require_reporting(experiment: Experiment) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -16,11 +17,15 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 from reproductions.methods import Method
 from reproductions.methods.base import Divergence, Penalty
 from reproductions.paper.config import Experiment
+from reproductions.paper.run import ranks
+from reproductions.paper.run.sparing import OPTIMIZERS, in_full, prepare, trained_values
 from reproductions.paper.run.weights import NAME, changes, load_changes, save_changes
 from reproductions.paper.run.work import Workshop
 from reproductions.paper.run.workers import errors_of_workers
-from reproductions.shared.files import named, read_until_cut, write
+from reproductions.shared.files import named, read_json, read_until_cut, write
+from torch_mdgd import last_decoder_layers
 from torch_mdgd.integrations.transformers import MDGDTrainerMixin
+from torch_mdgd.parallel.dtensor import shard_like, whole
 
 CHECKPOINTS, LOG, TRAINED = "checkpoints", "training.jsonl", "trained_parameters.safetensors"
 COUNTS = "trained.json"
@@ -33,13 +38,36 @@ class SmallCheckpoints:
 
     Besides being a sixth of the size, they load in every family: the Trainer's own loads LLaVA's by other names than it
     saved them.
+
+    Attributes:
+        autocast: whether passes are in bfloat16, since frozen weights are.
     """
+
+    autocast = False
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         trainer: Any = self
         folder = Path(output_dir or trainer.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: p.detach().contiguous() for name, p in _trained(trainer.model)}, folder / TRAINED)
+        values = {name: whole(p.detach()).contiguous() for name, p in _trained(trainer.model)}
+        if ranks.is_first():
+            save_file(values, folder / TRAINED)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        trainer: Any = self
+        parent: Any = super()
+        if not trainer.is_fsdp_enabled:
+            parent._save_optimizer_and_scheduler(output_dir)
+            return
+        # It would write all weights beside the optimizer, and asks nobody for those that are trained.
+        names: Any = transformers.trainer
+        save = names.save_fsdp_model
+        names.save_fsdp_model = lambda *args, **kwargs: None
+        try:
+            parent._save_optimizer_and_scheduler(output_dir)
+        finally:
+            names.save_fsdp_model = save
+        self._save(output_dir)
 
     @torch.no_grad()
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -50,12 +78,20 @@ class SmallCheckpoints:
         for name, p in _trained(trainer.model if model is None else model):
             if name not in saved:
                 raise ValueError(f"{resume_from_checkpoint} lacks {name}: it is a checkpoint of another run")
-            p.copy_(saved[name])
+            p.copy_(shard_like(saved[name], p))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         trainer: Any = super()
         with named(Path(checkpoint or ""), "a whole checkpoint"):
             trainer._load_optimizer_and_scheduler(checkpoint)
+
+    def compute_loss_context_manager(self) -> Any:
+        """Under FSDP2 it is told of no mixed precision: it would send gradients in 16 bits."""
+        trainer: Any = self
+        parent: Any = super()
+        if trainer.is_fsdp_enabled:
+            return torch.autocast(trainer.args.device.type, torch.bfloat16, enabled=self.autocast)
+        return parent.compute_loss_context_manager()
 
 
 class PaperTrainer(SmallCheckpoints, Trainer):
@@ -86,7 +122,7 @@ class PaperMDGDTrainer(SmallCheckpoints, MDGDTrainerMixin, Trainer):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Some weights are float32 by now and some are not, and a rule may run the model to see what enters layers."""
         settings: Any = self.args
-        with torch.autocast(settings.device.type, torch.bfloat16, enabled=settings.bf16):
+        with torch.autocast(settings.device.type, torch.bfloat16, enabled=self.autocast):
             return super().create_optimizer(*args, **kwargs)
 
 
@@ -122,8 +158,10 @@ def train(
 ) -> dict[str, int]:
     """Fine-tune the workshop's model, and write what changed to ``trained.safetensors``, counted in ``trained.json``.
 
+    Several processes train together; the first alone finishes and writes.
+
     Args:
-        work: its model has the published weights, and afterwards the fine-tuned ones.
+        work: its model has the published weights, and afterwards, in the first process, the fine-tuned ones.
         method: how.
         folder: of the run; checkpoints of a killed run there are taken up.
         callbacks: more for the Trainer.
@@ -135,32 +173,45 @@ def train(
     """
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(work.experiment.seed)
-    network = work.network
-    if begin is not None:
-        load_changes(network, begin)
-        module = method.mark(network, work.layers)
-    else:
+    t, module, values = work.experiment.training, None, None
+    if begin is None:
         module = _train(work, method, folder, callbacks, progress)
         # The Trainer is a cycle, which holds the optimizer's state on the device.
         gc.collect()
+        if t.quantize != "none" or t.shard:
+            # There is no room for this module and the one in full.
+            values, module = trained_values(module), None
+    if ranks.is_first():
+        if begin is not None:
+            load_changes(work.network, begin)
+            module = method.mark(work.network, work.layers)
+        elif values is not None:
+            module = in_full(work, method, values)
+        assert module is not None
+        _finish(work, method, folder, module)
+    ranks.wait()
+    counts: dict[str, int] = read_json(folder / COUNTS)
+    return counts
+
+
+def _finish(work: Workshop, method: Method, folder: Path, module: nn.Module) -> None:
+    """What follows training, in one process: the method's own end, and the files."""
     trained = method.trained(module)
     method.finish(work, module)
-    published = work.pretrained
+    published, network = work.pretrained, work.network
     for name, p in network.named_parameters():
         p.data = p.data.to(published[name].dtype)
     network.requires_grad_(False).eval()
     changed, count = changes(network, published)
-    counts = {"trained_numbers": trained, "changed_numbers": count}
-    write(folder / COUNTS, json.dumps(counts))
+    write(folder / COUNTS, json.dumps({"trained_numbers": trained, "changed_numbers": count}))
     save_changes(changed, folder / NAME)
-    return counts
 
 
 def _train(
     work: Workshop, method: Method, folder: Path, callbacks: Sequence[TrainerCallback], progress: bool
 ) -> nn.Module:
     e, network = work.experiment, work.network
-    module = method.prepare(work)
+    module = prepare(work, method)
     for _, p in _trained(module):
         p.data = p.data.float()
     if e.training.checkpointing:
@@ -169,10 +220,10 @@ def _train(
     examples = method.examples(work, work.training_examples(), e.training.batch * e.training.accumulation)
     common: dict[str, Any] = {
         "model": module,
-        "args": arguments(e, method, folder, work.device, progress),
+        "args": arguments(e, method, folder, work.device, progress, **(sharding(network) if e.training.shard else {})),
         "train_dataset": examples,
         "data_collator": lambda some: work.model.collate(some, answers=True),
-        "callbacks": [LogLines(folder / LOG), *callbacks],
+        "callbacks": [*([LogLines(folder / LOG)] if ranks.is_first() else []), *callbacks],
     }
     wrapper = method.wrapper(module, work)
     trainer: PaperTrainer | PaperMDGDTrainer
@@ -183,8 +234,10 @@ def _train(
             trainer.penalty = method.penalty(work, module)
             trainer.divergence = method.divergence(work, module)
     else:
-        trainer = PaperMDGDTrainer(**common, **wrapper, tap=work.model.tap())
-    if e.training.report_to == TENSORBOARD:
+        offload = e.training.reference == "cpu" and not method.compact
+        trainer = PaperMDGDTrainer(**common, **wrapper, offload=offload, tap=work.model.tap())
+    trainer.autocast = e.dtype == "bfloat16"
+    if e.training.report_to == TENSORBOARD and ranks.is_first():
         # Told where to write: by itself it writes beside the checkpoints, which are removed at the end.
         from torch.utils.tensorboard import SummaryWriter
 
@@ -192,7 +245,7 @@ def _train(
     if not progress:
         trainer.remove_callback(PrinterCallback)
     with errors_of_workers():
-        trainer.train(resume_from_checkpoint=last_checkpoint(folder / CHECKPOINTS))
+        trainer.train(resume_from_checkpoint=ranks.agree(last_checkpoint(folder / CHECKPOINTS)))
     if e.training.checkpointing:
         disable: Any = network.gradient_checkpointing_disable
         disable()
@@ -200,9 +253,9 @@ def _train(
 
 
 def arguments(
-    experiment: Experiment, method: Method, folder: Path, device: torch.device, progress: bool
+    experiment: Experiment, method: Method, folder: Path, device: torch.device, progress: bool, **more: Any
 ) -> TrainingArguments:
-    """The Trainer's settings of a run."""
+    """The Trainer's settings of a run, and more of them."""
     t = experiment.training
     out = TrainingArguments(
         output_dir=str(folder / CHECKPOINTS),
@@ -214,8 +267,9 @@ def arguments(
         weight_decay=t.weight_decay,
         max_grad_norm=t.clip,
         per_device_train_batch_size=t.batch,
-        gradient_accumulation_steps=t.accumulation,
-        bf16=experiment.dtype == "bfloat16",
+        gradient_accumulation_steps=t.accumulation // ranks.world(),
+        bf16=experiment.dtype == "bfloat16" and not t.shard,
+        **({"optim": OPTIMIZERS[t.optimizer]} if t.optimizer in OPTIMIZERS else {}),
         save_strategy="steps",
         save_steps=t.save_every,
         save_total_limit=1,
@@ -228,10 +282,19 @@ def arguments(
         use_cpu=device.type == "cpu",
         dataloader_pin_memory=device.type != "cpu",
         disable_tqdm=not progress,
+        **more,
     )
     # One process is one GPU: several would be DataParallel, which the passes of MDGD do not support.
     out._n_gpu = min(out.n_gpu, 1)
     return out
+
+
+def sharding(network: nn.Module) -> dict[str, Any]:
+    """The Trainer's settings that split a network over all processes, decoder layer by decoder layer."""
+    (layer,) = last_decoder_layers(network, 1)
+    wrapped = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_layer_cls_to_wrap": [type(layer).__name__]}
+    config = {"version": 2, **wrapped, "state_dict_type": "SHARDED_STATE_DICT", "cpu_ram_efficient_loading": False}
+    return {"fsdp": True, "fsdp_config": config}
 
 
 def last_checkpoint(folder: Path) -> str | None:

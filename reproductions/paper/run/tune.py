@@ -17,6 +17,7 @@ from rich.console import Console
 from reproductions.methods import METHODS
 from reproductions.paper.config import Experiment, method_of
 from reproductions.paper.data import DATASETS
+from reproductions.paper.run import ranks
 from reproductions.paper.run.row import run_row
 from reproductions.shared.fields import ConfigError
 from reproductions.shared.files import read_json, write
@@ -101,7 +102,8 @@ def tune(
         told = " ".join(f"--set methods.{name}.{key}={value}" for key, value in best["settings"].items())
         console.print(f"{name}: P {best['P']:.1f}, T {best['T']:.1f}, H {best['H']:.1f}: {told}", soft_wrap=True)
     settings = {"experiment": asdict(there), "methods": found}
-    write(results / f"{experiment.name}.tuning.json", json.dumps(settings, indent=1))
+    if ranks.is_first():
+        write(results / f"{experiment.name}.tuning.json", json.dumps(settings, indent=1))
     return found
 
 

@@ -167,6 +167,15 @@ def test_an_export_is_loaded_by_its_path_alone(model, assets, tmp_path):
     run = run_row(experiment, "fine-tune", tmp_path, smoke=True, device=CPU, console=QUIET)
     told = export_run(run, tmp_path / "export")
     assert f"vllm serve {tmp_path / 'export'}" in told
+    published, exported = assets.model(model), tmp_path / "export"
+    for file in published.iterdir():
+        if file.suffix != ".safetensors" and file.name != "config.json":
+            assert (exported / file.name).read_bytes() == file.read_bytes(), "as other programs know it"
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (published, exported))
+    dtypes = {key: value for key, value in after.items() if key in ("dtype", "torch_dtype")}
+    assert set(dtypes.values()) == {"float32"}
+    assert {**before, **dtypes}.keys() == after.keys()
+    assert before["architectures"] == after["architectures"]
     again = load_model(model, tmp_path / "export", "float32", CPU)
     trained = load_file(run / "trained.safetensors")
     own = dict(again.network.named_parameters())

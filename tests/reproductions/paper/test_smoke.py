@@ -106,7 +106,11 @@ def test_list_shows_counts_needs_and_what_has_run(finished):
     for count in ("1,235,279,872", "517,777,920", "29,368,320", "35,265,024", "123,527,987", "51,777,792"):
         assert count in shown.output
     assert shown.output.count("done, 0.0 h") == 26
-    assert shown.output.count(" 24 GB ") > 8, "what fits where"
+    fits = [line.split("│") for line in shown.output.splitlines() if line.startswith("│")]
+    cells = {row[1].strip(): [cell.strip() for cell in row[7:10]] for row in fits}
+    assert cells["zero-shot"] == ["yes", "yes", "yes"]
+    assert cells["mdgd"][0] != "yes" == cells["mdgd"][2], "of MiniCPM-V-2.0, the last table"
+    assert "with 8, --set training.optimizer=adamw8bit" in shown.output
     for name in ("hour", "day"):
         assert f"run --preset {name}\n" in shown.output
     assert "Figure 3: learning curves; agreement and drift against the masking ratio. 12 of 12 rows" in shown.output

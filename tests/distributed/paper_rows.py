@@ -15,6 +15,7 @@ from reproductions.paper.run.row import run_row
 from reproductions.paper.run.rows import _quiet
 from reproductions.paper.run.smoke import Assets
 from tests import accelerate_state
+from tests.distributed import integrations
 from tests.reproductions.paper.running import SHORT
 
 MODEL = "llava-1.5-7b"
@@ -60,6 +61,8 @@ def row(folder: Path, form: str, world: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def run(case: Callable[..., None], folder: Path, world: int) -> None:
+def run(case: Callable[..., None], folder: Path, rank: int, world: int) -> None:
+    # Lightning takes it away.
+    integrations.environment(rank, world)
     for form in FORMS:
         case(f"row, {form}", row, folder / "rows", form, world)

@@ -88,7 +88,7 @@ def with_libraries(case: Callable[..., None], folder: Path, rank: int) -> None:
     case("untold", error, integrations.lightning, rank, WORLD, folder, "published", integrations.Untold)
     case("another strategy", error, integrations.another_strategy, folder)
     fsdp2.run(case, folder, rank)
-    paper_rows.run(case, folder, WORLD)
+    paper_rows.run(case, folder, rank, WORLD)
 
 
 def not_wrapped(rank: int) -> tuple[list[dict[str, Any]], list[str]]:

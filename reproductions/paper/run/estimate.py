@@ -309,7 +309,8 @@ ORDER = ("", "r", "8", "8 r", "q", "q r", "q 8", "q 8 r")
 
 def with_settings(experiment: Experiment, letters: str) -> Experiment:
     """The experiment with some of ``SETTINGS``, named by their letters."""
-    return replace(experiment, training=replace(experiment.training, **dict(SETTINGS[x] for x in letters.split())))
+    settings: dict[str, Any] = dict(SETTINGS[x] for x in letters.split())
+    return replace(experiment, training=replace(experiment.training, **settings))
 
 
 def fitting(experiment: Experiment, name: str) -> dict[str, tuple[str, Estimate] | None]:

@@ -257,6 +257,8 @@ def arguments(
 ) -> TrainingArguments:
     """The Trainer's settings of a run, and more of them."""
     t = experiment.training
+    if t.optimizer in OPTIMIZERS:
+        more["optim"] = OPTIMIZERS[t.optimizer]
     out = TrainingArguments(
         output_dir=str(folder / CHECKPOINTS),
         num_train_epochs=t.epochs,
@@ -269,7 +271,6 @@ def arguments(
         per_device_train_batch_size=t.batch,
         gradient_accumulation_steps=t.accumulation // ranks.world(),
         bf16=experiment.dtype == "bfloat16" and not t.shard,
-        **({"optim": OPTIMIZERS[t.optimizer]} if t.optimizer in OPTIMIZERS else {}),
         save_strategy="steps",
         save_steps=t.save_every,
         save_total_limit=1,

@@ -11,6 +11,8 @@ supported := import ensurepip, sys, venv; raise SystemExit(not (3, 10) <= sys.ve
 candidates := python3.11 python3.12 python3.13 python3.10 python3
 PYTHON ?= $(shell for p in $(candidates); do "$$p" -c '$(supported)' 2>/dev/null && echo "$$p" && break; done)
 
+frameworks := $(notdir $(wildcard examples/frameworks/*))
+
 pip_install := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
 	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
@@ -26,6 +28,8 @@ help:
 	@echo "make bench   print the tables of the benchmarks"
 	@echo "make wheel   build wheel and sdist into dist/, and check them"
 	@echo "make clean   remove .venv, caches and builds"
+	@echo
+	@echo "make example-NAME  train by a framework, in an environment of its own: $(frameworks)"
 	@echo
 	@echo "PYTHON=...       the Python to use, 3.10 to 3.13 (here: $(or $(PYTHON),none found))"
 	@echo "TORCH_INDEX=https://download.pytorch.org/whl/cpu"
@@ -65,6 +69,20 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
+# A framework asks for other versions than the next one and than constraints.txt: each has an environment of its own.
+.venv-%/.done: examples/frameworks/%/requirements.txt pyproject.toml
+	"$(PYTHON)" -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check \
+		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r $< -e . hypothesis pytest pytest-xdist
+	@touch $@
+
+example-%: .venv-%/.done
+	PATH="$(CURDIR)/.venv-$*/bin:$$PATH" sh examples/frameworks/$*/run.sh
+	.venv-$*/bin/python -m pytest tests/integrations/test_real_frameworks.py -k $*
+
+# So that make keeps them.
+.PRECIOUS: .venv-%/.done
+
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks
 
@@ -73,5 +91,5 @@ wheel: $(VENV)/.dev
 	$(BIN)/twine check --strict dist/*
 
 clean:
-	rm -rf $(VENV) dist site .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-* dist site .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

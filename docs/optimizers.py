@@ -196,6 +196,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "DoRA": {"target_modules": DECODER, "use_dora": True},
     "PiSSA": {"target_modules": DECODER, "init_lora_weights": "pissa"},
     "QLoRA, 4 bits": {"target_modules": DECODER},
+    "QLoRA, the connector trained whole": {"target_modules": DECODER, "modules_to_save": ["multi_modal_projector"]},
 }
 
 
@@ -207,7 +208,7 @@ def adapted(name: str) -> Any:
         transformers: Any = importlib.import_module("transformers")
         bits = transformers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32,
-            llm_int8_skip_modules=["vision_tower", "multi_modal_projector", "lm_head"],
+            llm_int8_skip_modules=["model.vision_tower", "model.multi_modal_projector", "lm_head"],
         )  # fmt: skip
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)

@@ -12,7 +12,7 @@ from torch import nn
 from tests.properties import assert_same_bits
 from tests.tiny_models import llava, llava_batch, text_batch
 from torch_mdgd import MDGD, Anchor, MDGDOptimizer, connector, freeze_all_but, last_decoder_layers, mdgd_backward
-from torch_mdgd.loss import Reference, visual_loss
+from torch_mdgd.loss import Reference, VisualLoss, visual_loss
 
 
 def full():
@@ -25,6 +25,14 @@ def lora():
     config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], lora_dropout=0.1)
     model = get_peft_model(llava().requires_grad_(False), config).train()
     return model, [p for p in model.parameters() if p.requires_grad]
+
+
+def watched(model, batch, reference):
+    """The same by hooks on the model's own pass."""
+    visual = VisualLoss(model, reference=reference)
+    output = model(**batch)
+    visual.remove()
+    return output, visual.take()
 
 
 def move(parameters):
@@ -45,10 +53,10 @@ def test_its_gradient_is_the_wrappers(make):
     state = torch.get_rng_state()
     mdgd_backward(model, optimizer, llava_batch())
     wanted = [p.grad.clone() for p in parameters]
-    for where in (reference, optimizer, second):
+    for where, way in ((reference, visual_loss), (optimizer, visual_loss), (second, visual_loss), (reference, watched)):
         optimizer.zero_grad()
         torch.set_rng_state(state)
-        output, visual = visual_loss(model, llava_batch(), reference=where)
+        output, visual = way(model, llava_batch(), reference=where)
         (output.loss + 2.0 * visual).backward()
         scale = max(float(x.abs().max()) for x in wanted)
         for p, x in zip(parameters, wanted, strict=True):
@@ -63,6 +71,34 @@ def test_at_the_reference_it_is_zero_and_the_weights_come_back(make):
     _, visual = visual_loss(model, llava_batch(), reference=reference)
     assert visual == 0
     assert_same_bits(parameters, before)
+
+
+def hooks(model):
+    return [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
+
+
+def test_only_passes_in_training_are_watched_and_a_loss_is_taken_once():
+    model, parameters = full()
+    with torch.no_grad():
+        # transformers leaves hooks of its own.
+        model(**llava_batch())
+    before = hooks(model)
+    visual = VisualLoss(model)
+    with torch.no_grad():
+        model(**llava_batch())
+    model.eval()(**llava_batch())
+    with pytest.raises(RuntimeError, match="was not run in training"):
+        visual.take()
+    move(parameters)
+    model.train()
+    with pytest.raises(ValueError, match="Image features and image tokens do not match"):
+        model(**{**llava_batch(), "pixel_values": llava_batch()["pixel_values"][:1]})
+    model(**llava_batch())
+    assert visual.take() > 0
+    with pytest.raises(RuntimeError, match="was not run in training"):
+        visual.take()
+    visual.remove()
+    assert hooks(model) == before
 
 
 class Remembering(nn.Module):

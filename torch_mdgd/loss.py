@@ -4,7 +4,7 @@ It goes into any Trainer's ``compute_loss``, and into engines that hide gradient
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
@@ -40,6 +40,9 @@ class Reference:
         # It never steps: it holds φ, and knows how to exchange it.
         self._holder = MDGDOptimizer(torch.optim.SGD(trained, lr=0.0), MDGD(regularize=0))
         self.off = self._holder.drop_reference(model)
+        if not self.off:
+            # No warning of weights that are loaded from here on: φ is what was there.
+            self._holder.set_reference()
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
@@ -75,27 +78,124 @@ def visual_loss(
         the model's output, and L_v, a float32 scalar with its graph; 0 without image tokens.
     """
     tap = tap or VisualTap.for_model(model)
-    # Dropout must not make a difference.
     traces = Traces(model)
+    z_reference = _at_reference(tap, model, batch, reference, traces)
+    output, z = tap(model, batch)
+    return output, _compared(tap, model, batch, z, z_reference, traces, alignment)
+
+
+class VisualLoss:
+    """L_v of a model's last forward pass, for a loss function that sees outputs and labels alone.
+
+    Such is ``compute_loss_func`` of the Trainer: ``loss + α * visual.take()``, with ``visual = VisualLoss(model)``,
+    gives what :func:`visual_loss` does. Hooks see every pass of the model in training that has gradients: a pass at φ
+    goes before it. :meth:`remove` takes them off.
+
+    Args:
+        model: called with the batch as keywords, also from inside DistributedDataParallel.
+        reference: as of :func:`visual_loss`; the weights now if None.
+        tap: as of :func:`visual_loss`.
+        alignment: as of :func:`visual_loss`.
+
+    Raises:
+        ValueError: no parameter of the model requires gradients.
+        TypeError: a kind of parallelism that hides parameters.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        reference: Reference | MDGDOptimizer | nn.Module | None = None,
+        tap: VisualTap | None = None,
+        alignment: Literal["l1", "mse"] = "l1",
+    ) -> None:
+        self.reference = Reference(model) if reference is None else reference
+        self.tap, self.alignment = tap or VisualTap.for_model(model), alignment
+        self._visual: Tensor | None = None
+        self._open: ExitStack | None = None
+        self._aside = False
+        # Before hooks that replace tokens by embeddings.
+        before = model.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True)
+        self._handles = [before, model.register_forward_hook(self._after, always_call=True)]
+
+    def take(self) -> Tensor:
+        """L_v of the last pass, a float32 scalar with its graph, once.
+
+        Raises:
+            RuntimeError: the model was not run in training, with gradients, since the last call.
+        """
+        if self._visual is None:
+            raise RuntimeError("VisualLoss: the model was not run in training, with gradients, since the last take()")
+        visual, self._visual = self._visual, None
+        return visual
+
+    def remove(self) -> None:
+        """Leave the model as it was."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _before(self, model: nn.Module, args: Any, batch: dict[str, Any]) -> None:
+        if self._aside or not model.training or not torch.is_grad_enabled():
+            return
+        traces = Traces(model)
+        self._aside = True
+        try:
+            z_reference = _at_reference(self.tap, model, batch, self.reference, traces)
+        finally:
+            self._aside = False
+        self._open = ExitStack()
+        self._seen = batch, z_reference, traces, self._open.enter_context(self.tap.watching())
+
+    def _after(self, model: nn.Module, args: Any, output: Any) -> None:
+        if self._aside or self._open is None:
+            return
+        self._open.close()
+        self._open = None
+        batch, z_reference, traces, passes = self._seen
+        del self._seen
+        if output is None:
+            # The pass has raised.
+            return
+        self._aside = True
+        try:
+            z = self.tap.of(passes, output, batch)
+            self._visual = _compared(self.tap, model, batch, z, z_reference, traces, self.alignment)
+        finally:
+            self._aside = False
+
+
+def _at_reference(
+    tap: VisualTap, model: nn.Module, batch: Batch, reference: Reference | MDGDOptimizer | nn.Module, traces: Traces
+) -> Tensor:
+    """z(φ). Dropout must not make a difference: it sees the random numbers of the pass at θ."""
     if isinstance(reference, nn.Module):
         there = VisualTap.for_model(reference, tap.layers)
         known_of(there.text_module).other_kernels = known_of(tap.text_module).other_kernels
         # Its own buffers too are as before, and its pass sees the same random numbers.
         with Traces(reference).aside():
-            z_reference = _features(there, reference, batch)
-    else:
-        at_reference: AbstractContextManager[Any] = (
-            reference() if isinstance(reference, Reference) else reference.reference(model)
-        )
-        with at_reference, traces.aside():
-            z_reference = _features(tap, model, batch)
-    output, z = tap(model, batch)
+            return _features(there, reference, batch)
+    at_reference: AbstractContextManager[Any] = (
+        reference() if isinstance(reference, Reference) else reference.reference(model)
+    )
+    with at_reference, traces.aside():
+        return _features(tap, model, batch)
 
+
+def _compared(
+    tap: VisualTap,
+    model: nn.Module,
+    batch: Batch,
+    z: Tensor,
+    z_reference: Tensor,
+    traces: Traces,
+    alignment: Literal["l1", "mse"],
+) -> Tensor:
     def again() -> Tensor:
         with traces.aside():
             return _features(tap, model, batch)
 
-    return output, visual_alignment_loss(z, without_noise(z, z_reference, again, tap.text_module), alignment)
+    return visual_alignment_loss(z, without_noise(z, z_reference, again, tap.text_module), alignment)
 
 
 def _features(tap: VisualTap, model: nn.Module, batch: Batch) -> Tensor:

@@ -1,4 +1,4 @@
-"""FSDP2 through accelerate and the Trainer, in every process of a test."""
+"""FSDP2 through accelerate, the Trainer and Lightning, in every process of a test."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +7,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin
+from lightning.pytorch import Trainer as LightningTrainer
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
 from tests import accelerate_state
@@ -105,7 +109,65 @@ def accelerated(rank: int, world: int, settings: str) -> dict[str, Any]:
         return {"weights": weights, "diagnostics": find_optimizer(optimizer).diagnostics}
 
 
+class Sharded(integrations.Automatic):
+    """Automatic optimization of a model that Lightning's hook shards."""
+
+    shards = True
+
+    def configure_model(self) -> None:
+        if self.trainer.world_size > 1 and self.shards and not isinstance(self.model, FSDPModule):
+            mesh = self.device_mesh["data_parallel"]
+            for module in (*self.model.model.language_model.layers, self.model.model.multi_modal_projector):
+                fully_shard(module, mesh=mesh)
+            fully_shard(self.model, mesh=mesh)
+
+
+class Whole(Sharded):
+    """With the strategy, and not sharded."""
+
+    shards = False
+
+
+def lightning(
+    rank: int,
+    world: int,
+    folder: Path,
+    settings: str,
+    epochs: int = 1,
+    resume: Path | None = None,
+    kind: type[Sharded] = Sharded,
+    sizes: tuple[int, int] = (2, 1),
+) -> dict[str, Any]:
+    """Saved to the folder at the end of each epoch, as shards."""
+    module = kind(settings)
+    if resume is not None:
+        with torch.no_grad():
+            for p in module.parameters():
+                p.mul_(1.5)
+    found = LightningTrainer(
+        accelerator="cpu", devices=world, strategy=ModelParallelStrategy(*sizes) if world > 1 else "auto",
+        max_epochs=epochs, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=folder, use_distributed_sampler=False,
+        accumulate_grad_batches=MICRO_BATCHES, gradient_clip_val=CLIP,
+    )  # fmt: skip
+    batches = [setups.llava_part(step, rank, world, (True,) * 4) for step in range(STEPS * MICRO_BATCHES)]
+    found.fit(module, DataLoader(batches, batch_size=None), ckpt_path=resume, weights_only=True)
+    if world > 1:
+        found.save_checkpoint(folder / f"{epochs}.ckpt")
+    weights = [setups.whole(p) for p in module.model.parameters() if p.requires_grad]
+    return {"weights": weights, "diagnostics": find_optimizer(found.optimizers[0]).diagnostics}
+
+
+def resumed_lightning(rank: int, folder: Path, settings: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    whole = lightning(rank, 2, folder, settings, epochs=2)
+    lightning(rank, 2, folder, settings)
+    return whole, lightning(rank, 2, folder, settings, epochs=2, resume=folder / "1.ckpt")
+
+
 def run(case: Callable[..., None], folder: Path, rank: int) -> None:
+    case("fsdp2 lightning", resumed_lightning, rank, folder / "fsdp2 lightning", "published")
+    for name, kind, sizes in (("tensor parallel", Sharded, (1, 2)), ("not sharded", Whole, (2, 1))):
+        case(f"lightning, {name}", setups.error, lightning, rank, 2, folder, "published", kind=kind, sizes=sizes)
     for settings in SETTINGS:
         case(f"fsdp2 trainer, {settings}", trainer, 2, folder / "fsdp2", settings)
     case("fsdp2 accelerate", accelerated, rank, 2, "masked")

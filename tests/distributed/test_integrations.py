@@ -70,7 +70,25 @@ def test_manual_optimization_that_nobody_averages_is_refused(found):
 
 def test_another_strategy_of_lightning_is_refused(found):
     for message in found("another strategy"):
-        assert message.startswith("ValueError: MDGDModuleMixin supports several processes with strategy='ddp' alone")
+        assert message.startswith("ValueError: MDGDModuleMixin supports several processes with strategy='ddp' or Model")
+
+
+def test_lightning_with_fsdp2_is_one_process_and_a_resumed_run_the_uninterrupted_one(found, folder):
+    """``ModelParallelStrategy``, whose checkpoints are shards of torch.distributed.checkpoint."""
+    wanted = fsdp2.lightning(0, 1, folder / "alone", "published", epochs=2)
+    assert wanted["diagnostics"]["visual_loss"] > 0
+    for whole, resumed in found("fsdp2 lightning"):
+        assert_agree(whole, wanted)
+        assert_agree(resumed, wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("tensor parallel", "with tensor parallelism"), ("not sharded", "with a model that is not sharded")],
+)
+def test_lightnings_model_parallel_strategy_is_refused_where_nobody_would_average(name, words, found):
+    for message in found(f"lightning, {name}"):
+        assert message.startswith(f"ValueError: MDGDModuleMixin: ModelParallelStrategy {words}")
 
 
 @pytest.mark.parametrize("settings", fsdp2.SETTINGS)

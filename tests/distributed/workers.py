@@ -41,9 +41,9 @@ def run(rank: int, folder: Path) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=60))
     found: dict[str, Any] = {}
 
-    def case(name: str, function: Callable[..., Any], *args: Any) -> None:
+    def case(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         try:
-            found[name] = function(*args)
+            found[name] = function(*args, **kwargs)
         except Exception:
             found[name] = traceback.format_exc()
 

@@ -5,10 +5,13 @@
 
 import importlib
 import sys
+from collections import defaultdict
 from types import ModuleType
 from typing import ClassVar
 
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback
 
 from tests.integrations.test_transformers import arguments, dataset, train, weights
@@ -61,10 +64,10 @@ def test_text_that_is_no_rule_is_refused_before_anything_is_trained(tmp_path):
         train(MDGDTrainer, tmp_path, settings={"rule": "mdgd"})
 
 
-def made(kind, folder, **options):
+def made(kind, folder, settings=None, **options):
     model = llava(dropout=0.2)
     trainable(model)
-    return kind(model=model, args=arguments(folder), train_dataset=dataset(), **options)
+    return kind(model=model, args=arguments(folder, **(settings or {})), train_dataset=dataset(), **options)
 
 
 def test_a_trainer_that_is_adopted_is_one_with_the_mixin(wanted, tmp_path):
@@ -108,17 +111,43 @@ class SwiftCallback(TrainerCallback):
         self.args, self.trainer = args, trainer
 
 
+class CustomCrossEntropyLoss:
+    """ms-swift's: swift/loss/base.py and causal_lm.py."""
+
+    def __init__(self, args, trainer):
+        self.args, self.trainer = args, trainer
+
+    def __call__(self, outputs, labels, *, num_items_in_batch=None, loss_scale=None, **kwargs):
+        logits, labels = outputs.logits.float().flatten(0, 1), labels.roll(-1, dims=-1).flatten()
+        return torch.nn.functional.cross_entropy(logits, labels, reduction="sum") / num_items_in_batch
+
+
+class Metric:
+    """ms-swift's mean since the last log, of the last value: swift/metrics/utils.py."""
+
+    def update(self, value):
+        self.value = float(value)
+
+
 class SwiftTrainer(Trainer):
-    """As far as it goes for optimizers and callbacks: swift/trainers/mixin.py."""
+    """As far as it goes for optimizers, losses and callbacks: swift/trainers/mixin.py."""
 
     optimizers_map: ClassVar[dict] = {}
     callbacks_map: ClassVar[dict] = {}
+    loss_map: ClassVar[dict] = {}
 
-    def __init__(self, *, args, optimizer, **kwargs):
-        args.callbacks = getattr(args, "callbacks", [])
+    def __init__(self, *, args, optimizer="default", loss_type=None, **kwargs):
+        args.callbacks, args.resume_only_model = getattr(args, "callbacks", []), False
+        self.custom_metrics = {"train": defaultdict(Metric)}
         self.optimizer_callback = self.optimizers_map[optimizer](args, self)
+        if loss_type is not None:
+            kwargs["compute_loss_func"] = self.loss_map[loss_type](args, self)
         callbacks = [self.callbacks_map[name](args, self) for name in args.callbacks]
         super().__init__(args=args, callbacks=callbacks, **kwargs)
+
+    def log(self, logs, *args):
+        found = {name: metric.value for name, metric in self.custom_metrics["train"].items()}
+        super().log({**logs, **found}, *args)
 
     def create_optimizer(self, model=None):
         self._optimizer_ori = self.optimizer = self.optimizer_callback.create_optimizer(model=model)
@@ -127,10 +156,13 @@ class SwiftTrainer(Trainer):
 
 
 def swift(installed, monkeypatch):
-    monkeypatch.setattr(SwiftTrainer, "optimizers_map", {})
-    monkeypatch.setattr(SwiftTrainer, "callbacks_map", {})
+    monkeypatch.setattr(SwiftTrainer, "optimizers_map", {"default": OptimizerCallback})
+    for name in ("callbacks_map", "loss_map"):
+        monkeypatch.setattr(SwiftTrainer, name, {})
     return installed(
         "swift",
+        swift__loss={"loss_map": SwiftTrainer.loss_map},
+        swift__loss__causal_lm={"CustomCrossEntropyLoss": CustomCrossEntropyLoss},
         swift__optimizers={"OptimizerCallback": OptimizerCallback, "optimizers_map": SwiftTrainer.optimizers_map},
         swift__callbacks={"TrainerCallback": SwiftCallback, "callbacks_map": SwiftTrainer.callbacks_map},
     )
@@ -154,6 +186,43 @@ def test_ms_swift_checkpoints_without_reentrance(installed, monkeypatch, tmp_pat
     args.gradient_checkpointing, args.gradient_checkpointing_kwargs = True, None
     SwiftTrainer(model=model, args=args, train_dataset=dataset(), optimizer="other")
     assert args.gradient_checkpointing_kwargs == {"use_reentrant": False}
+
+
+def test_ms_swift_by_its_loss(installed, monkeypatch, tmp_path):
+    door = swift(installed, monkeypatch)
+    door.register_loss(align=0.5, alignment="mse")
+    # Not Adam, which enlarges rounding where a gradient is small.
+    settings = {"gradient_accumulation_steps": 2, "optim": "sgd"}
+    wanted = train(MDGDTrainer, tmp_path / "wanted", settings={"rule": RULE, "alignment": "mse"}, **settings)
+    trainer = made(SwiftTrainer, tmp_path, settings, loss_type="mdgd")
+    trainer.train()
+    for x, y in zip(weights(trainer), weights(wanted), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+    seen, same = ([e["visual_loss"] for e in x.state.log_history[:-1]] for x in (trainer, wanted))
+    assert seen == pytest.approx(same, rel=1e-4)
+    assert seen[0] == 0 < seen[-1]
+
+    door.register("optimizer", rule=RULE)
+    trainer = made(SwiftTrainer, tmp_path, loss_type="mdgd", optimizer="optimizer")
+    with pytest.raises(ValueError, match="counts αv twice"):
+        trainer.train()
+
+
+def test_ms_swifts_loss_refuses_a_reference_that_it_cannot_have(installed, monkeypatch, tmp_path):
+    swift(installed, monkeypatch).register_loss()
+    adapted = get_peft_model(llava(), LoraConfig(target_modules=["q_proj"]))
+    args = arguments(tmp_path)
+    args.resume_from_checkpoint = str(tmp_path)
+    with pytest.raises(ValueError, match="resume_from_checkpoint"):
+        SwiftTrainer(model=adapted, args=args, train_dataset=dataset(), loss_type="mdgd")
+
+    class Divided(SwiftTrainer):
+        def create_accelerator_and_postprocess(self):
+            super().create_accelerator_and_postprocess()
+            self.is_deepspeed_enabled = True
+
+    with pytest.raises(ValueError, match="with DeepSpeed or FSDP"):
+        made(Divided, tmp_path, loss_type="mdgd")
 
 
 class CustomSeq2SeqTrainer(Trainer):

@@ -285,5 +285,5 @@ def test_the_mixin_behind_the_module_is_refused():
 
 def test_several_processes_whose_gradients_nobody_averages_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "world_size", 2)
-    with pytest.raises(ValueError, match=r"strategy='ddp' alone, .* not with SingleDeviceStrategy"):
+    with pytest.raises(ValueError, match=r"strategy='ddp' or ModelParallelStrategy, not with SingleDevice"):
         fit(Module({}), tmp_path)

@@ -17,6 +17,8 @@ class MDGDModuleMixin:
     hold as for any module, and clipping sees d.
 
     With ``strategy="ddp"`` the update is that of one process with all ranks' batches; each rank returns its own loss.
+    So it is with ``ModelParallelStrategy(data_parallel_size=n, tensor_parallel_size=1)`` and a ``configure_model`` that
+    calls ``fully_shard(..., mesh=self.device_mesh["data_parallel"])`` on the model and its layers.
 
     Manual optimization needs no mixin: :func:`~torch_mdgd.mdgd_backward` takes what ``self.optimizers()`` returns. In
     several processes it sees the model without what Lightning wraps around it, and asks for one call in
@@ -51,17 +53,14 @@ class MDGDModuleMixin:
             the task loss, to be returned from ``training_step``: Lightning's own backward pass over it does nothing.
 
         Raises:
-            ValueError: the Trainer runs several processes with another strategy than "ddp".
+            ValueError: the Trainer runs several processes with another strategy than these, or with tensor parallelism.
             TypeError: ``configure_optimizers`` returned no MDGDOptimizer.
         """
         module: Any = self
         trainer = module.trainer
         ranks = Ranks(trainer.model)
         if trainer.world_size > 1 and ranks.ddp is None:
-            raise ValueError(
-                "MDGDModuleMixin supports several processes with strategy='ddp' alone, whose gradients it averages, "
-                f"not with {type(trainer.strategy).__name__}; fully_shard (FSDP2) works in a loop of your own"
-            )
+            _refuse_strategy(trainer.strategy, ranks.sharded)
         optimizer = find_optimizer(module.optimizers())
         if ranks.ddp is not None:
             optimizer.average_over(ranks.group)
@@ -97,3 +96,23 @@ class MDGDModuleMixin:
         if not self._zeroed:
             parent.optimizer_zero_grad(*args, **kwargs)
         self._zeroed = False
+
+
+def _refuse_strategy(strategy: Any, sharded: bool) -> None:
+    """Of several processes without DistributedDataParallel, all but those that ``fully_shard`` alone divides."""
+    name = type(strategy).__name__
+    if name != "ModelParallelStrategy":
+        raise ValueError(
+            "MDGDModuleMixin supports several processes with strategy='ddp' or ModelParallelStrategy, not with "
+            f"{name}: nobody would average its gradients"
+        )
+    if strategy.device_mesh["tensor_parallel"].size() > 1:
+        raise ValueError(
+            "MDGDModuleMixin: ModelParallelStrategy with tensor parallelism, whose processes share a batch, is not "
+            "supported: pass data_parallel_size, the number of processes, and tensor_parallel_size=1"
+        )
+    if not sharded:
+        raise ValueError(
+            "MDGDModuleMixin: ModelParallelStrategy with a model that is not sharded, so nobody would average its "
+            "gradients: call fully_shard in configure_model, or use strategy='ddp'"
+        )

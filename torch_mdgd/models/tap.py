@@ -3,7 +3,7 @@
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, Literal
 
@@ -129,6 +129,17 @@ class VisualTap:
             TypeError: the mask is no bool tensor.
         """
         output, passes = self._run(model, batch, stop=False)
+        return output, self.of(passes, output, batch)
+
+    def of(self, passes: list[Pass], output: Any, batch: Batch) -> Tensor:
+        """Take z of a pass that was seen while :meth:`watching`, with its graph; errors are those of a call.
+
+        Args:
+            passes: what was seen.
+            output: of the model.
+            batch: its inputs.
+        """
+        passes = self._complete(passes)
         known = known_of(self.text_module)
         stopped, known.stopped = known.stopped, False
         known.several = known.several or len(passes) > 1
@@ -139,7 +150,7 @@ class VisualTap:
                 "the reference are of its first pass, not of the one that carries the gradient. This is known from now "
                 "on: run the step again"
             )
-        return output, self._at_images(passes[index], batch)
+        return self._at_images(passes[index], batch)
 
     def features(self, model: Callable[..., Any], batch: Batch, *, whole: bool = False) -> Tensor:
         """The features z alone, without a graph, from no more of the model than they need.
@@ -165,7 +176,7 @@ class VisualTap:
                 return self(model, batch)[1].detach()
         stop = not whole and (known.several is False or isinstance(model, nn.Module))
         with torch.set_grad_enabled(bool(known.other_kernels)):
-            passes = self._run(model, batch, stop)[1]
+            passes = self._complete(self._run(model, batch, stop)[1])
         if len(passes) > 1:
             known.several = True
             return self.features(model, batch)
@@ -205,6 +216,14 @@ class VisualTap:
 
     def _run(self, model: Callable[..., Any], batch: Batch, stop: bool) -> tuple[Any, list[Pass]]:
         """The model's output, and what each pass of the text module left; stopped after the first, no output."""
+        output = None
+        with self.watching(stop) as passes, suppress(_Seen):
+            output = model(**batch)
+        return output, passes
+
+    @contextmanager
+    def watching(self, stop: bool = False) -> Iterator[list[Pass]]:
+        """What passes of the text module leave while this is open; stopped after the first."""
         passes: list[dict[int, Tensor]] = []
 
         def hook(place: int, from_input: bool) -> Callable[[nn.Module, Any, Any], None]:
@@ -223,22 +242,21 @@ class VisualTap:
         handles: list[Any] = []
         for place, (module, from_input) in enumerate(self._places):
             handles.append(module.register_forward_hook(hook(place, from_input)))
-        output = None
         try:
-            output = model(**batch)
-        except _Seen:
-            pass
+            yield passes  # type: ignore[misc]
         finally:
             for handle in handles:
                 handle.remove()
-        complete: list[Pass] = [one for one in passes if len(one) == len(handles)]
+
+    def _complete(self, passes: list[Pass]) -> list[Pass]:
+        complete = [one for one in passes if len(one) == len(self._places)]
         if not complete:
             raise RuntimeError(
                 f"VisualTap: the model did not run its text module {type(self.text_module).__name__}; or it is "
                 "compiled and ran before without the tap's hooks, which torch.compile does not look for again: set "
                 "torch._dynamo.config.skip_nnmodule_hook_guards = False before its first call"
             )
-        return output, complete
+        return complete
 
     def _at_images(self, one: Pass, batch: Batch) -> Tensor:
         mask = image_tokens(self, batch)

@@ -1,6 +1,7 @@
 """A random Qwen2.5-VL in a folder, with its processor and a few pictures, as frameworks load them: no download.
 
-``python -m tests.tiny_folder FOLDER`` makes FOLDER/model, FOLDER/pictures and FOLDER/data.jsonl, for a run by hand.
+``python -m examples.tiny_folder FOLDER`` makes FOLDER/model, FOLDER/pictures and FOLDER/data.jsonl, and what
+LLaMA-Factory and Axolotl want beside.
 """
 
 import json
@@ -38,7 +39,7 @@ TEMPLATE = (
 COLOURS = ("red", "green", "blue", "black")
 
 
-def tokenizer():
+def tokenizer() -> PreTrainedTokenizerFast:
     """Bytes, and the special tokens of Qwen2.5-VL."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     bare = Tokenizer(models.BPE(vocab={x: i for i, x in enumerate(letters)}, merges=[]))
@@ -51,7 +52,8 @@ def tokenizer():
     )  # fmt: skip
 
 
-def config(words):
+def config(words: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
+    """Two layers of width 16."""
     ids = dict(zip(SPECIAL, words.convert_tokens_to_ids(list(SPECIAL)), strict=True))
     # Twice, since older releases read rope_scaling.
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
@@ -81,9 +83,12 @@ def config(words):
     )
 
 
-def write(folder, rows=8):
-    """FOLDER/model, FOLDER/pictures, FOLDER/data.jsonl of ``messages`` and ``images``, and FOLDER/dataset_info.json."""
-    folder = Path(folder)
+def write(folder: Path, rows: int = 8) -> Path:
+    """FOLDER/model, FOLDER/pictures, and the same rows in the forms that frameworks read.
+
+    FOLDER/data.jsonl has ``messages`` and ``images``, which FOLDER/dataset_info.json explains to LLaMA-Factory.
+    FOLDER/axolotl/data.jsonl has the pictures inside the messages.
+    """
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
     words = tokenizer()
     torch.manual_seed(0)
@@ -93,7 +98,7 @@ def write(folder, rows=8):
     more = {} if Qwen2VLVideoProcessor is None else {"video_processor": Qwen2VLVideoProcessor(**pixels)}
     processor = Qwen2_5_VLProcessor(Qwen2VLImageProcessor(**pixels), words, **more, chat_template=TEMPLATE)
     processor.save_pretrained(folder / "model")
-    lines = []
+    lines, inside = [], []
     for i in range(rows):
         colour = COLOURS[i % len(COLOURS)]
         picture = Image.new("RGB", (56, 56), "white")
@@ -101,8 +106,14 @@ def write(folder, rows=8):
         picture.save(folder / "pictures" / f"{i}.png")
         ask = {"role": "user", "content": "<image>Colour?"}
         answer = {"role": "assistant", "content": colour}
-        lines.append({"messages": [ask, answer], "images": [str((folder / "pictures" / f"{i}.png").resolve())]})
-    (folder / "data.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines), encoding="utf-8")
+        place = str((folder / "pictures" / f"{i}.png").resolve())
+        lines.append({"messages": [ask, answer], "images": [place]})
+        parts = [{"type": "image", "path": place}, {"type": "text", "text": "Colour?"}]
+        said = [{"type": "text", "text": colour}]
+        inside.append({"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": said}]})
+    for name, found in (("data.jsonl", lines), ("axolotl/data.jsonl", inside)):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("".join(json.dumps(x) + "\n" for x in found), encoding="utf-8")
     info = {
         "drawn": {
             "file_name": "data.jsonl", "formatting": "sharegpt",
@@ -115,4 +126,4 @@ def write(folder, rows=8):
 
 
 if __name__ == "__main__":
-    print(write(sys.argv[1]))
+    print(write(Path(sys.argv[1])))

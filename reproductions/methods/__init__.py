@@ -20,6 +20,7 @@ from reproductions.methods.lora_all import LoRAAll, LoRAAllAnchor, LoRAAllLv
 from reproductions.methods.mdgd import MDGD
 from reproductions.methods.mdgd_gm import MDGDGM
 from reproductions.methods.mdgd_no_align import MDGDNoAlign
+from reproductions.methods.model_dowser import ModelDowser
 from reproductions.methods.model_tailor import ModelTailor, tailor_
 from reproductions.methods.osf import OSF
 from reproductions.methods.project import Project
@@ -47,5 +48,6 @@ METHODS: dict[str, type[Method]] = {
         ZeroShot, FineTune, LoRA, ModelTailor, MDGD, MDGDNoAlign, MDGDGM,
         FineTuneLow, FineTuneLv, Lazy, Anchored, LoRAAll, LoRAAllLv, LoRAAllAnchor, Attention, WiseFT, KL,
         Project, Step, Inputs, L2SP, EWC, Replay1, Replay5, Replay10, WithReplay, CorDA, OSF,
+        ModelDowser,
     )
 }  # fmt: skip

@@ -44,13 +44,17 @@ class Divergence:
             what makes the loss of the output at θ: float32 scalar, with its graph.
         """
         with self.reference(), torch.no_grad():
-            before = answer_logits(self.module(**batch).logits, batch["labels"]).float().log_softmax(-1)
+            before = self.log_probabilities(self.module(**batch).logits, batch["labels"])
 
         def loss(output: Any) -> Tensor:
-            now = answer_logits(output.logits, batch["labels"]).float().log_softmax(-1)
+            now = self.log_probabilities(output.logits, batch["labels"])
             return self.weight * (before.exp() * (before - now)).sum(-1).mean()
 
         return loss
+
+    def log_probabilities(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Of what may be said at each answer token: (answer tokens, vocabulary), float32."""
+        return answer_logits(logits, labels).float().log_softmax(-1)
 
 
 def answer_logits(logits: Tensor, labels: Tensor) -> Tensor:

@@ -8,6 +8,9 @@ import numpy as np
 from scipy import stats  # type: ignore[import-untyped]
 
 CONFIDENCE = 0.95
+POWER = 0.8
+FEWEST_MODELS = 3
+"""That are a sample of models."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +42,36 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Difference(Estimate):
-    """A mean of paired differences, with the p-value of the two-sided paired t-test; NaN for one pair."""
+    """A mean of paired differences.
 
-    p: float
+    Attributes:
+        error: its standard error; NaN for one value.
+        freedom: degrees of freedom of Student's t.
+        models: how many pre-trained models the differences come from; from three on they are the values.
+    """
+
+    error: float
+    freedom: int
+    models: int = 1
+
+    @property
+    def p(self) -> float:
+        """Of the two-sided paired t-test; NaN for one pair."""
+        return self.p_against(0.0)
+
+    def p_against(self, boundary: float) -> float:
+        """Of the two-sided test that the mean is `boundary`. Differences that do not vary have p = 1 or 0."""
+        if not self.error > 0:
+            return math.nan if math.isnan(self.error) else float(math.isclose(self.mean, boundary, abs_tol=1e-12))
+        return float(2 * stats.t.sf(abs(self.mean - boundary) / self.error, self.freedom))
+
+    @property
+    def detectable(self) -> float:
+        """How far from a boundary a mean has to lie to be found with `POWER`, by a two-sided test at 5 %.
+
+        (t of 97.5 % + t of the power) times the standard error; NaN for one value.
+        """
+        return float(sum(stats.t.ppf(share, self.freedom) for share in ((1 + CONFIDENCE) / 2, POWER)) * self.error)
 
 
 def estimate(values: Sequence[float]) -> Estimate:
@@ -59,11 +89,20 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(float(np.mean(values)), half, n)
 
 
-def paired(values: Mapping[int, float], baseline: Mapping[int, float]) -> Difference:
+def paired(
+    values: Mapping[int, float], baseline: Mapping[int, float], models: Mapping[int, str] | None = None
+) -> Difference:
     """What `values` have more than `baseline` on the seeds that both have.
 
     Seeds share their checkpoint, their batches and the examples that measure, so that differences vary less than
-    scores. Differences that are all zero have p = 1.
+    scores.
+
+    Args:
+        values: by seed.
+        baseline: by seed.
+        models: the pre-trained model of each seed. From `FEWEST_MODELS` on, these are the sample, and a model's value
+            is the mean over its seeds: seeds of one model tell nothing of another. Fewer make no sample, and seeds
+            stand for themselves.
 
     Raises:
         ValueError: no seed in common.
@@ -71,23 +110,38 @@ def paired(values: Mapping[int, float], baseline: Mapping[int, float]) -> Differ
     seeds = sorted(values.keys() & baseline.keys())
     if not seeds:
         raise ValueError("paired: no seed in common")
-    differences = [values[seed] - baseline[seed] for seed in seeds]
-    found = estimate(differences)
-    p = math.nan
-    if len(seeds) > 1:
-        # One sample of differences is what a paired test tests; where they do not vary, it has no t to speak of.
-        same = max(differences) == min(differences)
-        p = float(differences[0] == 0) if same else float(stats.ttest_1samp(differences, 0.0).pvalue)
-    return Difference(found.mean, found.half, found.n, p)
+    groups: dict[str, list[float]] = {}
+    for seed in seeds:
+        groups.setdefault(models[seed] if models else "", []).append(values[seed] - baseline[seed])
+    sample = [x for own in groups.values() for x in own]
+    if len(groups) >= FEWEST_MODELS:
+        sample = [float(np.mean(own)) for own in groups.values()]
+    found = estimate(sample)
+    # Rounding leaves differences that are alike a little apart.
+    alike = max(sample) - min(sample) < 1e-9
+    error = math.nan if len(sample) == 1 else 0.0 if alike else float(stats.sem(sample))
+    return Difference(found.mean, found.half, len(seeds), error, len(sample) - 1, len(groups))
 
 
 @dataclass(frozen=True)
 class Correlation:
-    """Spearman's ρ with the 95 % interval of Bonett and Wright (2000); all NaN where nothing varies."""
+    """Spearman's ρ with the 95 % interval of Bonett and Wright (2000); all NaN where nothing varies.
+
+    Attributes:
+        rho: ρ.
+        low: where the interval begins.
+        high: where it ends.
+        error: the standard error of atanh ρ.
+    """
 
     rho: float
     low: float
     high: float
+    error: float = math.nan
+
+    def p_against(self, boundary: float) -> float:
+        """Of the two-sided test that ρ is `boundary`, by the normal distribution of atanh ρ."""
+        return float(2 * stats.norm.sf(abs(math.atanh(_inside(self.rho)) - math.atanh(boundary)) / self.error))
 
     def __str__(self) -> str:
         return f"{self.rho:.2f}, {self.low:.2f} to {self.high:.2f}"
@@ -104,10 +158,15 @@ def spearman(pairs: Sequence[tuple[float, float]]) -> Correlation:
     if any(len(set(values)) == 1 for values in zip(*pairs, strict=True)):
         return Correlation(math.nan, math.nan, math.nan)
     rho = float(stats.spearmanr(*zip(*pairs, strict=True)).statistic)
-    inside = max(-0.999999, min(0.999999, rho))
-    reach = stats.norm.ppf((1 + CONFIDENCE) / 2) * math.sqrt((1 + inside**2 / 2) / (len(pairs) - 3))
+    inside = _inside(rho)
+    error = math.sqrt((1 + inside**2 / 2) / (len(pairs) - 3))
+    reach = stats.norm.ppf((1 + CONFIDENCE) / 2) * error
     low, high = (math.tanh(math.atanh(inside) + sign * reach) for sign in (-1, 1))
-    return Correlation(rho, low, high)
+    return Correlation(rho, low, high, error)
+
+
+def _inside(rho: float) -> float:
+    return max(-0.999999, min(0.999999, rho))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
-from reproductions.shared.stats import estimate, holm, paired, spearman
+from reproductions.shared.stats import Difference, estimate, holm, paired, spearman
 
 SCORES = st.floats(0, 100).map(lambda x: round(x, 2))
 
@@ -53,6 +53,31 @@ def test_differences_that_do_not_vary():
         paired({0: 1.0}, {1: 1.0})
 
 
+def test_three_models_are_the_sample_and_two_are_none():
+    values = {seed: x for seed, x in enumerate([1.0, 3.0, 4.0, 6.0, 8.0, 8.0])}
+    baseline = dict.fromkeys(range(6), 0.0)
+    models = {0: "a", 1: "a", 2: "b", 3: "b", 4: "c", 5: "c"}
+    found = paired(values, baseline, models)
+    # Means 2, 5 and 8 of the models: deviation 3, t(0.975, 2) = 4.3027, and t = 5 / √3 with p = 1 − t / √(2 + t²).
+    assert (found.mean, found.n, found.models, found.freedom) == (5, 6, 3, 2)
+    assert found.half == pytest.approx(4.3027 * 3 / 3**0.5, rel=1e-4)
+    t = 5 / 3**0.5
+    assert found.p == pytest.approx(1 - t / (2 + t**2) ** 0.5)
+    assert found.p_against(5.0) == pytest.approx(1)
+    assert found.p_against(2.0) == pytest.approx(1 - 3**0.5 / 5**0.5)
+    seeds = paired(values, baseline, models | {4: "a", 5: "b"})
+    assert (seeds.models, seeds.freedom, seeds.n) == (2, 5, 6)
+    assert seeds.half == estimate(list(values.values())).half
+    uneven = paired({0: 1.0, 1: 3.0, 2: 8.0, 4: 2.0}, baseline, models)
+    assert uneven.mean == pytest.approx((2 + 8 + 2) / 3), "a model counts once, however many seeds it has"
+
+
+def test_what_a_test_would_find_by_hand():
+    # t(0.975, 4) = 2.7764 and t(0.8, 4) = 0.9410, times the standard error.
+    assert Difference(1.0, 1.0, 5, 0.5, 4).detectable == pytest.approx(0.5 * (2.7764 + 0.9410), rel=1e-4)
+    assert math.isnan(paired({0: 2.0}, {0: 1.0}).detectable)
+
+
 def test_holm_by_hand():
     # 0.01 · 4, 0.02 · 3, 0.03 · 2 held up by the one before, 0.04 · 1 likewise.
     assert holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
@@ -70,6 +95,9 @@ def test_the_rank_correlation_has_the_interval_of_bonett_and_wright():
     reach = 1.959964 * math.sqrt((1 + 0.9**2 / 2) / 2)
     assert found.low == pytest.approx(math.tanh(math.atanh(0.9) - reach), abs=1e-5)
     assert found.high == pytest.approx(math.tanh(math.atanh(0.9) + reach), abs=1e-5)
+    # (atanh 0.9 − atanh 0.5) over that error, on both sides of the normal distribution.
+    z = (math.atanh(0.9) - math.atanh(0.5)) / (reach / 1.959964)
+    assert found.p_against(0.5) == pytest.approx(math.erfc(z / 2**0.5), rel=1e-4)
     assert math.isnan(spearman([(x, 1.0) for x, _ in pairs]).low)
     with pytest.raises(ValueError, match="four pairs"):
         spearman(pairs[:3])

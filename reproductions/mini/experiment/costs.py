@@ -6,6 +6,7 @@ Times of the runs themselves would be of whatever else the machine did meanwhile
 import json
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -15,6 +16,7 @@ from rich.progress import track
 
 from reproductions.mini.experiment.finetune import prepare, training
 from reproductions.mini.experiment.methods import Method
+from reproductions.mini.experiment.remembered import samples
 from reproductions.mini.model.llava import load_checkpoint
 from reproductions.mini.world.data import target_data
 from reproductions.shared.results import read_lines
@@ -61,7 +63,7 @@ def step_seconds(
         courses = {}
         for name, method in methods.items():
             model, tokenizer = load_checkpoint()
-            trained, parameters = prepare(model, method)
+            trained, parameters = prepare(model, method, partial(samples, model, tokenizer, data, method, 0))
             options = {"seed": 0, "steps": WARM_UP + steps, "batch_size": batch_size}
             courses[name] = training(trained, tokenizer, data, method, parameters, **options)
         times: dict[str, list[float]] = {name: [] for name in courses}

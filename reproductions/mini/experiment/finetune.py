@@ -1,9 +1,10 @@
 """Fine-tuning the small LLaVA on a target task."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -15,15 +16,16 @@ from reproductions.methods import PullTowards, Replay, lora, tailor_
 from reproductions.methods import base as registry
 from reproductions.methods.attention import Attention
 from reproductions.methods.gate_up import GateUp
+from reproductions.methods.lalora import LaLoRA, LaplaceSettings
+from reproductions.methods.osf import OSF, OSFSettings
 from reproductions.mini.experiment.adapters import PullOfAdapters, adapt_all
 from reproductions.mini.experiment.afterwards import finish, needs_pretrained
 from reproductions.mini.experiment.calibration import prompts
 from reproductions.mini.experiment.losses import Additions
 from reproductions.mini.experiment.methods import Method
-from reproductions.mini.experiment.own_answers import own_answers
+from reproductions.mini.experiment.remembered import SAMPLES, answers, memory, samples
 from reproductions.mini.experiment.scored_masks import Batches
-from reproductions.mini.world.data import Example, TaskData, pretrained_task_data, training_batch
-from reproductions.mini.world.questions import PRETRAINED_TASKS
+from reproductions.mini.world.data import Example, TaskData, training_batch
 from torch_mdgd import MDGDOptimizer, VisualTap, mdgd_backward
 
 BATCH = 32
@@ -36,8 +38,6 @@ WARM_UP = 10
 TRACED_EVERY = 5
 # The first gradients are ten times as long as later ones: unclipped, SGD at a useful rate destroys the model at once.
 LONGEST_SGD_GRADIENT = 1.0
-# Of each pre-trained task; as many as there are digits to train on.
-_REMEMBERED = 170
 _CALIBRATION = 128
 # Batches from which numbers are scored for a mask.
 _SCORING = 8
@@ -89,7 +89,7 @@ def finetune(
         FloatingPointError: the loss is not finite.
     """
     names = {id(p): name for name, p in model.named_parameters()}
-    trained, parameters = prepare(model, method)
+    trained, parameters = prepare(model, method, partial(samples, model, tokenizer, data, method, seed))
     pretrained = {names[id(p)]: p.detach().clone() for p in parameters} if needs_pretrained(method) else {}
     course = Course(max(1, round(method.fraction * sum(p.numel() for p in parameters))))
     batches = {"seed": seed, "steps": steps, "batch_size": batch_size}
@@ -113,14 +113,29 @@ def finetune(
     return course
 
 
-def prepare(model: LlavaForConditionalGeneration, method: Method) -> tuple[Any, list[torch.nn.Parameter]]:
-    """The model to train, which has adapters around it if the method says so, and the parameters that are trained."""
+def prepare(
+    model: LlavaForConditionalGeneration, method: Method, known: Callable[[], Batches] = tuple
+) -> tuple[Any, list[torch.nn.Parameter]]:
+    """The model to train, which has adapters around it if the method says so, and the parameters that are trained.
+
+    Args:
+        model: as it was pre-trained.
+        method: how it is trained.
+        known: draws batches of one example of what the model knows, for CorDA.
+    """
+    if method.kept is not None:
+        parts = OSF(OSFSettings(kept=method.kept)).mark(model, LAYERS)
+        return parts, [p for p in parts.parameters() if p.requires_grad]
     if method.trained != "last":
         marked = PARTS[method.trained]().mark(model, LAYERS)
         return model, [p for p in marked.parameters() if p.requires_grad]
     if not method.lora:
         return model, trainable_parameters(model)
-    adapted: Any = (adapt_all if method.adapters == "all" else lora)(model, method.lora)
+    adapted: Any
+    if method.adapters == "paper":
+        adapted = lora(model, method.lora)
+    else:
+        adapted = adapt_all(model, method.lora, known() if method.adapters == "corda" else None)
     return adapted, [p for p in adapted.parameters() if p.requires_grad]
 
 
@@ -137,14 +152,15 @@ def training(
 ) -> Iterator[tuple[float, Optimizer]]:
     """Make one step after the other, each when it is asked for, and give its task loss and the optimizer."""
     rng = np.random.default_rng(seed)
-    answered = _answered(model, tokenizer, data, method, seed)
+    answered = answers(model, tokenizer, data, method, seed)
     optimizer = method.optimizer(
         model,
         parameters,
         lambda: _scoring_batches(data, tokenizer, seed, batch_size),
-        lambda: prompts(method.calibration, data, tokenizer, seed),  # type: ignore[arg-type]
+        lambda **sizes: prompts(method.calibration, data, tokenizer, seed, **sizes),  # type: ignore[arg-type]
     )
-    additions = Additions(model, method, tokenizer, answered, seed, _pull(model, parameters, method))
+    pull = _pull(model, parameters, method, partial(samples, model, tokenizer, data, method, seed))
+    additions = Additions(model, method, tokenizer, answered, seed, pull)
     old = (answered if method.memory == "answers" else memory(seed)) if method.replay else []
     tap = None if method.features == -1 else VisualTap.for_model(model, method.features)
     scheduler = LambdaLR(optimizer, lambda step: min(1, (step + 1) / WARM_UP) * (1 - step / steps))
@@ -174,15 +190,22 @@ def replayed(share: float, batch_size: int, step: int) -> int:
     return math.floor((step + 1) * share * batch_size + 1e-9) - math.floor(step * share * batch_size + 1e-9)
 
 
-def _answered(
-    model: Any, tokenizer: PreTrainedTokenizerFast, data: TaskData, method: Method, seed: int
-) -> Sequence[Example]:
-    """What the model answers by itself before it is trained, if the method needs it."""
-    wanted = (method.replay and method.memory == "answers") or (method.kl and method.kl_at == "questions")
-    return own_answers(model, tokenizer, data, method.calibration, seed) if wanted else ()  # type: ignore[arg-type]
+@dataclass(frozen=True)
+class _Known:
+    """As much of `Work` as a penalty from samples asks for."""
+
+    samples: Callable[[], Batches]
+
+    def memory_batches(self, count: int) -> Batches:
+        return self.samples()[:count]
 
 
-def _pull(model: Any, parameters: list[torch.nn.Parameter], method: Method) -> Callable[[], torch.Tensor] | None:
+def _pull(
+    model: Any, parameters: list[torch.nn.Parameter], method: Method, known: Callable[[], Batches]
+) -> Callable[[], torch.Tensor] | None:
+    if method.laplace:
+        work = cast(registry.Work, _Known(known))
+        return LaLoRA(LaplaceSettings(weight=method.laplace, samples=SAMPLES)).penalty(work, model)
     if not method.pull:
         return None
     if method.lora and method.adapters == "all":
@@ -194,9 +217,3 @@ def _scoring_batches(data: TaskData, tokenizer: PreTrainedTokenizerFast, seed: i
     rng = np.random.default_rng([seed, 2])
     draws = (rng.choice(len(data), batch_size, replace=False) for _ in range(_SCORING))
     return [training_batch([data.examples[i] for i in drawn], tokenizer) for drawn in draws]
-
-
-def memory(seed: int) -> list[Example]:
-    """Training examples of every pre-trained task: what replay has kept."""
-    tasks = (pretrained_task_data(task, "train", _REMEMBERED, seed) for task in PRETRAINED_TASKS)
-    return [example for data in tasks for example in data.examples]

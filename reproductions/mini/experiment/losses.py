@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from reproductions.methods.dft import probability_weighted
 from reproductions.methods.eaft import entropy_weighted
 from reproductions.methods.kl import Divergence
+from reproductions.methods.mask_the_target import NonTargetDivergence
 from reproductions.mini.experiment.methods import Method
 from reproductions.mini.world.data import Example, training_batch
 
@@ -43,7 +44,8 @@ class Additions:
         self.model, self.method, self.tokenizer = model, method, tokenizer
         self.answered, self.pull = answered, pull
         self.rng = np.random.default_rng([seed, 9])
-        self.divergence = Divergence(model, method.kl) if method.kl else None
+        kind = NonTargetDivergence if method.kl_of == "non-target" else Divergence
+        self.divergence = kind(model, method.kl) if method.kl else None
 
     def __call__(self, batch: Mapping[str, Tensor]) -> Callable[[Any], Tensor]:
         """Run what has to run at the pre-trained weights.

@@ -14,7 +14,9 @@ from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from reproductions.methods import METHODS as REGISTRY
+from reproductions.methods.model_dowser import PROMPTS, least_important
 from reproductions.methods.mofo import filter_by_momentum
+from reproductions.methods.spider import weigh_by_importance
 from reproductions.mini.experiment.scored_masks import Batches, scored_mask
 from reproductions.mini.rules import Global, History, Reference
 from torch_mdgd import (
@@ -48,9 +50,9 @@ class Method:
         learning_rate: peak rate; None trains nothing.
         wrap: the rule and its settings, see `rule_of`; None captures no gradients.
         fraction: of the trainable numbers that may move.
-        mask: how those are chosen: "similarity" as in MDGD-GM; "random" or "magnitude"; a score of `scored_masks`;
-            or "all" of them, which is no mask but lets a history keep its directions in full. Those of `GONE` have
-            results that can be read.
+        mask: how those are chosen: "similarity" as in MDGD-GM; "random" or "magnitude"; "dowser" as in Model-Dowser, by
+            prompts of the kind of `calibration`; a score of `scored_masks`; or "all" of them, which is no mask but lets
+            a history keep its directions in full. Those of `GONE` have results that can be read.
         inputs: in step space, the share of each layer's visual inputs that is kept from change, in place of the
             visual gradient; see `ProtectInputs`.
         layers: of which layers.
@@ -60,7 +62,8 @@ class Method:
         replay: share of each batch that is examples of the pre-trained tasks.
         lora: rank of adapters, scaled by 2; 0 for none.
         adapters: where they are: "paper", on q and k of the language model, the connector being trained in full; or
-            "all", on all linear layers of the language model and the connector.
+            "all", on all linear layers of the language model and the connector; or "corda", there too, beginning where
+            what `memory` tells is not.
         tailor: ω of Model Tailor after training; None for no tailoring.
         connector: what Model Tailor makes of the projector: "revert" as published, or "keep".
         anchor: strength of an `Anchor` around the rule; 0 for none.
@@ -74,11 +77,17 @@ class Method:
         kl: weight of the divergence from the pre-trained model.
         kl_at: where: at the task's "answers", or at those that the pre-trained model gave to other "questions" about
             the task's pictures.
-        memory: what replay replays: "old" examples, or the pre-trained model's own "answers".
+        kl_of: of which tokens' probabilities: the whole "vocabulary", or without the right token, "non-target".
+        memory: what is told of the pre-trained tasks to replay, `laplace` and CorDA: "old" examples, or the pre-trained
+            model's own "answers".
         momentum: share of each weight's numbers, those with the largest momentum, that a step moves.
         mix: λ of WiSE-FT after training; None for none of it.
         drop: p of DARE after training.
         shrink: scale of DG-Hard's threshold after training.
+        spider: whether what steps change is weighed as SPIDER does it.
+        laplace: weight of LaLoRA's pull on adapters.
+        kept: share of each weight's singular directions, the largest, that OSF keeps as they are; None trains weights
+            as they are.
     """
 
     name: str
@@ -98,7 +107,7 @@ class Method:
     anchor: float = 0.0
     relative: bool = True
     calibration: Calibration = "random"
-    adapters: Literal["paper", "all"] = "paper"
+    adapters: Literal["paper", "all", "corda"] = "paper"
     trained: Literal["last", "attention", "gate-up"] = "last"
     features: int = -1
     loss: Literal["plain", "eaft", "dft"] = "plain"
@@ -109,17 +118,24 @@ class Method:
     mix: float | None = None
     drop: float | None = None
     shrink: float | None = None
+    kl_of: Literal["vocabulary", "non-target"] = "vocabulary"
+    spider: bool = False
+    laplace: float = 0.0
+    kept: float | None = None
 
     def __post_init__(self) -> None:
-        if self.has_rule and (self.pull or self.kl or self.loss != "plain" or self.momentum < 1):
-            raise ValueError(f"{self.name}: a rule makes the step, so pull, kl, loss and momentum would do nothing")
+        of_the_loss = self.pull or self.kl or self.laplace or self.loss != "plain"
+        if self.has_rule and (of_the_loss or self.momentum < 1 or self.spider):
+            raise ValueError(
+                f"{self.name}: a rule makes the step, so pull, kl, laplace, loss, momentum and spider would do nothing"
+            )
 
     def optimizer(
         self,
         model: nn.Module,
         parameters: list[nn.Parameter],
         batches: Callable[[], Batches] = tuple,
-        prompts: Callable[[], Batches] = tuple,
+        prompts: Callable[..., Batches] = tuple,
     ) -> Optimizer:
         """The optimizer over these parameters of the model, wrapped at their present values.
 
@@ -127,7 +143,8 @@ class Method:
             model: which is trained.
             parameters: the trained ones.
             batches: draws training batches, for a mask that is scored before training.
-            prompts: draws prompts, for an anchor that is calibrated before training.
+            prompts: draws prompts, for an anchor that is calibrated, or a mask that is probed, before training; of the
+                latter `batches` many, of `size` rows.
         """
         assert self.learning_rate is not None
         base: Optimizer
@@ -137,9 +154,11 @@ class Method:
             base = AdamW(parameters, lr=self.learning_rate, weight_decay=0.0)
         if self.momentum < 1:
             filter_by_momentum(base, self.momentum)
+        if self.spider:
+            weigh_by_importance(base)
         if not self.has_rule and self.fraction == 1:
             return base
-        mask = self._mask(model, parameters, batches)
+        mask = self._mask(model, parameters, batches, prompts)
         rule: Rule | None = None if self.wrap is None else rule_of(self.wrap, model)
         if self.inputs is not None:
             rule = _inputs(model, self.layers, self.inputs)
@@ -157,13 +176,28 @@ class Method:
         """Whether gradients are captured, and the optimizer steps on what a rule makes of them."""
         return self.wrap is not None or self.anchor > 0
 
-    def _mask(self, model: nn.Module, parameters: list[nn.Parameter], batches: Callable[[], Batches]) -> Any:
+    @property
+    def asks(self) -> bool:
+        """Whether prompts of the kind of `calibration` are put to the model before it is trained."""
+        answered = (self.replay or self.laplace or self.adapters == "corda") and self.memory == "answers"
+        return bool(self.anchor or answered or (self.kl and self.kl_at == "questions") or self.mask == "dowser")
+
+    def _mask(
+        self,
+        model: nn.Module,
+        parameters: list[nn.Parameter],
+        batches: Callable[[], Batches],
+        prompts: Callable[..., Batches],
+    ) -> Any:
         if self.mask == "all":
             return Given([torch.ones_like(p, dtype=torch.bool) for p in parameters])
         if self.fraction == 1:
             return None
         if self.mask in GONE:
             raise ValueError(f"{self.name}: masks of kind {self.mask!r} are there no more, only their results are")
+        if self.mask == "dowser":
+            single = prompts(batches=PROMPTS, size=1)
+            return Given(least_important(model, parameters, single, self.fraction, probes=1))
         published = {
             "similarity": TopK(self.fraction),
             "random": Random(self.fraction),

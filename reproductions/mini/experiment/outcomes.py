@@ -14,6 +14,7 @@ from reproductions.mini.experiment.run import Run
 from reproductions.mini.experiment.scores import average, h_scores, kept, target_score
 from reproductions.mini.experiment.study import TEST_SEEDS, Size
 from reproductions.mini.experiment.systems import CELLS, SEQUENCES, SYSTEMS, Cell, System
+from reproductions.mini.model.llava import CHECKPOINT
 from reproductions.mini.world.questions import PRETRAINED_TASKS
 from reproductions.shared.results import Result, read_results
 from reproductions.shared.stats import Difference, paired
@@ -69,6 +70,11 @@ class Outcome:
     def diverged(self) -> tuple[int, ...]:
         return tuple(seed for seed, run in self.runs.items() if "failed" in run)
 
+    @property
+    def models(self) -> dict[int, str]:
+        """The pre-trained model that each seed began with: the name of its checkpoint's folder."""
+        return {seed: json.loads(run["key"]).get("checkpoint", CHECKPOINT.name) for seed, run in self.runs.items()}
+
     def values(self, measure: str) -> dict[int, float]:
         """A measure of `SCORES`, `OTHERS` or `LATER` by seed; of these, of the runs that hold it."""
         if measure in SCORES:
@@ -105,9 +111,9 @@ class CellOutcomes:
         return self.cell.title
 
     def difference(self, measure: str, name: str, baseline: str) -> Difference | None:
-        """What a system has more than another on the seeds of both; None where there are none."""
-        pair = [self.systems[each].values(measure) if each in self.systems else {} for each in (name, baseline)]
-        return paired(*pair) if pair[0].keys() & pair[1].keys() else None
+        """What a system has more than another on the seeds of both, by model; None where there are none."""
+        ours, theirs = (self.systems[x].values(measure) if x in self.systems else {} for x in (name, baseline))
+        return paired(ours, theirs, self.systems[name].models) if ours.keys() & theirs.keys() else None
 
     def same(self, name: str, baseline: str) -> bool:
         """Whether two systems came to the same settings, and so share their runs."""

@@ -12,7 +12,7 @@ Grid = Mapping[str, tuple[Any, ...]]
 CANDIDATES = 4
 """How many settings are tried for every system, so that none is tuned harder than another."""
 
-SHARES = ("inputs", "tailor", "mix", "drop", "momentum")
+SHARES = ("inputs", "tailor", "mix", "drop", "momentum", "kept")
 """Settings that lie between 0 and 1, and have no next value by ratios."""
 
 SHORT = {
@@ -28,8 +28,14 @@ SHORT = {
     "drop": "p",
     "momentum": "share",
     "shrink": "scale",
+    "laplace": "weight",
+    "kept": "kept",
 }
 """What tables call settings, where that is not their name."""
+
+
+MARKS = {"": "", "examples": "†", "questions": "‡"}
+"""Of what a system knows of the old tasks."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,8 @@ class System:
             target score; "T", the target score alone; or the name of a system whose target score is to be met, with
             the lowest learning rate that meets it.
         times: what the learning rate that was chosen is multiplied with.
-        knows: what it knows of the old tasks, which other systems do not.
+        knows: what it knows of the old tasks, which other systems do not: "examples", or how their "questions" are
+            asked.
         core: whether it is run in every cell before any system that is not.
         frontier: a setting and its values, run around the chosen settings to draw a curve.
     """
@@ -65,6 +72,11 @@ class System:
     @property
     def label(self) -> str:
         return self.method.label
+
+    @property
+    def marked(self) -> str:
+        """What tables call it: its label, with a mark of `MARKS` if it knows of the old tasks."""
+        return " ".join(filter(None, (self.label, MARKS[self.knows])))
 
     def candidates(self, base: Base, rate: float) -> list[Method]:
         """The methods that are tried for a base optimizer whose learning rates are `rate` times the table's."""
@@ -101,6 +113,7 @@ class Cell:
         steps: of every system.
         rate: multiplies the learning rates of the table, which are AdamW's for digits.
         first: another target, which is trained in the same way before, as many steps; "" for none.
+        architecture: of its pre-trained models.
     """
 
     target: str
@@ -108,19 +121,24 @@ class Cell:
     steps: int
     rate: float = 1.0
     first: str = ""
+    architecture: str = "llava"
 
     @property
     def name(self) -> str:
-        return "-".join(filter(None, (self.first, self.target, self.base)))
+        own = "" if self.architecture == "llava" else self.architecture
+        return "-".join(filter(None, (self.first, self.target, self.base, own)))
 
     @property
     def title(self) -> str:
         """What tables and figures call it."""
         targets = " then ".join(_TITLES[target] for target in (self.first, self.target) if target)
-        return f"{targets}, {'AdamW' if self.base == 'adamw' else 'SGD'}"
+        own = () if self.architecture == "llava" else (ARCHITECTURES.get(self.architecture, self.architecture),)
+        return ", ".join((targets, "AdamW" if self.base == "adamw" else "SGD", *own))
 
 
 _TITLES = {"digits": "digits", "caption": "captions"}
+ARCHITECTURES = {"llava": "LLaVA", "llava-10m": "LLaVA, 10 M", "smolvlm": "SmolVLM", "all": "all models"}
+"""What tables call them."""
 
 
 CELLS: tuple[Cell, ...] = (
@@ -421,6 +439,40 @@ _ALL = (
     System(
         _wrapped("lazy-16", "lazy αv, every 16th", align=10.0, regularize=0.0, every=16),
         "αv at every 16th step, weighted 16-fold", {"learning_rate": PAIR, "align": ALPHAS},
+    ),
+    System(
+        _plain("model-dowser", "Model-Dowser 10 %", fraction=0.1, mask="dowser"),
+        "of each weight what matters least to what is said at random words", {"learning_rate": HIGH_RATES},
+    ),
+    System(
+        _plain("spider", "SPIDER", spider=True),
+        "numbers move by what they matter to the task beside how large they were", {"learning_rate": RATES},
+    ),
+    System(
+        _everywhere("lora-laplace", "LaLoRA", laplace=1.0, memory="answers"),
+        "LoRA held by a Laplace approximation at the old model's own answers to random words",
+        {"learning_rate": LORA_PAIR, "laplace": (0.1, 1.0)},
+    ),
+    System(
+        _everywhere("lora-laplace-old", "LaLoRA, old examples", laplace=1.0), "the same at examples of the old tasks",
+        {"learning_rate": LORA_PAIR, "laplace": (0.1, 1.0)}, knows="examples",
+    ),
+    System(
+        _everywhere("lora-mask-target", "LoRA + Mask the Target", kl=1.0, kl_of="non-target"),
+        "the old model's probabilities of all but the right token at the task's answers",
+        {"learning_rate": LORA_PAIR, "kl": (1.0, 10.0)},
+    ),
+    System(
+        _everywhere("corda", "CorDA", memory="answers").with_settings(adapters="corda"),
+        "adapters that begin where the old model's own answers to random words do not reach", {"learning_rate": RATES},
+    ),
+    System(
+        _everywhere("corda-old", "CorDA, old examples").with_settings(adapters="corda"),
+        "the same for examples of the old tasks, as it was published", {"learning_rate": RATES}, knows="examples",
+    ),
+    System(
+        _plain("osf", "OSF", kept=0.5), "the largest singular directions of each weight stay",
+        {"learning_rate": PAIR, "kept": (0.5, 0.8)},
     ),
 )  # fmt: skip
 SYSTEMS: dict[str, System] = {system.name: system for system in _ALL}

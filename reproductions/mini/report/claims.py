@@ -113,9 +113,38 @@ RECOMMENDATION: tuple[Claim, ...] = (
     Claim("The anchor keeps more than Fine-tune at the rate with the best H and learns as much.",
           _more_at_no_loss("anchor", "fine-tune-low")),
     Claim("The anchor, in one pass, comes within a point of αv's H.", _no_worse("anchor", "align")),
+    Claim("The anchor has a higher H than WiSE-FT.", _better("anchor", "wise-ft")),
+    Claim("The anchor has a higher H than KL at old questions, which knows how these are asked.",
+          _better("anchor", "kl-questions")),
+    Claim("The anchor has a higher H than replay of 5 % old examples.", _better("anchor", "replay-5")),
+    Claim("The anchor has a higher H than replay of own answers to old questions, which knows how these are asked.",
+          _better("anchor", "self-replay")),
     Claim("LoRA on all layers keeps more with the anchor and learns as much.",
           _more_at_no_loss("lora-anchor", "lora-all")),
     Claim("LoRA with the anchor has a higher H than Fine-tune at the rate with the best H.",
           _better("lora-anchor", "fine-tune-low")),
+    Claim("LoRA with the anchor has a higher H than LoRA with L2 on ΔW.", _better("lora-anchor", "lora-l2")),
 )  # fmt: skip
 """What carries the README's recommendation."""
+
+KL_MEASURES_FORGETTING = Claim(
+    "Over the systems, forgetting follows the divergence on the new task (RL's Razor): those whose answers to the new "
+    "task's prompts have moved more lose more of P.", ()
+)  # fmt: skip
+
+RIVALS: tuple[Claim, ...] = (
+    Claim("With the same random words the anchor has a higher H than KL at the old model's answers to them.",
+          _better("anchor", "kl-random")),
+    Claim("With the same random words the anchor has a higher H than replay of the old model's answers to them.",
+          _better("anchor", "self-replay-random")),
+    Claim("The anchor has a higher H than L2-SP, which is C = I.", _better("anchor", "l2-sp")),
+    Claim("The anchor has a higher H than Model-Dowser's mask.", _better("anchor", "model-dowser")),
+    Claim("The anchor has a higher H than SPIDER.", _better("anchor", "spider")),
+    Claim("The anchor has a higher H than OSF.", _better("anchor", "osf")),
+    Claim("LoRA with the anchor has a higher H than LaLoRA.", _better("lora-anchor", "lora-laplace")),
+    Claim("LoRA with the anchor has a higher H than with Mask the Target.",
+          _better("lora-anchor", "lora-mask-target")),
+    Claim("LoRA with the anchor has a higher H than CorDA.", _better("lora-anchor", "corda")),
+    KL_MEASURES_FORGETTING,
+)  # fmt: skip
+"""Of the anchor's nearest rivals, and of what forgetting follows."""

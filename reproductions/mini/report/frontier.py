@@ -26,7 +26,8 @@ from reproductions.shared.stats import estimate
 _FAMILIES = {
     "no visual gradient": (
         "#B84A00", ("fine-tune", "fine-tune-low", "fine-tune-matched", "fine-tune-tenth", "lora", "l2-sp", "lora-all",
-         "lora-all-4", "lora-all-64", "lora-l2", "attention", "gate-up", "eaft", "dft", "mofo", "kl", "kl-random"),
+         "lora-all-4", "lora-all-64", "lora-l2", "lora-laplace", "lora-mask-target", "corda", "osf", "spider",
+         "attention", "gate-up", "eaft", "dft", "mofo", "kl", "kl-random"),
     ),
     "after training": (
         "#6B4A2E", ("model-tailor", "model-tailor-keep", "wise-ft", "wise-align", "wise-anchor", "dare", "dg-hard"),
@@ -39,10 +40,12 @@ _FAMILIES = {
         "#7A6A00", ("anchor", "anchor-questions", "anchor-own", "anchor-running", "anchor-lazy", "lora-anchor"),
     ),
     "in the step": ("#00805C", ("step", "history", "restore", "inputs", "inputs-projector")),
-    "10 % of the numbers": ("#A8488A", ("mdgd-gm", "random", "random-align", "magnitude", "magnitude-align")),
+    "10 % of the numbers": (
+        "#A8488A", ("mdgd-gm", "random", "random-align", "magnitude", "magnitude-align", "model-dowser"),
+    ),
     "old examples or questions": (
         "#222222", ("replay", "replay-1", "replay-5", "replay-10", "self-replay", "self-replay-random",
-         "kl-questions"),
+         "kl-questions", "lora-laplace-old", "corda-old"),
     ),
 }  # fmt: skip
 FAMILY_COLOURS = {name: colour for colour, names in _FAMILIES.values() for name in names}
@@ -76,7 +79,7 @@ def draw_frontier(cell: CellOutcomes) -> Figure | None:
             *zip(*line, strict=True), linestyle=style, marker="osD^vP"[i % 6], color=FAMILY_COLOURS[name],
             markersize=4.5, linewidth=1.2, alpha=0.85,
         )  # fmt: skip
-    far = [f"{SYSTEMS[n].label} ({T.mean:.0f}, {P.mean:.0f})" for n, (T, P) in points.items() if n not in near]
+    far = [f"{SYSTEMS[n].marked} ({T.mean:.0f}, {P.mean:.0f})" for n, (T, P) in points.items() if n not in near]
     sure = [(T, P) for T, P in near.values() if P.n >= FEWEST_SEEDS]
     ends = [(T.mean + side * T.half, P.mean + side * P.half) for T, P in sure for side in (-1, 1)]
     means = [(T.mean, P.mean) for T, P in near.values()]
@@ -94,14 +97,14 @@ def draw_frontier(cell: CellOutcomes) -> Figure | None:
     figure.suptitle(f"Learned against kept: {cell.title}")
     figure.canvas.draw()
     label_points(
-        left, [(T.mean, P.mean) for T, P in near.values()], [SYSTEMS[n].label for n in near],
+        left, [(T.mean, P.mean) for T, P in near.values()], [SYSTEMS[n].marked for n in near],
         [FAMILY_COLOURS[n] for n in near],
     )  # fmt: skip
     last = {
         name: _end(line, right) if cell.frontier else max(line, key=lambda p: _h(*p)) for name, line in curves.items()
     }
     label_points(
-        right, list(last.values()), [SYSTEMS[n].label for n in last], [FAMILY_COLOURS[n] for n in last],
+        right, list(last.values()), [SYSTEMS[n].marked for n in last], [FAMILY_COLOURS[n] for n in last],
         avoid=[point for line in curves.values() for point in line],
     )  # fmt: skip
     return figure

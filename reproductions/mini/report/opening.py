@@ -133,7 +133,7 @@ def _panel(cell: CellOutcomes, left: float) -> Figure:
         axis.plot([T, P], [row, row], color="0.8", linewidth=3, zorder=0, solid_capstyle="round")
         axis.plot(T, row, "s", color=LEARNED, label="learned, T" if row == 0 else None)
         axis.plot(P, row, "o", color=KEPT, label="kept, P" if row == 0 else None)
-    axis.set_yticks(range(len(names)), [SYSTEMS[name].label for name in reversed(names)])
+    axis.set_yticks(range(len(names)), [SYSTEMS[name].marked for name in reversed(names)])
     axis.set_xlim(left, 100.8)
     axis.grid(axis="x", alpha=0.2)
     label(axis, cell.title, "%", "")

@@ -13,8 +13,9 @@ from reproductions.mini.experiment.outcomes import CellOutcomes, load
 from reproductions.mini.experiment.systems import SYSTEMS
 from reproductions.mini.model.llava import CHECKPOINT, SECOND_CHECKPOINT
 from reproductions.mini.report.figures import draw_figures
+from reproductions.mini.report.grouping import by_architecture
 from reproductions.mini.report.opening import draw_opening, sentences
-from reproductions.mini.report.tables import missing, summary_table, tables
+from reproductions.mini.report.tables import missing, summaries, tables
 from reproductions.mini.report.verdicts import RULE, Verdict, claims_of, verdicts
 from reproductions.mini.world.data import Example, pretrained_task_data, target_data
 from reproductions.mini.world.questions import PRETRAINED_TASKS
@@ -71,29 +72,44 @@ def write_report(results: Path, output: Path, console: Console) -> Path:
     figures = draw_figures(results, cells, output / "figures")
     opening = draw_opening(cells, output / "figures")
     found = {cell.title: tables(cell) for cell in cells if cell.systems}
-    claims = claims_of(cells)
-    judged = {cell.cell.name: verdicts(cell, claims) for cell in cells if cell.systems}
-    summary = [summary_table(cells)] if found else []
+    judged = judge(cells)
+    summary = summaries(cells)
     shown = [*summary, *(table for own in found.values() for table in own)]
     for table in shown:
         console.print(table.rich)
     (output / "tables.md").write_text("\n".join(table.markdown for table in shown), encoding="utf-8")
-    (output / "verdicts.md").write_text(verdicts_markdown(cells, judged), encoding="utf-8")
+    (output / "verdicts.md").write_text(verdicts_markdown(judged), encoding="utf-8")
     page = output / "report.html"
     page.write_text(_page(cells, summary, found, judged, opening, figures), encoding="utf-8")
     return page
 
 
-def verdicts_markdown(cells: Sequence[CellOutcomes], judged: Mapping[str, Sequence[Verdict]]) -> str:
-    """A table of claims, a column a cell that has results."""
-    shown = [cell for cell in cells if cell.cell.name in judged]
-    columns = ("claim", "by", *(cell.title for cell in shown))
-    rows = [
-        (first.claim.text, _by(first), *(f"**{v.outcome}**: {v.evidence}" for v in same))
-        for same in zip(*(judged[cell.cell.name] for cell in shown), strict=True)
-        for first in same[:1]
-    ]
-    return Table("Verdicts", columns, tuple(rows), (RULE,)).markdown.replace("---:", "---")
+Judged = Mapping[str, Sequence[tuple[str, Sequence[Verdict]]]]
+
+
+def judge(cells: Sequence[CellOutcomes]) -> Judged:
+    """Of each architecture, and last of all models together: the title of each cell, and what becomes of each claim."""
+    claims = claims_of(cells)
+    return {
+        name: [(cell.title, verdicts(cell, claims)) for cell in own] for name, own in by_architecture(cells).items()
+    }
+
+
+def verdicts_markdown(judged: Judged) -> str:
+    """A table of claims for each architecture, a column a cell that has results."""
+    told = []
+    for name, own in judged.items():
+        columns = ("claim", "by", *(title for title, _ in own))
+        rows = tuple(
+            (same[0].claim.text, _by(same[0]), *(f"**{v.outcome}**: {v.evidence}" for v in same))
+            for same in zip(*(found for _, found in own), strict=True)
+        )
+        told.append(Table(_titled("Verdicts", name, judged), columns, rows, (RULE,)).markdown.replace("---:", "---"))
+    return "\n".join(told)
+
+
+def _titled(title: str, architecture: str, judged: Judged) -> str:
+    return f"{title}: {architecture}" if len(judged) > 1 else title
 
 
 def _by(verdict: Verdict) -> str:
@@ -104,7 +120,7 @@ def _page(
     cells: Sequence[CellOutcomes],
     summary: Sequence[Table],
     found: Mapping[str, Sequence[Table]],
-    judged: Mapping[str, Sequence[Verdict]],
+    judged: Judged,
     opening: Sequence[Path],
     figures: Sequence[Path],
 ) -> str:
@@ -117,7 +133,7 @@ def _page(
             navigation(sections),
             '<h2 id="verdicts">Verdicts</h2>',
             f"<p>{html.escape(RULE)}</p>",
-            _verdicts(cells, judged),
+            _verdicts(judged),
             '<h2 id="figures">Figures</h2>',
             "".join(figure(path, CAPTIONS[path.stem.split("-")[0]]) for path in figures)
             or '<p class="faint">The results do not suffice for a figure yet.</p>',
@@ -167,19 +183,21 @@ def _pretraining(checkpoint: Path) -> str:
     return f"seed {settings['seed']}, {settings['language_steps']:,} steps"
 
 
-def _verdicts(cells: Sequence[CellOutcomes], judged: Mapping[str, Sequence[Verdict]]) -> str:
-    shown = [cell for cell in cells if cell.cell.name in judged]
-    if not shown:
-        return '<p class="faint">Nothing is tested yet, so there is nothing to judge.</p>'
-    titles = [cell.title for cell in shown]
-    head = "".join(f"<th>{html.escape(title)}</th>" for title in ("claim", *titles))
+def _verdicts(judged: Judged) -> str:
+    tables = [_verdict_table(_titled("Verdicts", name, judged), own) for name, own in judged.items()]
+    return "".join(tables) or '<p class="faint">Nothing is tested yet, so there is nothing to judge.</p>'
+
+
+def _verdict_table(title: str, own: Sequence[tuple[str, Sequence[Verdict]]]) -> str:
+    titles = [place for place, _ in own]
+    head = "".join(f"<th>{html.escape(place)}</th>" for place in ("claim", *titles))
     rows = []
-    for same in zip(*(judged[cell.cell.name] for cell in shown), strict=True):
+    for same in zip(*(found for _, found in own), strict=True):
         by = f'<div class="faint">By {_by(same[0])}: {html.escape(same[0].rule)}</div>'
         cells_ = "".join(map(_verdict, titles, same))
         rows.append(f'<tr><td class="claim">{html.escape(same[0].claim.text)}{by}</td>{cells_}</tr>')
     return (
-        f'<div class="scroll"><table class="verdicts"><thead><tr>{head}</tr></thead>'
+        f'<h3>{html.escape(title)}</h3><div class="scroll"><table class="verdicts"><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
 
@@ -217,7 +235,7 @@ def _cards(task: str, cell: CellOutcomes, runs: Mapping[str, Result]) -> Iterabl
     kinds = [len({given[i] for given in answers.values()}) for i in range(count)]
     most = [i for i in sorted(range(count), key=lambda i: -kinds[i])[:SHOWN] if kinds[i] > 1]
     for i in most or range(min(count, 1)):
-        yield _card(task, examples[i], {SYSTEMS[name].label: given[i] for name, given in answers.items()})
+        yield _card(task, examples[i], {SYSTEMS[name].marked: given[i] for name, given in answers.items()})
 
 
 def _card(task: str, example: Example, answers: Mapping[str, str]) -> str:

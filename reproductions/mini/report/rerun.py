@@ -1,6 +1,7 @@
 """The claims that carry the recommendation, run again with the settings that the study chose: under an hour."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -20,7 +21,12 @@ from reproductions.shared.results import Result, read_results
 FILE = "claims.jsonl"
 SEEDS = (0, 1, 2)
 PLACES: tuple[Cell, ...] = tuple(cell for cell in CELLS if cell.base == "adamw")
-NAMES = ("zero-shot", "fine-tune", "fine-tune-low", "align", "anchor", "lora-all", "lora-anchor")
+NAMES = tuple(
+    dict.fromkeys(
+        name for claim in RECOMMENDATION for c in claim.conditions for name in (c.baseline, c.system) if name in SYSTEMS
+    )
+)
+"""The systems that these claims are of."""
 
 
 def rerun(
@@ -92,5 +98,6 @@ def _outcomes(
 def _line(cell: Cell, verdict: Verdict, seeds: Sequence[int], versions: Mapping[str, str]) -> Result:
     return {
         "cell": cell.name, "claim": verdict.claim.text, "outcome": verdict.outcome, "rule": verdict.rule,
-        "evidence": verdict.evidence, "seeds": list(seeds), "versions": dict(versions),
+        "evidence": verdict.evidence, "p": None if math.isnan(verdict.p) else verdict.p, "seeds": list(seeds),
+        "versions": dict(versions),
     }  # fmt: skip

@@ -3,21 +3,28 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from statistics import fmean
+from statistics import fmean, median
 
 from reproductions.mini.experiment.outcomes import SCORES, CellOutcomes, Outcome
 from reproductions.mini.experiment.scores import mean
-from reproductions.mini.experiment.systems import SHORT, SYSTEMS, System
-from reproductions.mini.report.razor import correlation, diverged
+from reproductions.mini.experiment.systems import SHORT, SYSTEMS
+from reproductions.mini.report.divergence import correlation, diverged
+from reproductions.mini.report.grouping import ALL, by_architecture
 from reproductions.mini.report.verdicts import FEWEST_SEEDS
 from reproductions.mini.world.questions import PRETRAINED_TASKS
 from reproductions.shared.results import Result
-from reproductions.shared.stats import Difference, estimate, holm
+from reproductions.shared.stats import FEWEST_MODELS, POWER, Difference, estimate, holm
 from reproductions.shared.tables import Table
 
 NONE = "–"
-MARK = "†"
-KNOWS = f"{MARK} Knows examples of the old tasks, or how their questions are asked."
+KNOWS = {
+    "examples": "† Knows examples of the old tasks.",
+    "questions": "‡ Knows how the old tasks' questions are asked, but none of their pictures or answers.",
+}
+ASKS = (
+    "What has no mark knows nothing of the old tasks: where it needs prompts or the old model's own answers, they are "
+    "random words of the vocabulary about the task's pictures, or the task's own prompts."
+)
 SCORED = ("T", "P exact", "P restricted", "Avg", "H", "H LLaVA", "H MiniCPM")
 FIRST = "T of the first"
 """What a sequence of targets has kept of the one before."""
@@ -36,9 +43,13 @@ def tables(cell: CellOutcomes) -> list[Table]:
 
 
 def _explained(table: Table) -> Table:
-    """With a note on the mark, if there is one."""
-    there = any(row[0].endswith(MARK) for row in table.rows)
-    return replace(table, notes=(*table.notes, KNOWS)) if there else table
+    """With notes on the marks that are there, and on what stands without one."""
+    rows = {row[0] for row in table.rows}
+    there = [system for system in SYSTEMS.values() if system.marked in rows]
+    notes = [note for knows, note in KNOWS.items() if any(system.knows == knows for system in there)]
+    if any(system.method.asks and not system.knows for system in there):
+        notes.append(ASKS)
+    return replace(table, notes=(*table.notes, *notes))
 
 
 def _tables(cell: CellOutcomes) -> list[Table]:
@@ -55,7 +66,13 @@ def _tables(cell: CellOutcomes) -> list[Table]:
     ]
 
 
-def summary_table(cells: Sequence[CellOutcomes]) -> Table:
+def summaries(cells: Sequence[CellOutcomes]) -> list[Table]:
+    """A summary of each architecture that was tested; of cells that pool several there is none."""
+    groups = {name: own for name, own in by_architecture(cells).items() if own[0].cell.architecture != ALL}
+    return [summary_table(own, f"Summary: {name}" if len(groups) > 1 else "Summary") for name, own in groups.items()]
+
+
+def summary_table(cells: Sequence[CellOutcomes], title: str = "Summary") -> Table:
     """Every system that was tested in one of the cells: T, P and H with AdamW, H with SGD, costs of the first.
 
     Cells without results are left out.
@@ -67,7 +84,7 @@ def summary_table(cells: Sequence[CellOutcomes]) -> Table:
     names = [name for name in SYSTEMS if any(name in cell.systems for cell in shown)]
     rows = [
         (
-            marked(SYSTEMS[name]),
+            SYSTEMS[name].marked,
             *(_brief(cell, name, measure) for cell, measure in wanted),
             *((NONE, NONE) if name not in shown[0].systems else _costs(shown[0], name)),
         )
@@ -79,7 +96,7 @@ def summary_table(cells: Sequence[CellOutcomes]) -> Table:
         "exact after digits and restricted after captions. Step time and memory beyond the weights are multiples of "
         f"Fine-tune's ({shown[0].title})."
     )
-    return _explained(Table("Summary", columns, tuple(rows), (note,)))
+    return _explained(Table(title, columns, tuple(rows), (note,)))
 
 
 def _brief(cell: CellOutcomes, name: str, measure: str) -> str:
@@ -97,7 +114,7 @@ def score_table(cell: CellOutcomes) -> Table:
     """Scores of every system that was tested, mean ± 95 % interval over seeds."""
     scored = (*SCORED, FIRST) if cell.cell.first else SCORED
     rows = [
-        (marked(o.system), chosen_settings(o), *(_estimate(o, measure) for measure in scored), _seeds(o))
+        (o.system.marked, chosen_settings(o), *(_estimate(o, measure) for measure in scored), _seeds(o))
         for o in cell.systems.values()
     ]
     caption = cell.cell.target == "caption"
@@ -114,17 +131,12 @@ def score_table(cell: CellOutcomes) -> Table:
     return Table(f"{cell.title}: scores", ("system", "settings", *scored, "seeds"), tuple(rows), tuple(notes))
 
 
-def marked(system: System) -> str:
-    """What tables call a system, with a mark if it knows of the old tasks."""
-    return f"{system.label} {MARK}" if system.knows else system.label
-
-
 def form_table(cell: CellOutcomes) -> Table:
     """Of every pre-trained task, answers in the right form, and answers that are right among the task's own."""
     rows = []
     for o in cell.systems.values():
         runs = [run for run in o.runs.values() if "failed" not in run]
-        rows.append((marked(o.system), *(_form_and_sight(runs, task) for task in PRETRAINED_TASKS)))
+        rows.append((o.system.marked, *(_form_and_sight(runs, task) for task in PRETRAINED_TASKS)))
     note = (
         "Percent, means over the seeds that did not diverge: answers that are right word for word, which takes sight "
         "and the form of the answer, / questions whose right answer is the likeliest of the task's own, which takes "
@@ -143,7 +155,7 @@ def divergence_table(cell: CellOutcomes) -> Table:
     """How far the answers to the target's prompts have moved, beside what was forgotten."""
     found = diverged(cell)
     rows = [
-        (marked(SYSTEMS[name]), f"{estimate(list(kl.values())):.3f}", f"{lost:+.1f}")
+        (SYSTEMS[name].marked, f"{estimate(list(kl.values())):.3f}", f"{lost:+.1f}")
         for name, (kl, lost) in found.items()
     ]
     note = (
@@ -158,7 +170,7 @@ def cost_table(cell: CellOutcomes) -> Table:
     columns = ("system", "rank, scenes", f"rank, {cell.cell.target}", "drift, %", "trained", "step time", "memory")
     rows = [
         (
-            marked(o.system),
+            o.system.marked,
             _ranks(cell, o, "rank, scenes"),
             _ranks(cell, o, "rank, target"),
             _estimate(o, "drift"),
@@ -187,17 +199,30 @@ def difference_table(cell: CellOutcomes, rival: str) -> Table:
     for i, name in enumerate(others):
         cells = [part for m in COMPARED for part in (_difference(found[m][i]), _p(adjusted[m][i]))]
         seeds = found["H"][i]
-        rows.append((marked(SYSTEMS[name]), *cells, str(seeds.n if seeds else 0)))
+        rows.append((SYSTEMS[name].marked, *cells, str(seeds.n if seeds else 0)))
     counted = sum(not math.isnan(p) for p in adjusted["H"])
     notes = [
-        f"Difference on the same seeds ± half a 95 % interval; p of a two-sided paired t-test, from "
+        f"Difference in points on the same seeds ± half a 95 % interval; p of a two-sided paired t-test, from "
         f"{FEWEST_SEEDS} seeds on, Holm-corrected for the {counted} comparisons of this table, measure by measure. "
-        "The intervals are not corrected."
+        f"The intervals are not corrected. {_unit(found['H'])}"
     ]
+    detectable = sorted(d.detectable for d in found["H"] if d and d.n >= FEWEST_SEEDS and not math.isnan(d.half))
+    if detectable:
+        notes.append(
+            f"With {POWER:.0%} power, and before the correction, such a test finds a ΔH of {median(detectable):.1f} or "
+            f"more (the median of the comparisons; from {detectable[0]:.1f} to {detectable[-1]:.1f})."
+        )
     if alike:
         notes.append(f"Chose the same settings, and so is the same: {'; '.join(SYSTEMS[n].label for n in alike)}.")
     columns = ("system", *(column for m in COMPARED for column in (f"Δ{m}", "p")), "seeds")
     return Table(f"{cell.title}: differences from {SYSTEMS[rival].label}", columns, tuple(rows), tuple(notes))
+
+
+def _unit(found: Sequence[Difference | None]) -> str:
+    models = max((d.models for d in found if d), default=0)
+    if models >= FEWEST_MODELS:
+        return f"The unit is the pre-trained model, of which there are {models}."
+    return f"The unit is the seed: {models} pre-trained model{'s' * (models != 1)} are no sample of models."
 
 
 def edge_table(cell: CellOutcomes) -> Table:
@@ -211,7 +236,7 @@ def edge_table(cell: CellOutcomes) -> Table:
             scores = [f"{mean(results, SCORES[measure]):.1f}" for measure in ("T", "P")]
             beyond = chosen_settings(replace(outcome, method=method))
             rows.append(
-                (marked(outcome.system), chosen_settings(outcome), f"{H[0]:.1f}", beyond, *scores, f"{H[1]:.1f}")
+                (outcome.system.marked, chosen_settings(outcome), f"{H[0]:.1f}", beyond, *scores, f"{H[1]:.1f}")
             )
     note = (
         "Validation examples, mean of two seeds. Where a setting was chosen at the edge of what was tried, the next "

@@ -25,7 +25,7 @@ SETTINGS: dict[str, Any] = {
     "methods": {
         "lora": {"rank": 2}, "corda": {"rank": 2, "samples": 2}, "ewc": {"samples": 2}, "model-tailor": {"samples": 2},
         "replay": {"share": 0.5}, "anchor": {"samples": 2}, "lora-all": {"rank": 2}, "lora-all-lv": {"rank": 2},
-        "lora-all-anchor": {"rank": 2, "samples": 2},
+        "lora-all-anchor": {"rank": 2, "samples": 2}, "model-dowser": {"prompts": 2, "probes": 1},
     },
 }  # fmt: skip
 

@@ -16,16 +16,19 @@ from reproductions.mini.experiment import masking, study
 from reproductions.mini.experiment.outcomes import load
 from reproductions.mini.experiment.systems import CELLS, SYSTEMS
 from reproductions.mini.report import rerun
-from reproductions.mini.report.claims import CLAIMS, RECOMMENDATION, Claim, Condition
+from reproductions.mini.report.claims import CLAIMS, KL_MEASURES_FORGETTING, RECOMMENDATION, RIVALS, Claim, Condition
+from reproductions.mini.report.divergence import correlation, diverged
 from reproductions.mini.report.figures import draw_masking
+from reproductions.mini.report.grouping import by_architecture
 from reproductions.mini.report.opening import sentences
-from reproductions.mini.report.page import verdicts_markdown, write_report
-from reproductions.mini.report.razor import correlation, diverged, draw_razor
+from reproductions.mini.report.page import judge, verdicts_markdown, write_report
+from reproductions.mini.report.razor import draw_razor
 from reproductions.mini.report.tables import (
     cost_table,
     difference_table,
     form_table,
     score_table,
+    summaries,
     summary_table,
     tables,
 )
@@ -126,7 +129,75 @@ def test_claims_of_the_recommendation_appear_once_their_systems_are_tested(tmp_p
     found = {v.claim.text: v.outcome for v in verdicts(cells[0], claims_of(cells))}
     assert found["The anchor, in one pass, comes within a point of αv's H."] == "holds here"
     assert found["LoRA with the anchor has a higher H than Fine-tune at the rate with the best H."] == "holds here"
-    assert set(RECOMMENDATION) <= set(claims_of(cells))
+    missing = [claim for claim in RECOMMENDATION if claim not in claims_of(cells)]
+    assert {c.baseline for claim in missing for c in claim.conditions} == {
+        "wise-ft", "kl-questions", "replay-5", "self-replay", "lora-l2",
+    }, "not tested"  # fmt: skip
+    assert found["LoRA on all layers keeps more with the anchor and learns as much."] == "holds here"
+    assert not set(RIVALS) & set(claims_of(cells))
+
+
+def test_a_verdict_has_to_stand_after_the_correction_for_all_claims(tmp_path):
+    cell = load(made_up(tmp_path, noise=0.3))[0]
+    sure, unsure = Claim("a", (Condition("P", "mdgd", "fine-tune"),)), Claim("b", (Condition("T", "mdgd", "align"),))
+    (alone,) = verdicts(cell, [unsure])
+    boundary = cell.difference("T", "mdgd", "align")
+    close = Claim("c", (Condition("T", "mdgd", "align", ">", boundary.low - 0.02),))
+    (first,), several = verdicts(cell, [close]), verdicts(cell, [close, unsure, sure])
+    assert first.outcome == "holds here"
+    assert 0.025 < first.p < 0.05
+    assert several[0].outcome == "cannot tell"
+    assert several[0].p == pytest.approx(2 * first.p)
+    assert several[0].evidence.endswith("holds here before the correction")
+    assert several[2].outcome == "holds here"
+    assert several[2].evidence.endswith("p < 0.001")
+    assert re.search(r"detectable \d+\.\d\); p = [01]\.\d", alone.evidence)
+    both = Claim("d", (*unsure.conditions, Condition("P", "mdgd", "fine-tune", "<")))
+    assert verdicts(cell, [both])[0].outcome == "does not hold here", "one condition that fails is enough"
+    assert verdicts(cell, [both])[0].p == pytest.approx(2 * cell.difference("P", "mdgd", "fine-tune").p, rel=1e-6)
+
+
+def two_architectures(folder, gains):
+    """Cells of digits with AdamW: of each architecture two models, on which MDGD keeps so much more than αv."""
+    base = load(made_up(folder, noise=0))[0]
+    cells = []
+    for architecture, own in gains.items():
+        systems = {}
+        for name, outcome in base.systems.items():
+            runs = {}
+            for seed, run in outcome.runs.items():
+                key = json.loads(run["key"]) | {"checkpoint": f"{architecture}-{seed % 2}"}
+                more = own[seed % 2] if name == "mdgd" else 0
+                runs[seed] = run | {"P": run["P"] - 10 + more, "key": json.dumps(key)}
+            systems[name] = replace(outcome, runs=runs)
+        cells.append(replace(base, cell=replace(base.cell, architecture=architecture), systems=systems))
+    return cells
+
+
+def test_architectures_stand_apart_and_together_where_models_are_the_unit(tmp_path):
+    cells = two_architectures(tmp_path, {"llava": (2.0, 4.0), "smolvlm": (3.0, 7.0)})
+    groups = by_architecture(cells)
+    assert [(name, [cell.title for cell in own]) for name, own in groups.items()] == [
+        ("LLaVA", ["digits, AdamW"]), ("SmolVLM", ["digits, AdamW, SmolVLM"]),
+        ("all models", ["digits, AdamW, all models"]),
+    ]  # fmt: skip
+    (together,) = groups["all models"]
+    found = together.difference("P", "mdgd", "align")
+    assert (found.models, found.n, found.mean) == (4, 8, 4)
+    # Of 2, 4, 3 and 7: deviation 2.1602, and t(0.975, 3) = 3.1824.
+    assert found.half == pytest.approx(3.1824 * 2.1602 / 2, rel=1e-3)
+    claim = Claim("x", (Condition("P", "mdgd", "align"),))
+    assert [verdicts(own[0], [claim])[0].outcome for own in groups.values()] == ["holds here"] * 3
+    apart = two_architectures(tmp_path / "apart", {"llava": (-1.0, 9.0), "smolvlm": (3.0, 7.0)})
+    first = verdicts(apart[0], [claim])[0]
+    assert first.outcome == "cannot tell", "of two models one says the other thing"
+    assert "llava-0 -1.0, llava-1 +9.0" in first.evidence
+    told = verdicts_markdown(judge(cells))
+    assert [line for line in told.splitlines() if line.startswith("###")] == [
+        "### Verdicts: LLaVA", "### Verdicts: SmolVLM", "### Verdicts: all models",
+    ]  # fmt: skip
+    assert "| digits, AdamW, SmolVLM |" in told
+    assert [table.title for table in summaries(cells)] == ["Summary: LLaVA", "Summary: SmolVLM"]
 
 
 def test_the_claims_are_run_again_with_the_chosen_settings(tmp_path, monkeypatch):
@@ -170,6 +241,7 @@ def test_kl_on_the_new_task_stands_beside_forgetting_where_results_hold_it(tmp_p
     assert figure.axes[0].get_title().startswith("digits, AdamW\nSpearman's ρ")
     assert len(figure.axes[0].lines) == 5
     plt.close(figure)
+    assert KL_MEASURES_FORGETTING not in claims_of([cell]), "of five systems"
     assert correlation({str(i): ({0: 0.1 * i}, -3.0) for i in range(5)}) == "Nothing varies over 5 systems."
     assert correlation({}) == "Of 0 systems there is no correlation to speak of."
 
@@ -178,11 +250,34 @@ def test_what_knows_of_the_old_tasks_is_marked_in_every_table(tmp_path):
     scores = SCORES | {"kl-questions": (90, 97, 69)}
     cells = load(made_up(tmp_path, scores, noise=0))
     for table in (summary_table(cells), *tables(cells[0])[:4]):
-        names = {row[0] for row in table.rows if row[0].endswith("†")}
-        assert names == {"replay †", "KL at old questions †"}
-        assert table.notes[-1].startswith("† Knows")
+        names = {row[0] for row in table.rows if row[0][-1] in "†‡"}
+        assert names == {"replay †", "KL at old questions ‡"}
+        assert [note[:9] for note in table.notes[-2:]] == ["† Knows e", "‡ Knows h"]
+    anchored = load(made_up(tmp_path / "anchored", SCORES | {"anchor": (93, 95, 69)}, noise=0))
+    assert "random words" in summary_table(anchored).notes[-1]
     few = load(made_up(tmp_path / "few", {name: SCORES[name] for name in ("fine-tune", "mdgd")}))
-    assert "†" not in summary_table(few).markdown
+    assert not {"†", "‡"} & set(summary_table(few).markdown)
+    assert [name for name, system in SYSTEMS.items() if system.method.calibration == "questions"] == [
+        name for name, system in SYSTEMS.items() if system.knows == "questions"
+    ]
+    for name, system in SYSTEMS.items():
+        told = system.method.replay or "replay" in system.grid or system.method.laplace or name.startswith("corda")
+        assert (system.knows == "examples") == bool(told and system.method.memory == "old"), name
+
+
+@pytest.mark.parametrize(("sign", "outcome"), [(1, "holds here"), (-1, "does not hold here")])
+def test_forgetting_follows_the_divergence_on_the_new_task_or_not(tmp_path, sign, outcome):
+    names = [name for name in SYSTEMS if name not in ("zero-shot", "fine-tune-low")][:12]
+    folder = made_up(
+        tmp_path, {name: (90, 95 - i, 60) for i, name in enumerate(names)} | {"zero-shot": (0, 99, 70)}, noise=0
+    )
+    path = folder / "test.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(line | {"kl": 1 - sign * line["P"] / 200}) + "\n" for line in lines))
+    cells = load(folder)
+    (found,) = (v for v in verdicts(cells[0], claims_of(cells)) if v.claim == KL_MEASURES_FORGETTING)
+    assert found.outcome == outcome
+    assert f"ρ = {-sign:.2f}" in found.evidence
 
 
 def test_form_and_sight_stand_apart_for_every_task(tmp_path):
@@ -192,10 +287,13 @@ def test_form_and_sight_stand_apart_for_every_task(tmp_path):
 
 def test_claims_name_systems_and_measures_that_exist():
     known = {*SYSTEMS, "the best other system"}
-    conditions = [condition for claim in (*CLAIMS, *RECOMMENDATION) for condition in claim.conditions]
+    conditions = [condition for claim in (*CLAIMS, *RECOMMENDATION, *RIVALS) for condition in claim.conditions]
     assert all({c.system, c.baseline} <= known for c in conditions)
     assert {c.measure for c in conditions} == {"T", "P", "H", "rank"}
-    assert len({claim.text for claim in CLAIMS}) == len(CLAIMS)
+    assert len({claim.text for claim in (*CLAIMS, *RECOMMENDATION[1:], *RIVALS)}) == (
+        len(CLAIMS) + len(RECOMMENDATION) - 1 + len(RIVALS)
+    )
+    assert len(rerun.NAMES) == 12, "35 runs of each of two cells, so that all end within an hour"
     assert Claim("x", (Condition("P", "mdgd", "align"),)).paper is False
 
 
@@ -403,11 +501,10 @@ def test_masking_runs_once_and_is_drawn(tmp_path, monkeypatch):
 def test_the_committed_tables_and_verdicts_are_those_of_the_committed_results():
     folder = Path(study.__file__).parents[1] / "results" / "study"
     cells = load(folder)
-    summary = summary_table(cells).markdown
+    summary = "\n".join(table.markdown for table in summaries(cells))
     written = "\n".join([summary, *(table.markdown for cell in cells for table in tables(cell))])
     assert (folder / "tables.md").read_text(encoding="utf-8") == written
     readme = (Path(study.__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     for line in summary.splitlines():
         assert not line.startswith("|") or line in readme
-    judged = {cell.cell.name: verdicts(cell, claims_of(cells)) for cell in cells if cell.systems}
-    assert (folder / "verdicts.md").read_text(encoding="utf-8") == verdicts_markdown(cells, judged)
+    assert (folder / "verdicts.md").read_text(encoding="utf-8") == verdicts_markdown(judge(cells))

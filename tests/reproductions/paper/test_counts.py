@@ -25,6 +25,8 @@ LIKE_FINE_TUNE = ("model-tailor", "mdgd", "mdgd-no-align", "fine-tune-lv", "proj
 # Rank 16 on all linear layers, and the connector: 16 · 32 · (4 · 2 · 4096 + 3 · (4096 + 11008)) + 20,979,712, and
 # 16 · 40 · (4 · 2 · 2304 + 3 · (2304 + 5760)) + 29,366,784.
 EVERYWHERE = {"llava-1.5-7b": 60_956_672, "minicpm-v-2": 56_646_144}
+# A tenth of each projection: 6 (4 · 1,677,722 + 3 · 4,508,877), and 8 (4 · 530,842 + 3 · 1,327,104).
+DOWSER = {"llava-1.5-7b": 121_425_114, "minicpm-v-2": 48_837_440}
 # Six layers of four projections of 4096², and eight of 2304².
 ATTENTION = {"llava-1.5-7b": 6 * 4 * 4096**2, "minicpm-v-2": 8 * 4 * 2304**2}
 
@@ -40,6 +42,7 @@ def test_every_method_trains_the_published_count(name):
         expected = (
             {"zero-shot": 0, "corda": wanted["lora"], "attention": ATTENTION[experiment.model]}
             | dict.fromkeys(("lora-all", "lora-all-lv", "lora-all-anchor"), EVERYWHERE[experiment.model])
+            | {"model-dowser": DOWSER[experiment.model]}
             | wanted
             | dict.fromkeys(LIKE_FINE_TUNE, wanted["fine-tune"])
         )

@@ -9,7 +9,7 @@ import pytest
 from tests import accelerate_state
 
 DOCS = Path(__file__).parents[1] / "docs"
-TEXT = (DOCS / "optimizers.md").read_text(encoding="utf-8")
+TEXT = (DOCS / "optimizers.md").read_text(encoding="utf-8").replace("\\[", "[")
 SPEC = importlib.util.spec_from_file_location("tried_optimizers", DOCS / "optimizers.py")
 TRIED = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(TRIED)

@@ -126,4 +126,4 @@ def write(folder: Path, rows: int = 8) -> Path:
 
 
 if __name__ == "__main__":
-    print(write(Path(sys.argv[1])))
+    print(write(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/tiny")))

@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: see :mod:`benchmarks.commands`, and with ``gpu`` :mod:`benchmarks.gpu`."""
+"""``python -m benchmarks``: see :mod:`benchmarks.commands`; with ``gpu`` or ``compare`` the module of that name."""
 
 import sys
 
@@ -8,6 +8,10 @@ if __name__ == "__main__":
         from benchmarks import gpu
 
         gpu.main(sys.argv[2:])
+    elif sys.argv[1:2] == ["compare"]:
+        from benchmarks import compare
+
+        sys.exit(compare.main(sys.argv[2:]))
     else:
         from benchmarks import commands
 

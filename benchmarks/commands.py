@@ -1,6 +1,6 @@
 """``python -m benchmarks``: print every table, and write it with its picture into ``benchmarks/results``.
 
-``python -m benchmarks gpu`` is a program of its own, see :mod:`benchmarks.gpu`.
+``python -m benchmarks gpu`` and ``compare`` are programs of their own, see the modules of these names.
 """
 
 import argparse

@@ -73,17 +73,20 @@ def combine_(
 
     Sums in float32 (float64 for float64 tensors) and rounds once to out's dtype.
     """
-    parts, here = [local(vector) for vector in vectors], local(out)
+    parts = [local(vector) for vector in vectors]
+    here: Tensors = local(out)
     if masks is None and coefficients.device.type == "cpu" and not torch.compiler.is_compiling():
         here = _unfinished(here, parts, coefficients)
     if any(x is not None for x in here):
         backend_module(here).combine_(here, parts, coefficients, None if masks is None else local(masks))
 
 
-def _unfinished(out: Tensors, vectors: Sequence[Tensors], coefficients: Tensor) -> list[Tensor | None]:
+def _unfinished(out: Tensors, vectors: Sequence[Tensors], coefficients: Tensor) -> Tensors:
     """Out, with None for a tensor that is its own sum: the first vector's, taken once, where no other has one."""
-    once = (coefficients[:, 0] == 1).tolist()
     first, *others = vectors
+    if any(all([x is not None for x in vector]) for vector in others):
+        return out
+    once = (coefficients[:, 0] == 1).tolist()
     return [
         None if once[t] and x is first[t] and all(vector[t] is None for vector in others) else x
         for t, x in enumerate(out)

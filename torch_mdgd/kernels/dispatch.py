@@ -125,7 +125,7 @@ def backend_module(*lists: Sequence[Tensor | None]) -> ModuleType:
     # One launch reads the memory of one device: a model that is spread over several would have it read another's.
     if name == "triton" and len({x.device for tensors in lists for x in tensors if x is not None}) > 1:
         name = "eager"
-    if name == "compiled" and not all(x is None or x.is_cpu for tensors in lists for x in tensors):
+    if name == "compiled" and not all([x is None or x.is_cpu for tensors in lists for x in tensors]):
         name = "eager"
     return BACKENDS[name].load()
 

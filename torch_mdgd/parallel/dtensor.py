@@ -21,13 +21,15 @@ def is_sharded(x: Tensor | None) -> bool:
 
 def any_sharded(lists: Sequence[Sequence[Tensor | None]]) -> bool:
     """Whether there is a DTensor in these lists."""
-    kinds = {type(x) for tensors in lists for x in tensors} - {*PLAIN, type(None)}
+    kinds = set().union(*(map(type, tensors) for tensors in lists)) - {*PLAIN, type(None)}
     return any(hasattr(kind, "placements") for kind in kinds)
 
 
 def local(tensors: Sequence[Tensor | None]) -> list[Any]:
     """This rank's shards, which share memory with the tensors."""
-    return [x if type(x) in PLAIN or not is_sharded(x) else x.to_local() for x in tensors]  # type: ignore[union-attr]
+    if not any_sharded([tensors]):
+        return list(tensors)
+    return [x.to_local() if is_sharded(x) else x for x in tensors]  # type: ignore[union-attr]
 
 
 def shard_like(x: Tensor, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:

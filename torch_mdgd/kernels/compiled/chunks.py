@@ -46,18 +46,27 @@ def addresses(lists: Sequence[Tensors]) -> tuple[Array, Array]:
     return tuple(np.array(x, dtype=np.int64).reshape(len(lists), -1).T.copy() for x in (at, kinds))  # type: ignore[return-value]
 
 
-def lengths(lists: Sequence[Tensors]) -> list[int]:
-    """Of each of T parameters, 0 where no vector has it."""
-    each = [[0 if x is None else x.numel() for x in tensors] for tensors in lists]
-    return np.array(each, dtype=np.int64).max(0).tolist()  # type: ignore[no-any-return]
+def lengths(*lists: Tensors) -> Array:
+    """Of each of T parameters, 0 where no vector has it: int64, shape (T,)."""
+    found = np.zeros(len(lists[0]), dtype=np.int64)
+    for tensors in lists:
+        found = np.maximum(found, np.array([0 if x is None else x.numel() for x in tensors], dtype=np.int64))
+        if found.all():
+            break
+    return found
 
 
-def cut(numels: Sequence[int], rows: Sequence[int]) -> Array:
-    """The chunks of some parameters, in order: int64, shape (N, 3): parameter, first number, numbers."""
-    counts = np.array([-(-numels[t] // CHUNK) for t in rows], dtype=np.int64)
-    t = np.repeat(np.array(rows, dtype=np.int64), counts)
+def cut(numels: Array, chosen: Array) -> Array:
+    """The chunks of some of T parameters, in order: int64, shape (N, 3): parameter, first number, numbers.
+
+    Args:
+        numels: int64, shape (T,).
+        chosen: bool, shape (T,).
+    """
+    counts = np.where(chosen, -(-numels // CHUNK), 0)
+    t = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
     start = (np.arange(len(t), dtype=np.int64) - np.repeat(counts.cumsum() - counts, counts)) * CHUNK
-    return np.stack([t, start, np.minimum(np.array(numels, dtype=np.int64)[t] - start, CHUNK)], axis=1)
+    return np.stack([t, start, np.minimum(numels[t] - start, CHUNK)], axis=1)
 
 
 def spread(run: Callable[[int, int], T], chunks: int) -> list[T]:

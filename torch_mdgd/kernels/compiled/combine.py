@@ -18,13 +18,14 @@ def combine_(
     # Held until the end, since kernels know addresses only.
     lists = [chunks.contiguous(x) for x in (out, masks or [None] * len(out), *vectors)]
     at, kinds = chunks.addresses(lists)
-    numels = [0 if x is None else x.numel() for x in out]
+    numels = chunks.lengths(out)
     factors = coefficients.numpy().astype(np.float64)
     size = np.abs(factors)
     wide = ((size > 1 / TINY) | ((size < TINY) & (size > 0))).any(1) | (kinds[:, 0] == kernels.FLOAT64)
     for dtype, chosen in ((np.float32, ~wide), (np.float64, wide)):
-        weights = np.where(chosen[:, None], factors, 0).astype(dtype)
-        _run(chunks.cut(numels, np.flatnonzero(chosen).tolist()), at, kinds, weights)
+        if chosen.any():
+            weights = np.where(chosen[:, None], factors, 0).astype(dtype)
+            _run(chunks.cut(numels, chosen), at, kinds, weights)
     torch.autograd.graph.increment_version([x for x in out if x is not None])
     for x, target in zip(out, lists[0], strict=True):
         if x is not None and target is not None and x is not target:

@@ -14,12 +14,12 @@ def inner_products(rows: Sequence[Tensors], columns: Sequence[Tensors]) -> Tenso
     """See :func:`torch_mdgd.kernels.inner_products`. In float64 throughout."""
     vectors, place = _distinct([*rows, *columns])
     lists = [chunks.contiguous(vector) for vector in vectors]
-    numels = chunks.lengths(lists)
+    numels = chunks.lengths(*lists)
     at, kinds = chunks.addresses(lists)
     wide = (kinds == kernels.FLOAT64).any(1)
     table = np.zeros((len(numels), len(lists), len(lists)))
     for dtype, chosen in ((np.float32, ~wide), (np.float64, wide)):
-        parts = chunks.cut(numels, np.flatnonzero(chosen).tolist())
+        parts = chunks.cut(numels, chosen)
         if len(parts):
             t, begins = np.unique(parts[:, 0], return_index=True)
             table[t] = np.add.reduceat(_tables(parts, at, kinds, dtype), begins, axis=0)
@@ -40,7 +40,8 @@ def _tables(parts: chunks.Array, at: chunks.Array, kinds: chunks.Array, dtype: t
 
 def _distinct(vectors: Sequence[Tensors]) -> tuple[list[Tensors], list[int]]:
     """The vectors without repetition, and each one's place among them."""
-    keys = [tuple(map(id, vector)) for vector in vectors]
+    of = {id(vector): tuple(map(id, vector)) for vector in vectors}
+    keys = [of[id(vector)] for vector in vectors]
     found = dict(zip(keys, vectors, strict=True))
     order = list(found)
     return list(found.values()), [order.index(key) for key in keys]

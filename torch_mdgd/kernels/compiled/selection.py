@@ -53,7 +53,7 @@ class _Search:
         self.lists: list[Tensors] = [masks, *(chunks.contiguous(vector) for vector in vectors)]
         self.at, self.kinds = chunks.addresses(self.lists)
         self.scale = scale
-        self.parts = chunks.cut([x.numel() for x in masks], range(len(masks)))
+        self.parts = chunks.cut(chunks.lengths(masks), np.ones(len(masks), dtype=bool))
 
     def run(self, k: int) -> None:
         """Fill the masks.

@@ -92,7 +92,7 @@ def draw_frontier(cell: CellOutcomes) -> Figure | None:
         ncols=7, loc="lower left", bbox_to_anchor=(0, -0.18), frameon=False, fontsize=9, handletextpad=0.2,
     )  # fmt: skip
     if far:
-        outside = textwrap.fill(f"outside (T, P): {', '.join(far)}", 200)
+        outside = textwrap.fill(f"outside (T, P): {', '.join(far)}", 200, break_on_hyphens=False)
         figure.text(0.055, 0.012, outside, fontsize=8, color="0.35", linespacing=1.1)
     figure.suptitle(f"Learned against kept: {cell.title}")
     figure.canvas.draw()

@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from reproductions.mini.model.settings import PRETRAIN, PretrainSettings
+from reproductions.mini.model.settings import RECIPES
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,13 +21,20 @@ def pretrain(
     output: Annotated[
         Path, typer.Option(help="Folder for the checkpoint; a killed run there is taken up again.")
     ] = Path("runs/mini/pretrained"),
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the weights and of the batches.")] = PRETRAIN.seed,
-    vision_steps: Annotated[int, typer.Option(min=1, help="Steps of the vision tower alone.")] = PRETRAIN.vision_steps,
-    language_steps: Annotated[int, typer.Option(min=1, help="Steps of the whole model.")] = PRETRAIN.language_steps,
+    architecture: Annotated[
+        Literal["llava", "llava-10m", "smolvlm"], typer.Option(help="The kind of model, which brings its own settings.")
+    ] = "llava",
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the weights and of the batches.")] = 0,
+    vision_steps: Annotated[
+        int, typer.Option(min=0, help="Steps of the vision tower alone; 0 for the architecture's own.")
+    ] = 0,
+    language_steps: Annotated[
+        int, typer.Option(min=0, help="Steps of the whole model; 0 for the architecture's own.")
+    ] = 0,
     workers: Annotated[int, typer.Option(min=0, help="Processes that draw the pictures.")] = 1,
     examples: Annotated[int, typer.Option(min=1, help="Validation examples a task, at the end.")] = 500,
 ) -> None:
-    """Make the checkpoint from nothing, reproducibly: about 15 minutes on two cores."""
+    """Make a checkpoint from nothing, reproducibly: a LLaVA takes about 15 minutes on two cores."""
     import transformers
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -34,13 +42,19 @@ def pretrain(
     from reproductions.mini.model import pretrain as pretraining
 
     transformers.utils.logging.disable_progress_bar()
-    settings = PretrainSettings(seed=seed, vision_steps=vision_steps, language_steps=language_steps)
+    own = RECIPES[architecture]
+    settings = replace(
+        own,
+        seed=seed,
+        vision_steps=vision_steps or own.vision_steps,
+        language_steps=language_steps or own.language_steps,
+    )
     console = Console()
     left = TextColumn("{task.description:8}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*left, TextColumn("loss {task.fields[loss]:.3f}"), console=console) as bars:
         bar = {
-            "vision": bars.add_task("vision", total=vision_steps, loss=float("nan")),
-            "language": bars.add_task("language", total=language_steps, loss=float("nan")),
+            "vision": bars.add_task("vision", total=settings.vision_steps, loss=float("nan")),
+            "language": bars.add_task("language", total=settings.language_steps, loss=float("nan")),
         }
 
         def show(stage: str, step: int, loss: float, accuracies: dict[str, float] | None) -> None:
@@ -53,8 +67,10 @@ def pretrain(
     console.print(f"wrote {output} after {report['seconds'] / 60:.1f} minutes", soft_wrap=True)
 
 
-Target = Annotated[Literal["digits", "caption"], typer.Option(help="What to fine-tune on.")]
-TargetOrAll = Annotated[Literal["digits", "caption"] | None, typer.Option(help="Of what is run; both by default.")]
+Target = Annotated[Literal["digits", "caption", "tiles"], typer.Option(help="What to fine-tune on.")]
+TargetOrAll = Annotated[
+    Literal["digits", "caption", "tiles"] | None, typer.Option(help="Of what is run; digits and captions by default.")
+]
 OptimizerOrAll = Annotated[Literal["adamw", "sgd"] | None, typer.Option(help="Of what is run; both by default.")]
 Steps = Annotated[int, typer.Option(min=1, help="Optimizer steps of each fine-tuning.")]
 Examples = Annotated[int, typer.Option(min=1, help="Examples that measure each task.")]
@@ -123,8 +139,11 @@ def study(
     target: TargetOrAll = None,
     optimizer: OptimizerOrAll = None,
     sequence: Annotated[
-        bool, typer.Option("--sequence", help="Digits and then captions with AdamW, in place of one target.")
+        bool, typer.Option("--sequence", help="One target after another with AdamW, in place of one target.")
     ] = False,
+    architecture: Annotated[
+        Literal["llava", "smolvlm", "llava-10m"], typer.Option(help="The pre-trained models that the runs begin with.")
+    ] = "llava",
     stages: Annotated[
         str,
         typer.Option(help="tune, test, cost, frontier; edge: values beyond those that were tried. In this order."),
@@ -137,12 +156,12 @@ def study(
 ) -> None:
     """Run every system: choose its settings, test it, and draw its frontier. Resumes after a kill."""
     from reproductions.mini.experiment import study as studying
-    from reproductions.mini.experiment.systems import CELLS, SEQUENCES, SYSTEMS
+    from reproductions.mini.experiment.systems import SYSTEMS, cells_of
 
-    places = SEQUENCES if sequence else CELLS
-    cells = [c for c in places if target in (None, c.target) and optimizer in (None, c.base)]
     names, wanted = systems.split(",") if systems else [], stages.split(",")
     with _refused():
+        cells = cells_of(architecture, sequence, target, optimizer)
+        studying.require_checkpoints(cells)
         studying.require_known("system", names, SYSTEMS)
         studying.require_known("stage", wanted, studying.STAGES)
         numbers = _seeds(seeds)
@@ -290,7 +309,7 @@ def _refused() -> Iterator[None]:
     """What is wrong with the arguments, without a traceback."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         raise typer.BadParameter(str(error)) from None
 
 

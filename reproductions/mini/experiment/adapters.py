@@ -10,7 +10,11 @@ from peft.tuners.lora.corda import preprocess_corda
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj|.*multi_modal_projector.*linear_[12]"
+TARGETS = (
+    r".*(language|text)_model.*\.(q|k|v|o|gate|up|down)_proj"
+    r"|.*multi_modal_projector.*linear_[12]|.*connector.*modality_projection\.proj"
+)
+"""In a LLaVA and in a SmolVLM."""
 
 
 def adapt_all(

@@ -13,7 +13,7 @@ from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 from reproductions.mini.experiment.finetune import finetune
 from reproductions.mini.experiment.outcomes import CellOutcomes
 from reproductions.mini.experiment.study import checkpoint_of
-from reproductions.mini.model.llava import load_checkpoint
+from reproductions.mini.model.checkpoint import load_checkpoint
 from reproductions.mini.world.data import TaskData, prompt_batch, target_data
 
 EMBEDDED = ("zero-shot", "fine-tune", "mdgd")
@@ -46,7 +46,7 @@ def embed_cells(results: Path, cells: Sequence[CellOutcomes], console: Console) 
 
 def _features_of(cell: CellOutcomes, name: str, console: Console) -> dict[str, NDArray[np.float64]]:
     outcome = cell.systems[name]
-    model, tokenizer = load_checkpoint(checkpoint_of(_SEED))
+    model, tokenizer = load_checkpoint(checkpoint_of(_SEED, cell.cell.architecture))
     if outcome.method is not None and outcome.method.learning_rate is not None:
         console.print(f"t-SNE, {cell.title}: {outcome.system.label}", soft_wrap=True)
         size = next(iter(outcome.runs.values()))

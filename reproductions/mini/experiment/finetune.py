@@ -1,6 +1,7 @@
 """Fine-tuning the small LLaVA on a target task."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,7 +27,7 @@ from reproductions.mini.experiment.methods import Method
 from reproductions.mini.experiment.remembered import SAMPLES, answers, memory, samples
 from reproductions.mini.experiment.scored_masks import Batches
 from reproductions.mini.world.data import Example, TaskData, training_batch
-from torch_mdgd import MDGDOptimizer, VisualTap, mdgd_backward
+from torch_mdgd import MDGDOptimizer, VisualTap, connector, last_decoder_layers, mdgd_backward
 
 BATCH = 32
 LAYERS = 2
@@ -68,8 +69,11 @@ class Course:
 def trainable_parameters(model: LlavaForConditionalGeneration, layers: int = LAYERS) -> list[torch.nn.Parameter]:
     """Freeze all but the last decoder layers and the projector, as the paper does; return what is left to train."""
     model.requires_grad_(False)
-    trained = [*model.model.language_model.layers[-layers:], model.model.multi_modal_projector]
-    return [parameter.requires_grad_() for module in trained for parameter in module.parameters()]
+    trained = [*last_decoder_layers(model, layers), connector(model)]
+    parameters = [parameter for module in trained for parameter in module.parameters()]
+    for parameter in parameters:
+        parameter.requires_grad_()
+    return parameters
 
 
 def finetune(
@@ -82,18 +86,37 @@ def finetune(
     steps: int,
     batch_size: int = BATCH,
     on_step: OnStep = nothing,
+    reference: Mapping[str, torch.Tensor] | None = None,
 ) -> Course:
     """Train in place: 10 warm-up steps, then linear decay to zero.
 
+    Args:
+        model: which is trained.
+        tokenizer: of the model.
+        data: training examples.
+        method: how.
+        seed: of the batches.
+        steps: optimizer steps.
+        batch_size: examples a step.
+        on_step: is told of each step.
+        reference: φ, by parameter name, for a method without adapters; None for the weights that training begins with.
+
     Raises:
         FloatingPointError: the loss is not finite.
+        ValueError: `reference` is given to a method with adapters, whose φ is the model without them.
     """
+    if reference is not None and method.lora:
+        raise ValueError(f"reference: the adapters of {method.name} begin as nothing at the present weights, their φ")
     names = {id(p): name for name, p in model.named_parameters()}
     trained, parameters = prepare(model, method, partial(samples, model, tokenizer, data, method, seed))
     pretrained = {names[id(p)]: p.detach().clone() for p in parameters} if needs_pretrained(method) else {}
+    if reference is not None:
+        pretrained = {name: reference[name] for name in pretrained}
     course = Course(max(1, round(method.fraction * sum(p.numel() for p in parameters))))
-    batches = {"seed": seed, "steps": steps, "batch_size": batch_size}
-    for step, (loss, optimizer) in enumerate(training(trained, tokenizer, data, method, parameters, **batches)):
+    course_of = training(
+        trained, tokenizer, data, method, parameters, seed=seed, steps=steps, batch_size=batch_size, reference=reference
+    )
+    for step, (loss, optimizer) in enumerate(course_of):
         course.losses.append(loss)
         if not math.isfinite(loss):
             raise FloatingPointError(f"{method.name}: the loss is {loss} at step {step}")
@@ -149,9 +172,11 @@ def training(
     seed: int,
     steps: int,
     batch_size: int,
+    reference: Mapping[str, torch.Tensor] | None = None,
 ) -> Iterator[tuple[float, Optimizer]]:
     """Make one step after the other, each when it is asked for, and give its task loss and the optimizer."""
     rng = np.random.default_rng(seed)
+    present = exchanged(model, reference or {})
     answered = answers(model, tokenizer, data, method, seed)
     optimizer = method.optimizer(
         model,
@@ -162,6 +187,8 @@ def training(
     pull = _pull(model, parameters, method, partial(samples, model, tokenizer, data, method, seed))
     additions = Additions(model, method, tokenizer, answered, seed, pull)
     old = (answered if method.memory == "answers" else memory(seed)) if method.replay else []
+    # Whatever looks at φ has been made.
+    exchanged(model, present)
     tap = None if method.features == -1 else VisualTap.for_model(model, method.features)
     scheduler = LambdaLR(optimizer, lambda step: min(1, (step + 1) / WARM_UP) * (1 - step / steps))
     model.train()
@@ -171,7 +198,10 @@ def training(
             examples = Replay(old, replayed(method.replay, batch_size, step) / batch_size)(examples, rng)
         batch = training_batch(examples, tokenizer)
         if isinstance(optimizer, MDGDOptimizer) and method.has_rule:
-            loss = mdgd_backward(model, optimizer, batch, tap=tap)
+            with warnings.catch_warnings():
+                if reference is not None:
+                    warnings.filterwarnings("ignore", "parameter 0 has changed since the optimizer was wrapped")
+                loss = mdgd_backward(model, optimizer, batch, tap=tap)
         else:
             added = additions(batch)
             output = model(**batch)
@@ -183,6 +213,16 @@ def training(
         optimizer.zero_grad()
         scheduler.step()
         yield loss.item(), optimizer
+
+
+@torch.no_grad()
+def exchanged(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Put these weights into the model, by parameter name, and return those that were there."""
+    parameters = dict(model.named_parameters())
+    before = {name: parameters[name].detach().clone() for name in weights}
+    for name, value in weights.items():
+        parameters[name].copy_(value)
+    return before
 
 
 def replayed(share: float, batch_size: int, step: int) -> int:

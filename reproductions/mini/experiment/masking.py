@@ -12,7 +12,7 @@ from reproductions.mini.experiment.methods import Method
 from reproductions.mini.experiment.outcomes import CellOutcomes
 from reproductions.mini.experiment.study import checkpoint_of
 from reproductions.mini.experiment.systems import SYSTEMS
-from reproductions.mini.model.llava import load_checkpoint
+from reproductions.mini.model.checkpoint import load_checkpoint
 from reproductions.mini.world.data import target_data, training_batch
 from reproductions.shared.masked_cosine import masked_cosine
 from reproductions.shared.results import add_line, read_lines
@@ -53,18 +53,19 @@ def mask_cells(results: Path, cells: Sequence[CellOutcomes], console: Console) -
                     continue
                 console.print(f"masking, {cell.title}: ratio {ratio:g}, seed {seed}", soft_wrap=True)
                 method = SYSTEMS["mdgd-gm"].method.with_settings(**settings, fraction=ratio)
-                found = agreement(method, cell.cell.target, seed, size["steps"], size["batch"])
+                checkpoint = checkpoint_of(seed, cell.cell.architecture)
+                found = agreement(method, cell.cell.target, seed, size["steps"], size["batch"], checkpoint)
                 add_line(results / FILE, {"cell": cell.cell.name, "ratio": ratio, "seed": seed, **found})
 
 
-def agreement(method: Method, target: str, seed: int, steps: int, batch: int) -> dict[str, float]:
+def agreement(method: Method, target: str, seed: int, steps: int, batch: int, checkpoint: Path) -> dict[str, float]:
     """Fine-tune, then measure on batches of the target's validation examples.
 
     Returns:
         "cos": cos(M ⊙ g̃, M ⊙ g̃₀), M the numbers that moved; "visual_loss": L_v. Means over batches.
     """
     torch.manual_seed(seed)
-    model, tokenizer = load_checkpoint(checkpoint_of(seed))
+    model, tokenizer = load_checkpoint(checkpoint)
     parameters = trainable_parameters(model)
     before = [p.detach().clone() for p in parameters]
     train = target_data(target, "train", seed=seed)  # type: ignore[arg-type]

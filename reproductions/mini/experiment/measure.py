@@ -10,9 +10,17 @@ import torch
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from reproductions.methods.kl import answer_logits
+from reproductions.mini.model.checkpoint import load_checkpoint
 from reproductions.mini.model.evaluate import evaluate, visual_features
-from reproductions.mini.model.llava import load_checkpoint
-from reproductions.mini.world.data import TaskData, pretrained_task_data, prompt_batch, target_data, training_batch
+from reproductions.mini.world.data import (
+    TaskData,
+    pretrained_task_data,
+    prompt_batch,
+    target_data,
+    text_task_data,
+    training_batch,
+)
+from reproductions.mini.world.language import TEXT_TASKS
 from reproductions.mini.world.questions import PRETRAINED_TASKS
 from reproductions.mini.world.scenes import Split
 from reproductions.shared.scores import average, harmonic
@@ -28,9 +36,17 @@ def measured_tasks(target: str, split: Split, examples: int) -> dict[str, TaskDa
 
 
 def measure(
-    model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, target: str, split: Split, examples: int
+    model: LlavaForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerFast,
+    target: str,
+    split: Split,
+    examples: int,
+    facts: bool = False,
 ) -> dict[str, Any]:
-    """Scores of all pre-trained tasks and the target, their means, and the effective rank of the visual features."""
+    """Scores of all pre-trained tasks and the target, their means, and the effective rank of the visual features.
+
+    With `facts` also of questions without a picture, which are in none of these means.
+    """
     tasks = measured_tasks(target, split, examples)
     answers = {task: evaluate(model, tokenizer, data) for task, data in tasks.items()}
     exact = {task: answer.exact for task, answer in answers.items()}
@@ -52,6 +68,16 @@ def measure(
         "H": harmonic(average(kept), exact[target]),
         "effective_rank": rank,
         "answers": {task: answer.predictions for task, answer in answers.items()},
+        **(_facts(model, tokenizer) if facts else {}),
+    }
+
+
+def _facts(model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    found = {task: evaluate(model, tokenizer, text_task_data(task)) for task in TEXT_TASKS}
+    exact = {task: answer.exact for task, answer in found.items()}
+    return {
+        "P_facts": average(exact),
+        "facts": {"exact": exact, "restricted": {task: answer.restricted for task, answer in found.items()}},
     }
 
 

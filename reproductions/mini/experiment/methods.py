@@ -34,6 +34,7 @@ from torch_mdgd import (
 from torch_mdgd.models.parts import text_decoder
 
 Base = Literal["adamw", "sgd"]
+Phi = Literal["renewed", "kept"]
 Calibration = Literal["random", "questions", "own", "running"]
 
 GONE = ("tensor", "batches")

@@ -13,8 +13,8 @@ from reproductions.mini.experiment.methods import Method
 from reproductions.mini.experiment.run import Run
 from reproductions.mini.experiment.scores import average, h_scores, kept, target_score
 from reproductions.mini.experiment.study import TEST_SEEDS, Size
-from reproductions.mini.experiment.systems import CELLS, SEQUENCES, SYSTEMS, Cell, System
-from reproductions.mini.model.llava import CHECKPOINT
+from reproductions.mini.experiment.systems import ALL_CELLS, SYSTEMS, Cell, System
+from reproductions.mini.model.checkpoint import CHECKPOINT, CHECKPOINTS
 from reproductions.mini.world.questions import PRETRAINED_TASKS
 from reproductions.shared.results import Result, read_results
 from reproductions.shared.stats import Difference, paired
@@ -43,10 +43,16 @@ OTHERS: dict[str, Measure] = {
 }
 """Of the runs that did not diverge. "rank" is the mean over the pre-trained tasks; drift is in percent of mean |z|."""
 
-LATER: dict[str, str] = {"KL": "kl", "T of the first": "T_first"}
+LATER: dict[str, str] = {
+    "KL": "kl",
+    "T of the first": "T_first",
+    "T of the second": "T_second",
+    "P of facts": "P_facts",
+}
 """Measures that not all results hold, and what results call them.
 
-KL(p_φ ‖ p_θ) on the target, in nats; what is kept of the target before, words right in percent.
+KL(p_φ ‖ p_θ) on the target, in nats. In percent: what is kept of the targets before, words right; and of questions
+without a picture, exact matches.
 """
 
 
@@ -130,11 +136,14 @@ def load(folder: Path) -> list[CellOutcomes]:
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}: `mini study --output {folder}` makes it")
     tuned, tested, varied = (read_results(folder / f"{stage}.jsonl") for stage in ("tune", "test", "frontier"))
-    cells = [_cell(cell, tuned, tested, varied, read_costs(folder, cell.name)) for cell in (*CELLS, *SEQUENCES)]
+    cells = [_cell(cell, tuned, tested, varied, read_costs(folder, cell.name)) for cell in ALL_CELLS]
     # A study may be older than a system, and then has nothing to say of it, though another's settings may be its own.
     begun = {name for cell in cells for name in (*cell.systems, *cell.tuning) if SYSTEMS[name].times == 1}
     untested = [
-        tuple(s.label for name, s in SYSTEMS.items() if name in begun and name not in cell.systems) for cell in cells
+        tuple(
+            s.label for name, s in SYSTEMS.items() if name in begun and name not in cell.systems and s.fits(cell.cell)
+        )
+        for cell in cells
     ]
     return [replace(cell, untested=labels) for cell, labels in zip(cells, untested, strict=True)]
 
@@ -182,8 +191,14 @@ def _size(cell: Cell, tuned: Mapping[str, Result], tested: Mapping[str, Result])
 
 
 def _of(key: Mapping, cell: Cell) -> bool:
-    named = key["target"], key["method"].get("base", "adamw"), key.get("first", "")
-    return named == (cell.target, cell.base, cell.first)
+    named = (
+        key["target"],
+        key["method"].get("base", "adamw"),
+        tuple(key.get("first", ())),
+        key.get("reference", "renewed"),
+    )
+    begun = key.get("checkpoint", CHECKPOINT.name) in (path.name for path in CHECKPOINTS[cell.architecture])
+    return begun and named == (cell.target, cell.base, cell.first, cell.reference)
 
 
 def _commonest(values: Iterable[int], default: int) -> int:

@@ -14,9 +14,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from reproductions.mini.experiment.finetune import BATCH, TRACED_EVERY, Course, OnStep, finetune, nothing
 from reproductions.mini.experiment.measure import divergence, measure, measure_features
-from reproductions.mini.experiment.methods import Method
+from reproductions.mini.experiment.methods import Method, Phi
+from reproductions.mini.model.checkpoint import CHECKPOINT, knows_facts, load_checkpoint
 from reproductions.mini.model.evaluate import evaluate
-from reproductions.mini.model.llava import CHECKPOINT, load_checkpoint
 from reproductions.mini.world.data import target_data
 from reproductions.mini.world.questions import TARGET_TASKS
 from reproductions.mini.world.scenes import Split
@@ -32,7 +32,7 @@ class Run:
 
     Attributes:
         method: how.
-        target: "digits" or "caption".
+        target: "digits", "caption" or "tiles".
         split: which examples measure it; "validation" to choose settings, "test" to report.
         seed: draws the batches. The examples that measure are the same for every seed.
         steps: optimizer steps.
@@ -43,7 +43,9 @@ class Run:
             "study": the first answers of each task, losses and diagnostics of every fifth step, and, measured for
             it, ranks and drift of every task's features, the divergence from the pre-trained model on the target, and
             the memory of the first steps.
-        first: another target that is fine-tuned before, in the same way; "" for none.
+        first: other targets that are fine-tuned before, one after the other, in the same way.
+        reference: what φ is for each of them: "renewed", the weights that it begins with; or "kept", those of the
+            checkpoint.
     """
 
     method: Method
@@ -55,10 +57,11 @@ class Run:
     checkpoint: Path = CHECKPOINT
     batch: int = BATCH
     record: Literal["answers", "study", "scores"] = "answers"
-    first: str = ""
+    first: tuple[str, ...] = ()
+    reference: Phi = "renewed"
 
     def __post_init__(self) -> None:
-        for name, target in (("target", self.target), ("first", self.first or self.target)):
+        for name, target in (("target", self.target), *(("first", target) for target in self.first)):
             if target not in TARGET_TASKS:
                 raise ValueError(f"{name} must be one of {', '.join(TARGET_TASKS)}, got {target!r}")
 
@@ -95,14 +98,14 @@ def execute(run: Run, on_step: OnStep = nothing) -> dict[str, Any]:
     torch.set_num_threads(1)
     torch.manual_seed(run.seed)
     model, tokenizer = load_checkpoint(run.checkpoint)
+    reference = {name: p.detach().clone() for name, p in model.named_parameters()} if run.reference == "kept" else None
     began, began_here, course = time.perf_counter(), time.process_time(), Course()
-    for target in (run.first, run.target) if run.method.learning_rate is not None else ():
-        if target:
-            data = target_data(target, "train", seed=run.seed)  # type: ignore[arg-type]
-            course = finetune(
-                model, tokenizer, data, run.method,
-                seed=run.seed, steps=run.steps, batch_size=run.batch, on_step=on_step,
-            )  # fmt: skip
+    for target in (*run.first, run.target) if run.method.learning_rate is not None else ():
+        data = target_data(target, "train", seed=run.seed)  # type: ignore[arg-type]
+        course = finetune(
+            model, tokenizer, data, run.method,
+            seed=run.seed, steps=run.steps, batch_size=run.batch, on_step=on_step, reference=reference,
+        )  # fmt: skip
     seconds, processor_seconds = time.perf_counter() - began, time.process_time() - began_here
     result = {
         "method": run.method.name,
@@ -114,16 +117,19 @@ def execute(run: Run, on_step: OnStep = nothing) -> dict[str, Any]:
         "steps": run.steps,
         "batch": run.batch,
         "checkpoint": run.checkpoint.name,
+        "architecture": model.config.model_type,
+        "parameters": sum(p.numel() for p in model.parameters()),
         "trained": course.trained,
         "seconds": seconds,
         "processor_seconds": processor_seconds,
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "numpy")},
         "losses": course.losses,
-        **measure(model, tokenizer, run.target, run.split, run.examples),
+        **measure(model, tokenizer, run.target, run.split, run.examples, knows_facts(run.checkpoint)),
     }
     if run.first:
-        before = target_data(run.first, run.split)[: run.examples]  # type: ignore[arg-type]
-        result["T_first"] = evaluate(model, tokenizer, before).words
+        before = [target_data(target, run.split)[: run.examples] for target in run.first]  # type: ignore[arg-type]
+        kept = (evaluate(model, tokenizer, data).words for data in before)
+        result |= {f"T_{place}": words for place, words in zip(("first", "second"), kept, strict=False)}
     if run.record == "study":
         measured = run.target, run.split, run.examples, run.checkpoint
         result |= measure_features(model, tokenizer, *measured)

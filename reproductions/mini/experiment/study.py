@@ -17,7 +17,7 @@ from reproductions.mini.experiment.run import Run
 from reproductions.mini.experiment.scores import h_scores, mean, rate_that_reaches, target_score
 from reproductions.mini.experiment.systems import SYSTEMS, Cell, System, adapted
 from reproductions.mini.experiment.tune import SEEDS as TUNING_SEEDS
-from reproductions.mini.model.llava import CHECKPOINT, SECOND_CHECKPOINT
+from reproductions.mini.model.checkpoint import CHECKPOINTS, require_checkpoint
 from reproductions.shared.results import Result, read_results
 
 Stage = Literal["tune", "test", "frontier"]
@@ -44,9 +44,9 @@ class Size:
     examples: int = 200
 
 
-def checkpoint_of(seed: int) -> Path:
-    """Even seeds begin with the first pre-trained model, odd ones with the second."""
-    return SECOND_CHECKPOINT if seed % 2 else CHECKPOINT
+def checkpoint_of(seed: int, architecture: str = "llava") -> Path:
+    """Even seeds begin with the first pre-trained model of an architecture, odd ones with the second."""
+    return CHECKPOINTS[architecture][seed % 2]
 
 
 def require_known(kind: str, names: Iterable[str], known: Collection[str]) -> None:
@@ -61,6 +61,12 @@ def require_test_seeds(seeds: Sequence[int]) -> None:
     for seed in seeds:
         if seed in TUNING_SEEDS:
             raise ValueError(f"seed {seed} is kept for choosing settings: no reported number may use it")
+
+
+def require_checkpoints(cells: Sequence[Cell]) -> None:
+    """Raise FileNotFoundError for a pre-trained model of these cells that is not there; it has the command for it."""
+    for path in {checkpoint_of(seed, cell.architecture): None for cell in cells for seed in (0, 1)}:
+        require_checkpoint(path)
 
 
 def tuning_runs(cell: Cell, systems: Sequence[System], size: Size) -> list[Run]:
@@ -177,12 +183,14 @@ def study(
         workers: processes; one a core by default.
 
     Raises:
+        FileNotFoundError: a pre-trained model of the cells is not there.
         ValueError: an unknown system; a seed that settings are chosen with; a part without the one before it.
     """
+    require_checkpoints(cells)
     require_known("system", names, SYSTEMS)
     require_test_seeds(seeds)
     parts = [
-        (cell, [s for s in SYSTEMS.values() if s.core == core and (not names or s.name in names)])
+        (cell, [s for s in SYSTEMS.values() if s.core == core and (not names or s.name in names) and s.fits(cell)])
         for core in (True, False)
         for cell in cells
     ]
@@ -197,7 +205,8 @@ def study(
             execute_all(runs, folder / "test.jsonl", console, workers)
     tuned = read_results(folder / "tune.jsonl")
     for cell in cells if "cost" in stages else ():
-        measure_costs(folder, cell.name, cell.target, settled(cell, size, tuned), size.batch, console)
+        methods, checkpoint = settled(cell, size, tuned), checkpoint_of(0, cell.architecture)
+        measure_costs(folder, cell.name, cell.target, methods, size.batch, console, checkpoint)
     for cell, systems in parts if "frontier" in stages else ():
         console.print(f"frontier, {cell.name}: {_names(systems)}", soft_wrap=True)
         execute_all(frontier_runs(cell, systems, size, tuned), folder / "frontier.jsonl", console, workers)
@@ -219,10 +228,11 @@ def _run(method: Method, cell: Cell, seed: int, size: Size, stage: Stage) -> Run
         seed,
         size.steps or cell.steps,
         size.tuning_examples if tuning else size.examples,
-        checkpoint_of(seed),
+        checkpoint_of(seed, cell.architecture),
         size.batch,
         "study" if stage == "test" else "scores",
         cell.first,
+        cell.reference,
     )
 
 

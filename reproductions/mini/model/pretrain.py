@@ -1,4 +1,4 @@
-"""Pre-training from nothing: first the vision tower alone, then the whole model on the seven tasks.
+"""Pre-training from nothing: first the vision tower alone, then the whole model on the seven tasks (and on facts).
 
 One torch thread, a fixed number of steps and fixed seeds give the same weights on the same machine and versions; a
 second process draws the pictures meanwhile. A killed run goes on from its last resume file to the same weights.
@@ -19,19 +19,20 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
-from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
+from reproductions.mini.model.architectures import ARCHITECTURES
+from reproductions.mini.model.checkpoint import REPORT_FILE, load_checkpoint, save_checkpoint
 from reproductions.mini.model.evaluate import evaluate
-from reproductions.mini.model.llava import WIDTH, build_model, patch_features, save_checkpoint
 from reproductions.mini.model.settings import PRETRAIN, PretrainSettings
 from reproductions.mini.world.curriculum import DRAWINGS, LanguageBatches, VisionBatches
-from reproductions.mini.world.data import pretrained_task_data
+from reproductions.mini.world.data import pretrained_task_data, text_task_data
+from reproductions.mini.world.language import TEXT_TASKS
 from reproductions.mini.world.pictures import COLOURS
 from reproductions.mini.world.questions import PRETRAINED_TASKS
 from reproductions.mini.world.text import IMAGE_TOKENS, make_tokenizer
 
 RESUME_FILE = "resume.pt"
-REPORT_FILE = "training.json"
 
 _CELL_OF_PATCH = [row // 2 * 2 + column // 2 for row in range(4) for column in range(4)]
 
@@ -42,14 +43,14 @@ Progress = Callable[[str, int, float, dict[str, float] | None], None]
 class VisionHeads(nn.Module):
     """Heads for the vision tower's own pre-training: the drawing, the background and the place of each patch."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.drawing = nn.Linear(WIDTH, len(DRAWINGS))
-        self.background = nn.Linear(WIDTH, len(COLOURS))
-        self.place = nn.Linear(WIDTH, IMAGE_TOKENS)
+        self.drawing = nn.Linear(width, len(DRAWINGS))
+        self.background = nn.Linear(width, len(COLOURS))
+        self.place = nn.Linear(width, IMAGE_TOKENS)
 
     def loss(self, features: torch.Tensor, drawings: torch.Tensor, background: torch.Tensor) -> torch.Tensor:
-        """Scalar loss from features (batch, 16, 128), drawings int64 (batch, 4) and background int64 (batch,)."""
+        """Scalar loss from features (batch, 16, width), drawings int64 (batch, 4) and background int64 (batch,)."""
         batch = len(features)
         drawing = cross_entropy(self.drawing(features).flatten(0, 1), drawings[:, _CELL_OF_PATCH].flatten())
         colour = cross_entropy(self.background(features).flatten(0, 1), background.repeat_interleave(IMAGE_TOKENS))
@@ -84,7 +85,7 @@ def pretrain(
     check_examples: int = 50,
     final_examples: int = 500,
 ) -> dict[str, Any]:
-    """Pre-train the small LLaVA and write checkpoint, tokenizer and `training.json` to the folder `output`.
+    """Pre-train a small model and write checkpoint, tokenizer and `training.json` to the folder `output`.
 
     Args:
         output: folder; a resume file of an earlier, killed run there is taken up, and removed at the end.
@@ -104,11 +105,11 @@ def pretrain(
     """
     output.mkdir(parents=True, exist_ok=True)
     resume = output / RESUME_FILE
-    tokenizer = make_tokenizer()
+    tokenizer, architecture = make_tokenizer(), ARCHITECTURES[settings.architecture]
     with _one_thread(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        model = build_model(tokenizer)
-        heads = VisionHeads()
+        model = architecture.build(tokenizer)
+        heads = VisionHeads(architecture.width)
         state = _read_resume(resume, settings)
         started = time.monotonic() - state["seconds"]
         for index, stage in enumerate(_stages(model, heads, tokenizer, settings)):
@@ -135,10 +136,15 @@ def pretrain(
                         },
                     )
                 check = stage.name == "language" and done % check_every == 0
-                progress(stage.name, done, loss, _accuracies(model, tokenizer, check_examples)[0] if check else None)
+                progress(
+                    stage.name,
+                    done,
+                    loss,
+                    _accuracies(model, tokenizer, check_examples, settings.facts)[0] if check else None,
+                )
         seconds = time.monotonic() - started
-        exact, restricted = _accuracies(model, tokenizer, final_examples)
-    save_checkpoint(model, tokenizer, output)
+        save_checkpoint(model, tokenizer, output, architecture.dtype)
+        exact, restricted = _accuracies(load_checkpoint(output)[0], tokenizer, final_examples, settings.facts)
     report = {
         "settings": asdict(settings),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -152,18 +158,21 @@ def pretrain(
 
 
 def _stages(
-    model: LlavaForConditionalGeneration,
+    model: Any,
     heads: VisionHeads,
     tokenizer: PreTrainedTokenizerFast,
     settings: PretrainSettings,
 ) -> Iterator[_Stage]:
-    tower = nn.ModuleList([model.model.vision_tower, heads])
+    architecture = ARCHITECTURES[settings.architecture]
+    tower = nn.ModuleList([architecture.tower(model), heads])
     yield _Stage(
         "vision",
         tower,
         torch.optim.AdamW(tower.parameters(), settings.vision_rate, weight_decay=0.01),
         VisionBatches(settings.seed, settings.vision_steps, settings.vision_batch),
-        lambda batch: heads.loss(patch_features(model, batch["pixel_values"]), batch["drawings"], batch["background"]),
+        lambda batch: heads.loss(
+            architecture.features(model, batch["pixel_values"]), batch["drawings"], batch["background"]
+        ),
         settings.vision_steps,
         settings.vision_rate,
         warm_up=50,
@@ -172,7 +181,7 @@ def _stages(
         "language",
         model,
         torch.optim.AdamW(model.parameters(), settings.language_rate, betas=(0.9, 0.98), weight_decay=0.01),
-        LanguageBatches(tokenizer, settings.seed, settings.language_steps, settings.language_batch),
+        LanguageBatches(tokenizer, settings.seed, settings.language_steps, settings.language_batch, settings.facts),
         lambda batch: model(**batch).loss,
         settings.language_steps,
         settings.language_rate,
@@ -201,9 +210,11 @@ def _train(stage: _Stage, first: int, workers: int) -> Iterator[tuple[int, float
 
 
 def _accuracies(
-    model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, n: int
+    model: Any, tokenizer: PreTrainedTokenizerFast, n: int, facts: bool
 ) -> tuple[dict[str, float], dict[str, float | None]]:
-    scores = [evaluate(model, tokenizer, pretrained_task_data(task, "validation", n)) for task in PRETRAINED_TASKS]
+    tasks = [pretrained_task_data(task, "validation", n) for task in PRETRAINED_TASKS]
+    tasks += [text_task_data(task)[:n] for task in TEXT_TASKS if facts]
+    scores = [evaluate(model, tokenizer, data) for data in tasks]
     return {score.task: score.exact for score in scores}, {score.task: score.restricted for score in scores}
 
 

@@ -15,6 +15,8 @@ class PretrainSettings:
         language_batch: pictures, with up to five questions each, a language step.
         vision_rate: peak learning rate of the vision steps.
         language_rate: peak learning rate of the language steps.
+        architecture: a name in `architectures.ARCHITECTURES`.
+        facts: whether questions without a picture are part of it, see `world.language`.
     """
 
     seed: int = 0
@@ -24,7 +26,16 @@ class PretrainSettings:
     language_batch: int = 64
     vision_rate: float = 1.5e-3
     language_rate: float = 2e-3
+    architecture: str = "llava"
+    facts: bool = False
 
 
 PRETRAIN = PretrainSettings()
-"""What the checkpoint in the repository was made with."""
+"""What the first LLaVA in the repository was made with."""
+
+RECIPES: dict[str, PretrainSettings] = {
+    "llava": PRETRAIN,
+    "llava-10m": PretrainSettings(architecture="llava-10m", language_rate=1e-3),
+    "smolvlm": PretrainSettings(architecture="smolvlm", facts=True),
+}
+"""By architecture; the models of one differ by their seed."""

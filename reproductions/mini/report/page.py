@@ -11,7 +11,7 @@ from rich.console import Console
 
 from reproductions.mini.experiment.outcomes import CellOutcomes, load
 from reproductions.mini.experiment.systems import SYSTEMS
-from reproductions.mini.model.llava import CHECKPOINT, SECOND_CHECKPOINT
+from reproductions.mini.model.checkpoint import CHECKPOINT, SECOND_CHECKPOINT
 from reproductions.mini.report.figures import draw_figures
 from reproductions.mini.report.grouping import by_architecture
 from reproductions.mini.report.opening import draw_opening, sentences
@@ -172,8 +172,8 @@ def _overview(cells: Sequence[CellOutcomes]) -> str:
     versions = sorted({f"{name} {v}" for run in runs for name, v in run.get("versions", {}).items()})
     lacking = any(missing(cell) for cell in cells)
     return (
-        f"{'; '.join(told)}. Even seeds begin with the first pre-trained model ({_pretraining(CHECKPOINT)}), odd ones "
-        f"with the second ({_pretraining(SECOND_CHECKPOINT)}). "
+        f"{'; '.join(told)}. Even seeds begin with the first pre-trained model of an architecture, odd ones with the "
+        f"second (LLaVA: {_pretraining(CHECKPOINT)}; {_pretraining(SECOND_CHECKPOINT)}). "
         f"{'Not all is there yet; the tables say what is missing. ' if lacking else ''}{', '.join(versions)}."
     )
 

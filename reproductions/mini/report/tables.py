@@ -26,8 +26,8 @@ ASKS = (
     "random words of the vocabulary about the task's pictures, or the task's own prompts."
 )
 SCORED = ("T", "P exact", "P restricted", "Avg", "H", "H LLaVA", "H MiniCPM")
-FIRST = "T of the first"
-"""What a sequence of targets has kept of the one before."""
+SOMETIMES = ("T of the first", "T of the second", "P of facts")
+"""What a sequence of targets has kept of those before, and what is kept of questions without a picture."""
 RIVALS = ("fine-tune-low", "align")
 COMPARED = ("T", "P", "H")
 
@@ -112,7 +112,8 @@ def _costs(cell: CellOutcomes, name: str) -> tuple[str, str]:
 
 def score_table(cell: CellOutcomes) -> Table:
     """Scores of every system that was tested, mean ± 95 % interval over seeds."""
-    scored = (*SCORED, FIRST) if cell.cell.first else SCORED
+    there = (m for m in SOMETIMES if any(o.values(m) for o in cell.systems.values()))
+    scored = (*SCORED, *there)
     rows = [
         (o.system.marked, chosen_settings(o), *(_estimate(o, measure) for measure in scored), _seeds(o))
         for o in cell.systems.values()

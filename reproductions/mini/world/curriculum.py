@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from reproductions.mini.world.data import conversation_batch, pixel_values
+from reproductions.mini.world.language import ask_fact
 from reproductions.mini.world.pictures import COLOURS, KNOWN, LETTERS, SPARE, draw_picture
 from reproductions.mini.world.questions import NUMBERS, PRETRAINED_TASKS, Turn
 from reproductions.mini.world.scenes import POSITIONS, Scene, draw_crowd, draw_scene
@@ -22,6 +23,7 @@ DRAWINGS: tuple[str, ...] = ("", *KNOWN, *SPARE, *LETTERS)
 _COPIED = (*KNOWN, *SPARE, *COLOURS, *NUMBERS)
 _COPYING_PERIOD = 8
 _MOST_TURNS = 5
+_FACTS = 3
 
 
 @dataclass(frozen=True)
@@ -55,13 +57,15 @@ class LanguageBatches(Dataset[dict[str, torch.Tensor]]):
 
     The first half of the steps shows fuller scenes and asks for the object at each position: without that lead the
     decoder takes hundreds of steps to find out that image tokens have positions. Copying teaches the words of the
-    target tasks without a picture. Item `step` is a batch for `model(**batch)`.
+    target tasks without a picture; `facts` puts three of them
+    beside it. Item `step` is a batch for `model(**batch)`.
     """
 
     tokenizer: PreTrainedTokenizerFast
     seed: int
     steps: int
     size: int
+    facts: bool = False
 
     def __len__(self) -> int:
         return self.steps
@@ -69,7 +73,7 @@ class LanguageBatches(Dataset[dict[str, torch.Tensor]]):
     def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
         rng = np.random.default_rng([self.seed, 1, step])
         if step % _COPYING_PERIOD == _COPYING_PERIOD - 1:
-            return conversation_batch([[_copying(rng)] for _ in range(self.size)], self.tokenizer)
+            return conversation_batch([_spoken(rng, self.facts) for _ in range(self.size)], self.tokenizer)
         pictures: list[NDArray[np.uint8]] = []
         turns: list[list[Turn]] = []
         for _ in range(self.size):
@@ -79,6 +83,11 @@ class LanguageBatches(Dataset[dict[str, torch.Tensor]]):
             pictures.append(draw_picture(scene.cells, scene.background, rng))
             turns.append(_early_turns(scene, rng) if early else _late_turns(scene, rng))
         return conversation_batch(turns, self.tokenizer, pictures)
+
+
+def _spoken(rng: np.random.Generator, facts: bool) -> list[Turn]:
+    turns = [_copying(rng), *(ask_fact(rng) for _ in range(_FACTS if facts else 0))]
+    return [turns[i] for i in rng.permutation(len(turns))] if facts else turns
 
 
 def _copying(rng: np.random.Generator) -> Turn:

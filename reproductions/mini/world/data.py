@@ -14,23 +14,32 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
+from reproductions.mini.world.language import TEXT_TASKS
 from reproductions.mini.world.pictures import KNOWN, SPARE, draw_picture, handwritten_digits
 from reproductions.mini.world.questions import DIGIT_QUESTION, NUMBERS, PRETRAINED_TASKS, TARGET_TASKS, Turn, caption
 from reproductions.mini.world.scenes import SPLITS, Scene, Split, draw_scene, require_split
 from reproductions.mini.world.text import answer_labels, conversation, encode, prompt
+from reproductions.mini.world.tiles import COUNTS, Tiles, ask_tiles, draw_board, draw_tiles
+
+NO_PICTURE: NDArray[np.uint8] = np.zeros((3, 0, 0), np.uint8)
+
+Target = Literal["digits", "caption", "tiles"]
 
 _DIGIT_ENDS = {"train": (0, 1200), "validation": (1200, 1497), "test": (1497, 1797)}
-_CAPTIONS = {"train": 2000, "validation": 300, "test": 300}
+_DRAWN = {"train": 2000, "validation": 300, "test": 300}
 
 
 @dataclass(frozen=True)
 class Example:
-    """A picture, uint8 (3, 48, 48), its question and answer, and its source: a scene or the index of a scan."""
+    """A picture, uint8 (3, 48, 48), its question and answer, and its source: a scene, a board or the index of a scan.
+
+    A question without a picture has `NO_PICTURE`; its source is its place among the facts.
+    """
 
     picture: NDArray[np.uint8]
     question: str
     answer: str
-    source: Scene | int
+    source: Scene | Tiles | int
 
 
 @dataclass(frozen=True)
@@ -68,7 +77,7 @@ def pixel_values(pictures: Sequence[NDArray[np.uint8]]) -> torch.Tensor:
 def training_batch(examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast) -> dict[str, torch.Tensor]:
     """Batch for `model(**batch)`: `input_ids`, `attention_mask`, `labels` (-100 on prompts) and `pixel_values`."""
     turns = [[(example.question, example.answer)] for example in examples]
-    return conversation_batch(turns, tokenizer, [example.picture for example in examples])
+    return conversation_batch(turns, tokenizer, _pictures(examples))
 
 
 def conversation_batch(
@@ -86,8 +95,23 @@ def conversation_batch(
 
 def prompt_batch(examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast) -> dict[str, torch.Tensor]:
     """Batch for `model.generate(**batch)`: prompts padded on the left, so that every row's next token is its answer."""
-    batch = encode(tokenizer, (prompt(example.question) for example in examples), "left")
-    return batch | {"pixel_values": pixel_values([example.picture for example in examples])}
+    pictures = _pictures(examples)
+    batch = encode(tokenizer, (prompt(example.question, pictures is not None) for example in examples), "left")
+    return batch if pictures is None else batch | {"pixel_values": pixel_values(pictures)}
+
+
+def _pictures(examples: Sequence[Example]) -> list[NDArray[np.uint8]] | None:
+    """Of every example, or None if no example has one.
+
+    Raises:
+        ValueError: some have one and some have none.
+    """
+    found = [example.picture for example in examples if example.picture is not NO_PICTURE]
+    if found and len(found) < len(examples):
+        raise ValueError(
+            f"a batch has pictures for all of its examples or for none, got {len(found)} of {len(examples)}"
+        )
+    return found or None
 
 
 def pretrained_task_data(task: str, split: Split, n: int, seed: int = 0) -> TaskData:
@@ -109,14 +133,28 @@ def pretrained_task_data(task: str, split: Split, n: int, seed: int = 0) -> Task
     return TaskData(task, examples, PRETRAINED_TASKS[task].answers)
 
 
-def target_data(name: Literal["digits", "caption"], split: Split, n: int | None = None, seed: int = 0) -> TaskData:
+def text_task_data(task: str) -> TaskData:
+    """Every fact of a text-only task, in their order: they have no splits.
+
+    Raises:
+        ValueError: `task` is not in `TEXT_TASKS`.
+    """
+    if task not in TEXT_TASKS:
+        raise ValueError(f"task must be one of {', '.join(TEXT_TASKS)}, got {task!r}")
+    known = TEXT_TASKS[task]
+    return TaskData(task, [Example(NO_PICTURE, *fact, i) for i, fact in enumerate(known.facts)], known.answers)
+
+
+def target_data(name: Target, split: Split, n: int | None = None, seed: int = 0) -> TaskData:
     """Examples of a target task that pre-training never sees.
 
     Args:
-        name: "digits" (which digit was written by hand) or "caption" (two spare objects and the background, in words).
+        name: "digits" (which digit was written by hand), "caption" (two spare objects and the background, in words) or
+            "tiles" (how many coloured shapes are of one colour).
         split: "train", "validation" or "test".
-        n: how many; by default all scans of the split (1,200, 297, 300), or 2,000, 300 and 300 captions.
-        seed: draws the captions, or the order of the scans.
+        n: how many; by default all scans of the split (1,200, 297, 300), or 2,000, 300 and 300 captions
+            or boards.
+        seed: draws the captions or boards, or the order of the scans.
 
     Raises:
         ValueError: an unknown `name` or `split`, or more scans asked for than the split has.
@@ -125,7 +163,7 @@ def target_data(name: Literal["digits", "caption"], split: Split, n: int | None 
     if name not in TARGET_TASKS:
         raise ValueError(f"name must be one of {', '.join(TARGET_TASKS)}, got {name!r}")
     rng = np.random.default_rng([seed, SPLITS.index(split), TARGET_TASKS.index(name)])
-    return _digits(split, n, rng) if name == "digits" else _captions(split, n, rng)
+    return {"digits": _digits, "caption": _captions, "tiles": _tiles}[name](split, n, rng)
 
 
 def _digits(split: Split, n: int | None, rng: np.random.Generator) -> TaskData:
@@ -143,7 +181,15 @@ def _digits(split: Split, n: int | None, rng: np.random.Generator) -> TaskData:
 
 def _captions(split: Split, n: int | None, rng: np.random.Generator) -> TaskData:
     examples = []
-    for _ in range(_CAPTIONS[split] if n is None else n):
+    for _ in range(_DRAWN[split] if n is None else n):
         scene = draw_scene(rng, split, SPARE, 2)
         examples.append(Example(draw_picture(scene.cells, scene.background, rng), *caption(scene), scene))
     return TaskData("caption", examples, ())
+
+
+def _tiles(split: Split, n: int | None, rng: np.random.Generator) -> TaskData:
+    examples = []
+    for _ in range(_DRAWN[split] if n is None else n):
+        board = draw_board(rng, split)
+        examples.append(Example(draw_tiles(board, rng), *ask_tiles(board), board))
+    return TaskData("tiles", examples, COUNTS)

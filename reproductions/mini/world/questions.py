@@ -98,4 +98,4 @@ PRETRAINED_TASKS: dict[str, Task] = {
     "count": Task(ask_count, NUMBERS[1:5], 25.0),
     "colour": Task(ask_colour, tuple(COLOURS), 100 / len(COLOURS)),
 }
-TARGET_TASKS: tuple[str, ...] = ("digits", "caption")
+TARGET_TASKS: tuple[str, ...] = ("digits", "caption", "tiles")

@@ -56,9 +56,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def prompt(question: str) -> str:
-    """Text up to the point where the model is to answer."""
-    return " ".join((START, *[IMAGE] * IMAGE_TOKENS, QUESTION, question, ANSWER))
+def prompt(question: str, picture: bool = True) -> str:
+    """Text up to the point where the model is to answer, behind a picture or behind none."""
+    return " ".join((START, *[IMAGE] * (IMAGE_TOKENS if picture else 0), QUESTION, question, ANSWER))
 
 
 def conversation(turns: Sequence[Turn], picture: bool = True) -> str:

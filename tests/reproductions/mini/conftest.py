@@ -1,7 +1,7 @@
 import pytest
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
-from reproductions.mini.model.llava import load_checkpoint
+from reproductions.mini.model.checkpoint import load_checkpoint
 from reproductions.mini.world.text import make_tokenizer
 
 

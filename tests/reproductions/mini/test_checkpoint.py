@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from reproductions.mini.model.checkpoint import CHECKPOINT, SECOND_CHECKPOINT, load_checkpoint
 from reproductions.mini.model.evaluate import evaluate
-from reproductions.mini.model.llava import CHECKPOINT, SECOND_CHECKPOINT, load_checkpoint
 from reproductions.mini.model.settings import PRETRAIN, PretrainSettings
 from reproductions.mini.world.data import pretrained_task_data, target_data
 from reproductions.mini.world.questions import PRETRAINED_TASKS

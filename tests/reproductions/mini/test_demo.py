@@ -14,7 +14,7 @@ from reproductions.mini.experiment.finetune import finetune, trainable_parameter
 from reproductions.mini.experiment.methods import METHODS
 from reproductions.mini.experiment.parallel import execute_all
 from reproductions.mini.experiment.run import Run, execute
-from reproductions.mini.model.llava import load_checkpoint
+from reproductions.mini.model.checkpoint import load_checkpoint
 from reproductions.mini.world.data import target_data
 from reproductions.mini.world.questions import PRETRAINED_TASKS
 from reproductions.shared.results import read_results

@@ -13,7 +13,7 @@ from reproductions.mini.experiment.finetune import trainable_parameters
 from reproductions.mini.experiment.methods import GONE, Method
 from reproductions.mini.experiment.scored_masks import SCORES, scored_mask, squared_gradients
 from reproductions.mini.experiment.systems import CANDIDATES
-from reproductions.mini.model.llava import CHECKPOINT, load_checkpoint
+from reproductions.mini.model.checkpoint import CHECKPOINT, load_checkpoint
 from reproductions.mini.world.data import target_data, training_batch
 from reproductions.shared.results import read_results
 from torch_mdgd import VisualTap
@@ -104,7 +104,7 @@ def test_the_layers_that_are_protected(layers, parts):
 
 
 def test_the_leads_are_tuned_as_the_study_is_and_share_its_runs(tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "checkpoint_of", lambda seed: CHECKPOINT)
+    monkeypatch.setattr(study, "checkpoint_of", lambda seed, architecture: CHECKPOINT)
     for group in leads.GROUPS.values():
         assert all(len(system.candidates("adamw", 1.0)) == CANDIDATES for system in group)
     masks = leads.GROUPS["Which tenth of the numbers, with αv"]

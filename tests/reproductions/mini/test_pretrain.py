@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from reproductions.__main__ import app
-from reproductions.mini.model.llava import load_checkpoint
+from reproductions.mini.model.checkpoint import load_checkpoint
 from reproductions.mini.model.pretrain import pretrain
 from reproductions.mini.model.settings import PretrainSettings
 from reproductions.mini.world import curriculum

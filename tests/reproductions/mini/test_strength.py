@@ -12,7 +12,7 @@ from reproductions.mini.experiment import strength
 from reproductions.mini.experiment.finetune import prepare
 from reproductions.mini.experiment.study import Size
 from reproductions.mini.experiment.tune import SEEDS
-from reproductions.mini.model.llava import load_checkpoint
+from reproductions.mini.model.checkpoint import load_checkpoint
 from reproductions.shared.results import read_results
 from torch_mdgd import MDGDOptimizer
 

@@ -24,8 +24,8 @@ from reproductions.mini.experiment.parallel import execute_all
 from reproductions.mini.experiment.run import Run, execute, rounded
 from reproductions.mini.experiment.scores import average, h_scores, kept, mean, rate_that_reaches, target_score
 from reproductions.mini.experiment.systems import CANDIDATES, CELLS, SEQUENCES, SYSTEMS
+from reproductions.mini.model.checkpoint import CHECKPOINT, load_checkpoint
 from reproductions.mini.model.evaluate import Evaluation, evaluate
-from reproductions.mini.model.llava import CHECKPOINT, load_checkpoint
 from reproductions.mini.report.tables import score_table
 from reproductions.mini.rules import History
 from reproductions.mini.world.data import TaskData, pixel_values, target_data, training_batch
@@ -39,7 +39,7 @@ SIZE = study.Size(steps=2, batch=4, tuning_examples=2, examples=2)
 
 @pytest.fixture(autouse=True)
 def one_checkpoint(monkeypatch):
-    monkeypatch.setattr(study, "checkpoint_of", lambda seed: CHECKPOINT)
+    monkeypatch.setattr(study, "checkpoint_of", lambda seed, architecture: CHECKPOINT)
 
 
 @pytest.mark.parametrize("name", [name for name in SYSTEMS if name != "zero-shot"])
@@ -494,10 +494,10 @@ def test_a_sequence_trains_one_target_after_the_other_and_asks_for_both(monkeypa
         return finetune(model, tokenizer, data, *args, **options)
 
     monkeypatch.setattr(f"{execute.__module__}.finetune", noted)
-    (place,) = SEQUENCES
+    place = SEQUENCES[0]
     size = study.Size(steps=1, batch=2, tuning_examples=1, examples=2)
     (run,) = study.runs_of(place, [SYSTEMS["fine-tune"].method], [0], size)
-    assert json.loads(run.key)["first"] == "digits"
+    assert json.loads(run.key)["first"] == ["digits"]
     found = execute(replace(run, record="scores"))
     torch.set_num_threads(threads)
     assert [task for task, _ in trained] == ["digits", "caption"]
@@ -508,7 +508,7 @@ def test_a_sequence_trains_one_target_after_the_other_and_asks_for_both(monkeypa
     table = score_table(CellOutcomes(place, {"fine-tune": outcome}, (), {}, {}, {}, {}))
     assert table.rows[0][table.columns.index("T of the first")] == f"{found['T_first']:.1f}"
     with pytest.raises(ValueError, match="first must be one of"):
-        replace(run, first="letters")
+        replace(run, first=("letters",))
 
 
 def test_a_run_that_diverges_is_a_result(tmp_path):

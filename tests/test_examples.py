@@ -10,7 +10,8 @@ from tests import accelerate_state
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 # Those of DeepSpeed are run in two processes, by tests/distributed/test_deepspeed.py.
-SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py") if not path.stem.startswith("tiny") and "deepspeed" not in path.stem)
+OTHERS = ("tiny", "deepspeed")
+SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py") if not any(other in path.stem for other in OTHERS))
 
 
 @pytest.fixture(autouse=True)

@@ -56,7 +56,9 @@ def require_possible(experiment: Experiment, method: Method) -> None:
         )
     for key, asked in (("optimizer", t.optimizer == "adamw8bit"), ("quantize", t.quantize != "none")):
         if asked and find_spec("bitsandbytes") is None:
-            raise ConfigError(f"{where}: training.{key}: bitsandbytes is not installed: pip install 'torch-mdgd[lowbit]'")
+            raise ConfigError(
+                f"{where}: training.{key}: bitsandbytes is not installed: pip install 'torch-mdgd[lowbit]'"
+            )
 
 
 def trains(method: Method) -> bool:

@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ from reproductions.paper.models import load_model
 from reproductions.paper.report.published import published
 from reproductions.paper.report.results import read_seeds
 from reproductions.paper.report.seeds import seed_table
-from reproductions.paper.run import oracle, tune
+from reproductions.paper.run import oracle, preset, tune
 from reproductions.paper.run.estimate import CARDS, estimate
 from reproductions.paper.run.export import export_run
 from reproductions.paper.run.row import run_row
@@ -63,6 +64,24 @@ def test_a_preset_tells_what_it_takes_and_runs_its_rows_with_three_seeds(hour):
     weights = [load_file(folder / "hour" / run_name("mdgd", seed) / "trained.safetensors") for seed in range(3)]
     name = next(iter(weights[0]))
     assert not torch.equal(weights[0][name], weights[1][name])
+
+
+def test_the_day_runs_every_row_of_its_own(tmp_path, monkeypatch):
+    """With one seed, since three are the hour's."""
+    path, named = load_preset("day")
+    monkeypatch.setattr(preset, "load_preset", lambda name: (path, replace(named, seeds=(0,))))
+    few = (
+        'pretrained=["textvqa"]',
+        "training.steps=1",
+        "evaluation.examples=2",
+        "masking.steps=1",
+        "masking.ratios=[0.1]",
+    )
+    sets = [x for value in few for x in ("--set", value)]
+    done = call("run", "--preset", "day", "--smoke", "--results", tmp_path, *sets)
+    assert done.exit_code == 0, done.output
+    ended = [p for p in (tmp_path / "day").glob("*/status.json") if json.loads(p.read_text())["stage"] == "done"]
+    assert {p.parent.name for p in ended} == {*named.rows, "oracle"}
 
 
 @pytest.mark.parametrize("name", PRESET_NAMES)

@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from tests.properties import assert_same_bits
 from tests.tiny_models import llava, llava_batch
 from torch_mdgd import MDGD, Anchor, DriftBudget, MDGDOptimizer, Random, mdgd_backward
+from torch_mdgd.delta import save_delta
 
 RULES = {
     "align": lambda model: MDGD(2.0, regularize=0),
@@ -162,16 +163,22 @@ def test_no_gradient_is_taken_where_none_is():
         mdgd_backward(model, optimizer, llava_batch())
 
 
-def test_a_copy_is_made_again_by_set_reference():
+def test_a_copy_is_made_again_by_set_reference(tmp_path):
     model = adapted()
     optimizer = wrapped(model)
     train(model, optimizer, 1)
+    # Where A began is not known.
+    with pytest.raises(ValueError, match="save_pretrained of peft"):
+        save_delta(model, tmp_path / "delta.safetensors", optimizer)
+    assert not any(tmp_path.iterdir())
     optimizer.set_reference()
     values = [p.detach().clone() for p in trained(model)]
     train(model, optimizer, 2)
     assert held(optimizer) == sum(p.numel() for p in values)
     with optimizer.reference(model):
         assert_same_bits(trained(model), values)
+    changed = sum(int((p != x).sum()) for p, x in zip(trained(model), values, strict=True))
+    assert save_delta(model, tmp_path / "delta.safetensors", optimizer) == changed > 0
 
 
 def test_a_checkpoint_with_a_copy_loads_into_one_without_and_back():

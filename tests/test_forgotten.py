@@ -96,8 +96,12 @@ def test_to_freeze_what_the_optimizer_does_not_hold():
 
 def test_an_optimizer_over_other_parameters():
     model, other = llava(), nn.Linear(2, 2)
+    own = model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)
     with pytest.raises(RuntimeError, match="Is anything that the optimizer holds used in this loss"):
         mdgd_backward(model, sgd(other), llava_batch())
+    # Another optimizer's is as it was.
+    assert model.lm_head.weight.grad is own
+    assert bool((own == 1).all())
 
 
 @pytest.mark.parametrize("kind", ["task", "visual"])

@@ -91,8 +91,12 @@ def test_only_passes_in_training_are_watched_and_a_loss_is_taken_once():
         visual.take()
     move(parameters)
     model.train()
+    model(**llava_batch())
     with pytest.raises(ValueError, match="Image features and image tokens do not match"):
         model(**{**llava_batch(), "pixel_values": llava_batch()["pixel_values"][:1]})
+    with pytest.raises(RuntimeError, match="was not run in training"):
+        # That of the pass before is gone.
+        visual.take()
     model(**llava_batch())
     assert visual.take() > 0
     with pytest.raises(RuntimeError, match="was not run in training"):

@@ -337,10 +337,12 @@ class _Passes:
             # Not there for autograd to add to, in place.
             p.grad = None
         # Autocast is for forward passes; around this one it would round what the forward pass did not.
-        with torch.autocast(loss.device.type, enabled=False), self.optimizer.capture(kind, scale=scale):
-            (weighted if self.scaler is None else self.scaler.scale(weighted)).backward(retain_graph=retain_graph)
-        for p, x in zip(self.strangers, held, strict=True):
-            p.grad = x
+        try:
+            with torch.autocast(loss.device.type, enabled=False), self.optimizer.capture(kind, scale=scale):
+                (weighted if self.scaler is None else self.scaler.scale(weighted)).backward(retain_graph=retain_graph)
+        finally:
+            for p, x in zip(self.strangers, held, strict=True):
+                p.grad = x
 
 
 def _require_loss(output: Any) -> Tensor:

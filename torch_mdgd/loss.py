@@ -138,6 +138,8 @@ class VisualLoss:
     def _before(self, model: nn.Module, args: Any, batch: dict[str, Any]) -> None:
         if self._aside or not model.training or not torch.is_grad_enabled():
             return
+        # An earlier pass's, whose graph would live on.
+        self._visual = None
         traces = Traces(model)
         self._aside = True
         try:

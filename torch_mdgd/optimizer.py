@@ -163,6 +163,11 @@ class MDGDOptimizer(Optimizer):
         """The parameters that are trained or have been, in order: those whose φ is held."""
         return [p for p, one in zip(self.parameters, self._storage.trained, strict=True) if one]
 
+    @property
+    def holds_reference(self) -> bool:
+        """Whether φ is held as numbers: False after :meth:`drop_reference`."""
+        return not self._storage.dropped
+
     def is_at_reference(self) -> bool:
         """Whether no trained parameter has left φ, as before the first step; it reads all of them."""
         parameters, trained = self.parameters, self._storage.trained
@@ -578,8 +583,13 @@ class MDGDOptimizer(Optimizer):
         if self.mask is not None and self.mask.refresh is not None:
             state[AGE] = torch.tensor(self._storage.age, dtype=torch.int64, device="cpu")
         for name, x in state.items():
-            each = [x] * len(self._storage) if isinstance(x, Tensor) else x
-            own[name] = [x if one else None for x, one in zip(each, self._storage.trained, strict=True)]
+            alone = isinstance(x, Tensor)
+            each = [x] * len(self._storage) if alone else x
+            # What is held of a layer may stand beside a parameter of it that is frozen.
+            own[name] = [
+                x if one or (not alone and x.numel()) else None
+                for x, one in zip(each, self._storage.trained, strict=True)
+            ]
         packed = pack(inner, own)
         for after in self._optimizer_state_dict_post_hooks.values():
             packed = after(self, packed) or packed

@@ -10,6 +10,7 @@ from tests.models.families import make_text_model
 from tests.properties import assert_near, assert_same_bits
 from tests.tiny_models import llava, llava_batch
 from torch_mdgd import MDGD, MDGDOptimizer, Project, VisualTap, mdgd_backward
+from torch_mdgd.integrations.transformers import _Watching
 from torch_mdgd.models.passes import carrying, loss_of
 
 RULES = {"published": MDGD, "joint": lambda: MDGD(regularize=0), "project": Project}
@@ -103,11 +104,12 @@ def test_several_passes_that_carry_the_gradient_are_refused():
 
 
 @pytest.mark.filterwarnings("ignore:.*has changed since the optimizer was wrapped")
-def test_a_pass_aside_is_not_meant():
+@pytest.mark.parametrize("kind", [lambda tap: tap, _Watching], ids=["tap", "trainer's"])
+def test_a_pass_aside_is_not_meant(kind):
     taps = []
 
     def tap(model):
-        taps.append(VisualTap.for_model(model))
+        taps.append(kind(VisualTap.for_model(model)))
         return taps[-1]
 
     def loss(model, batch):

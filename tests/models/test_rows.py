@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tests.models.families import LLAMA
 from tests.tiny_models import IMAGE, llava, llava_batch
 from torch_mdgd import MDGDOptimizer, ProtectInputs, mdgd_backward
-from torch_mdgd.models.linear import Linear, is_routed, rows, trained_linear_layers
+from torch_mdgd.models.linear import Linear, is_routed, prompt_tokens, rows, trained_linear_layers
 
 
 def protected(model, **settings):
@@ -49,6 +49,21 @@ def test_the_head_is_masked_at_the_tokens_that_it_sees(keep):
         found = counts(optimizer)
     wanted = images[:, slice(-keep, None) if isinstance(keep, int) else keep]
     assert found["lm_head"] == int(wanted.sum())
+
+
+def test_labels_of_kept_tokens_alone_say_the_same():
+    ids, labels = torch.ones(2, 7, dtype=torch.int64), torch.full((2, 7), -100)
+    labels[0, 4:], labels[1, 5] = 1, 1
+    wanted = labels == -100
+    assert torch.equal(prompt_tokens({"input_ids": ids, "labels": labels}), wanted)
+    # As ms-swift cuts them: the last so many, or for one sample those at which an answer is predicted, and the last.
+    cut = {"input_ids": ids, "labels": labels[:, -4:], "logits_to_keep": 4}
+    assert torch.equal(prompt_tokens(cut), wanted)
+    one = {"input_ids": ids[1:], "labels": torch.tensor([[-100, 1]])}
+    at = torch.tensor([False, False, False, False, True, False, True])
+    assert torch.equal(prompt_tokens({**one, "logits_to_keep": at}), wanted[1:])
+    with pytest.raises(ValueError, match=r"'labels' has shape \(1, 2\), 'input_ids' \(1, 7\)"):
+        prompt_tokens(one)
 
 
 def test_a_head_that_sees_unknown_tokens_is_not_counted_and_says_so():

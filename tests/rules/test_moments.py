@@ -1,5 +1,6 @@
 """Second moments in their low-rank form, against those at full size."""
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -35,6 +36,16 @@ def test_whole_moments_of_parts_are_those_of_all(n, width, seed, bias):
     assert torch.allclose(dense(found.covariance(), width + bias), C / C.diagonal().mean(), rtol=1e-10, atol=1e-10)
     size = torch.tensor(3.0, dtype=torch.float64)
     assert torch.allclose(dense(found.covariance(size), width + bias), C / 3, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_inputs_that_are_not_finite_are_left_out(rank, bad):
+    held, x = of(inputs(9, 4, 0), rank), inputs(9, 4, 1)
+    x[3, 2] = bad
+    after = held.plus([of(x, rank)])
+    assert torch.equal(after.sums, held.sums)
+    assert torch.equal(after.size, held.size)
 
 
 @given(st.integers(1, 4), st.integers(6, 10), st.integers(0, 99))

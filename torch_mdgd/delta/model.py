@@ -70,7 +70,8 @@ def save_delta(
         ImportError: safetensors is not installed.
         TypeError: an optimizer is no MDGDOptimizer.
         ValueError: a parameter of an optimizer is not the model's, a trainable parameter of the model is none of the
-            optimizers', or one belongs to two of them; naming it.
+            optimizers', or one belongs to two of them; naming it. Or φ is not held, see
+            :meth:`MDGDOptimizer.drop_reference`.
     """
     safetensors()
     optimizers = [_inner(x) for x in (optimizer if isinstance(optimizer, Sequence) else [optimizer])]
@@ -159,6 +160,11 @@ def _held(named: dict[str, Tensor], optimizers: Sequence[MDGDOptimizer]) -> dict
     names = {id(p): name for name, p in named.items()}
     out: dict[str, Tensor] = {}
     for which, each in enumerate(optimizers):
+        if not each.holds_reference:
+            raise ValueError(
+                "save_delta: all that was trained is LoRA that began as nothing, and no copy of where its matrices "
+                "began is held: save_pretrained of peft writes them. For a delta call set_reference() before training"
+            )
         of = f" of optimizer {which}" if len(optimizers) > 1 else " of the optimizer"
         for i, p in enumerate(each.parameters):
             if id(p) not in names:

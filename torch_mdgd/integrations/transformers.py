@@ -3,7 +3,7 @@
 import copy
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -378,8 +378,12 @@ class _Watching(VisualTap):
     """A tap that remembers the features of the last forward pass, which is the one at θ."""
 
     def __init__(self, tap: VisualTap) -> None:
-        self.tap, self.mask, self.text_module = tap, tap.mask, tap.text_module
+        super().__init__(tap.text_module, tap.mask, tap.layers)
+        self.tap = tap
         self.z: Tensor | None = None
+
+    def aside(self) -> AbstractContextManager[None]:
+        return self.tap.aside()
 
     def __call__(self, model: Any, batch: Batch) -> tuple[Any, Tensor]:
         output, z = self.tap(model, batch)

@@ -42,15 +42,16 @@ def inner_products(rows: Sequence[Tensors], columns: Sequence[Tensors]) -> Tenso
 def _alike(rows: Sequence[Tensors], columns: Sequence[Tensors]) -> list[tuple[list[int], list[int], list[int]]]:
     """Parameters that can share their calls, with the rows and columns that they have: (parameters, rows, columns).
 
-    Those of one small size share; every other parameter is alone, and an empty one nowhere.
+    Those of one small size on one device share; every other parameter is alone, and an empty one nowhere.
     """
-    groups: dict[tuple[int, ...], tuple[list[int], list[int], list[int]]] = {}
+    groups: dict[tuple[Any, ...], tuple[list[int], list[int], list[int]]] = {}
     for t in range(len(rows[0])):
         rs = [r for r, vector in enumerate(rows) if vector[t] is not None]
         cs = [c for c, vector in enumerate(columns) if vector[t] is not None]
-        n = next((x.numel() for vector in rows if (x := vector[t]) is not None), 0)
-        if n and cs:
-            key = (n, -1, *rs, -1, *cs) if n <= SMALL else (n, t)
+        x = next((x for vector in rows if (x := vector[t]) is not None), None)
+        if x is not None and x.numel() and cs:
+            n = x.numel()
+            key = (n, x.device, -1, *rs, -1, *cs) if n <= SMALL else (n, t)
             groups.setdefault(key, ([], rs, cs))[0].append(t)
     most = {key: max(1, 2 * SMALL // key[0]) for key in groups}
     return [

@@ -208,14 +208,29 @@ def _kept(mask: Tensor, batch: Any) -> Tensor | None:
 def prompt_tokens(batch: Any) -> Tensor:
     """Tokens of a batch that are read and not answered: attended, and -100 in its labels; bool, (batch, tokens).
 
+    Where ``logits_to_keep`` asks for the logits of some tokens alone, labels may be there for these alone, as ms-swift
+    cuts them: the first is of no use, and each other one is of the token behind a kept one.
+
     Raises:
-        ValueError: the batch has no ``input_ids``.
+        ValueError: the batch has no ``input_ids``, or labels of another length.
     """
     if batch is None or "input_ids" not in batch:
         raise ValueError(f"prompt tokens are found in 'input_ids', and the batch has only {sorted(batch or ())}")
     mask = attended_tokens(batch)
     labels = batch.get("labels")
-    return mask if labels is None else mask & (labels == -100)
+    if labels is None:
+        return mask
+    if labels.shape == mask.shape:
+        return mask & (labels == -100)
+    places = _kept(torch.arange(mask.shape[1], dtype=torch.int64, device=mask.device)[None], batch)
+    if places is None or places.shape[1] != labels.shape[1]:
+        raise ValueError(
+            f"'labels' has shape {tuple(labels.shape)}, 'input_ids' {tuple(mask.shape)}, and no 'logits_to_keep' says "
+            "of which tokens they are"
+        )
+    mask = mask.clone()
+    mask[:, places[0, :-1] + 1] &= labels[:, 1:] == -100
+    return mask
 
 
 def attended_tokens(batch: Any) -> Tensor:

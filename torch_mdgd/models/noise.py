@@ -43,6 +43,9 @@ def without_noise(
     if known.other_kernels is not None:
         return z_fixed
     here = z.detach()
+    if not anywhere(bool(here.numel())):
+        # No picture, from which nothing is known.
+        return z_fixed
     difference = float((here.float() - z_fixed.float()).abs().max()) if here.numel() else 0.0
     largest = float(here.float().abs().max()) if here.numel() else 0.0
     small = max(1e-3, 64 * torch.finfo(here.dtype).eps) * largest

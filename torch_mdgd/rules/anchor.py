@@ -556,12 +556,14 @@ class Anchor(Around):
             require_shapes(SUMS, found[SUMS], shapes)
 
     def load_state(self, found: Mapping[str, Tensors], parameters: Sequence[Tensor]) -> None:
-        """The opposite of :meth:`state`; without it, C is made anew."""
+        """The opposite of :meth:`state`; without it, what C is made of stays, as φ does."""
         super().load_state(found, parameters)
+        if SUMS not in found:
+            return
         self._new, self._new_answers, self._covariances = {}, {}, {}
         last: Moments | None = None
         for key, held in self.moments.items():
-            sums, size = (found[name][key] if name in found else None for name in (SUMS, SIZE))
+            sums, size = found[SUMS][key], found[SIZE][key]
             self.moments[key] = self._empty(held.sums.shape[1], held.sums)
             self.answers[key] = torch.zeros_like(self.answers[key])
             if sums is not None and size is not None:

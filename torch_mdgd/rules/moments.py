@@ -48,7 +48,8 @@ class Moments:
         out.size = torch.stack([x.square().sum(dtype=torch.float64), out.size.new_tensor(float(len(x)))])
         if rank is None:
             out.sums = x.T @ x
-        elif len(x):
+        elif len(x) and bool(out.size.isfinite().all()):
+            # Else they are left out of every sum, by their size.
             n = min(len(x), SAMPLE)
             chosen = x[torch.linspace(0, len(x) - 1, n, dtype=torch.float64, device=x.device).round().long()]
             out.sums = _largest(chosen * (len(x) / n) ** 0.5, 2 * rank)

@@ -84,7 +84,7 @@ class Storage(ABC):
 
     @abstractmethod
     def difference(self, parameters: Sequence[Tensor], t: int) -> Tensor:
-        """θ − φ of a trained parameter, a new tensor; of a sharded one, this process's shard."""
+        """θ − φ of a parameter, a new tensor; of a sharded one, this process's shard. Zero if it was never trained."""
 
     @abstractmethod
     def has_moved(self, parameters: Sequence[Tensor], t: int) -> bool:

@@ -113,7 +113,8 @@ class DenseStorage(Storage):
         if zero is not None:
             return snapshot(parameters[t]) if zero else torch.zeros_like(parameters[t])
         p, x = dtensor.local([parameters[t], self.reference[t]])
-        out: Tensor = p.detach() - x.to(p.device)
+        # One that has never been trained has not moved.
+        out: Tensor = torch.zeros_like(p) if x is None else p.detach() - x.to(p.device)
         return out
 
     def has_moved(self, parameters: Sequence[Tensor], t: int) -> bool:

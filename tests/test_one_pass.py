@@ -162,8 +162,8 @@ def test_diagnostics_are_measured_when_asked():
         optimizer.step()
         optimizer.zero_grad()
         measured.append("cos_task_visual" in optimizer.diagnostics)
-    # The count goes on from the two steps before.
-    assert measured == [False, True, False, False, True, False]
+    # None of the steps before has measured them.
+    assert measured == [True, False, False, True, False, False]
 
 
 def test_lazy_takes_v_at_the_last_of_k_steps_k_fold():
@@ -178,6 +178,21 @@ def test_lazy_takes_v_at_the_last_of_k_steps_k_fold():
         optimizer.zero_grad()
         moves.append(float(before - p.detach()))
     assert moves == [1.0, 1.0, 1.0 + 3 * 0.5 * 10.0] * 2
+
+
+def test_a_lazy_v_is_measured_at_the_first_of_its_steps_that_is_due():
+    p = torch.nn.Parameter(torch.zeros(1))
+    optimizer = MDGDOptimizer(torch.optim.SGD([p], lr=1.0), MDGD(0.5, 0, every=2))
+    apart = []
+    for _ in range(6):
+        kinds = optimizer.needs() if optimizer.joint(measure_every=2) is None else ("joint",)
+        for kind in kinds:
+            with optimizer.capture(kind):
+                p.sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        apart.append("visual" in kinds)
+    assert apart == [False, True] * 3
 
 
 def test_lazy_resumes_within_its_round():

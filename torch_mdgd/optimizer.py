@@ -1,5 +1,6 @@
 """``MDGDOptimizer``: wrap any ``torch.optim`` optimizer; capture gradients, combine them by a rule, step."""
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -193,9 +194,10 @@ class MDGDOptimizer(Optimizer):
         """α where one backward pass of L + αL_v, captured as "joint", gives the d of the next combine; else None.
 
         Args:
-            measure_every: None at one step of so many, at which g and v are then taken apart for the diagnostics.
+            measure_every: None where so many steps have passed since g and v were last taken apart, or where they never
+                were, so that they are now, for the diagnostics.
         """
-        if self._mask_is_due() or (measure_every is not None and self._storage.age % measure_every == 0):
+        if self._mask_is_due() or (measure_every is not None and self._made.since >= measure_every):
             return None
         return self.rule.joint(self._weights(), self.mask is not None)
 
@@ -583,13 +585,8 @@ class MDGDOptimizer(Optimizer):
         if self.mask is not None and self.mask.refresh is not None:
             state[AGE] = torch.tensor(self._storage.age, dtype=torch.int64, device="cpu")
         for name, x in state.items():
-            alone = isinstance(x, Tensor)
-            each = [x] * len(self._storage) if alone else x
-            # What is held of a layer may stand beside a parameter of it that is frozen.
-            own[name] = [
-                x if one or (not alone and x.numel()) else None
-                for x, one in zip(each, self._storage.trained, strict=True)
-            ]
+            each = [x] * len(self._storage) if isinstance(x, Tensor) else x
+            own[name] = [x if one else None for x, one in zip(each, self._storage.trained, strict=True)]
         packed = pack(inner, own)
         for after in self._optimizer_state_dict_post_hooks.values():
             packed = after(self, packed) or packed
@@ -647,6 +644,8 @@ class _Made:
     products: Tensor | None = None
     # Whether a step was made, or φ said to be right.
     began = False
+    # How many steps ago g and v were taken apart.
+    since = math.inf
 
     def __init__(self) -> None:
         self.clear()
@@ -663,6 +662,7 @@ class _Made:
     def begin(self, products: Tensor | None) -> None:
         self.clear()
         self.products = products
+        self.since = 1 if products is not None and products.shape[-1] > 1 else self.since + 1
 
     def visual_for(self, parameters: Sequence[Tensor]) -> list[Tensor | None] | None:
         """This step's v; None if every ``.grad`` was replaced since combine, e.g. by ``model.zero_grad()``.

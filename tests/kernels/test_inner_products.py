@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.kernels.cases import LENGTHS, lists, spoil
 from torch_mdgd import kernels
@@ -127,3 +128,12 @@ def test_shapes_of_any_dimension_and_parameters_that_require_grad(backend, devic
 def test_no_parameters_and_no_tensors(backend):
     assert kernels.inner_products([[], []]).shape == (0, 2, 2)
     assert torch.equal(kernels.inner_products([[None]]), torch.zeros(1, 1, 1, dtype=torch.float64))
+
+
+def test_small_tensors_of_one_size_on_two_devices():
+    """Told by tensors of a GPU that hold no numbers."""
+    with FakeTensorMode(), kernels.use_backend("eager"):
+        row = [torch.zeros(3, device=device) for device in ("cpu", "cuda")]
+        table = kernels.inner_products([row, row])
+    assert table.shape == (2, 2, 2)
+    assert table.device.type == "cpu"

@@ -257,13 +257,15 @@ def test_a_resumed_run_is_the_uninterrupted_one(make, when):
     assert_same_bits(again, parameters)
 
 
-def test_what_it_was_calibrated_with_stays_if_a_state_dict_has_none():
+def test_what_it_was_calibrated_with_stays_if_a_state_dict_or_a_second_calibration_has_none():
     model, parameters = full()
     optimizer = MDGDOptimizer(sgd(parameters), Anchor(model).calibrate(BATCHES))
     move(parameters)
     before = pull(optimizer)
     with pytest.warns(UserWarning, match="holds no reference"):
         optimizer.load_state_dict(sgd(parameters).state_dict())
+    with pytest.raises(ValueError, match="batches is empty"):
+        optimizer.rule.calibrate([])
     assert any(x.any() for x in before)
     assert_same_bits(pull(optimizer), before)
 

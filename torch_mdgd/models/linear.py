@@ -28,6 +28,8 @@ class Linear:
         lora: where A and B stand; None for a plain layer.
         adapter: LoRA's name.
         width: of x, with the 1 of a trained bias.
+        key: the first of its places whose parameter requires gradients, under which something of the layer is held: of
+            the others nothing is saved.
     """
 
     name: str
@@ -40,11 +42,7 @@ class Linear:
     width: int = 0
     head: bool = False
     after: bool = False
-
-    @property
-    def key(self) -> int:
-        """The first of its places, under which something of the layer is held."""
-        return self.places[0]
+    key: int = 0
 
     @property
     def places(self) -> list[int]:
@@ -94,7 +92,9 @@ def trained_linear_layers(
                 found.append(Linear(name, module, module in inside, weight, bias, width=width))
         elif adapters and hasattr(module, "base_layer") and isinstance(getattr(module, "lora_A", None), nn.ModuleDict):
             found += _adapters(name, module, places, module in inside)
+    live = {i for p, i in places.items() if p.requires_grad}
     for layer in found:
+        layer.key = next((i for i in layer.places if i in live), layer.places[0])
         layer.head = layer.module in heads
         layer.in_text = layer.in_text or layer.head
     matrices = {i for layer in found for i in layer.lora or ()}

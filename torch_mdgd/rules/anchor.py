@@ -253,6 +253,7 @@ class Anchor(Around):
             self._pending = batches, images, group
             return self
         training = [m for m in self._model.modules() if m.training]
+        before = dict(self.moments), dict(self.answers)
         self._model.eval()
         try:
             for key, empty in self.moments.items():
@@ -265,11 +266,14 @@ class Anchor(Around):
                     self._model(**{name: x for name, x in batch.items() if name != "labels"})
                 self._take_in([group] if group is not None else [])
                 count += 1
+            if not count:
+                raise ValueError("Anchor.calibrate: batches is empty")
+        except BaseException:
+            (self.moments, self.answers), self._covariances = before, {}
+            raise
         finally:
             for module in training:
                 module.training = True
-        if not count:
-            raise ValueError("Anchor.calibrate: batches is empty")
         self.seen = self.warmup
         self._warn_of_idle()
         return self

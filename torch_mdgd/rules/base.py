@@ -179,7 +179,7 @@ class Rule:
         """Raise a ValueError if :meth:`load_state` could not load this; nothing has been changed yet."""
 
     def load_state(self, found: Mapping[str, Tensors], parameters: Sequence[Tensor]) -> None:
-        """The opposite of :meth:`state`; without its names, begin anew.
+        """The opposite of :meth:`state`; without its names, begin anew, or keep what cannot be made again.
 
         Args:
             found: by name, one tensor for each parameter in any case, None for one that is not trained.

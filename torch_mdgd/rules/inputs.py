@@ -148,7 +148,7 @@ class ProtectInputs(Rule):
         self._count += len(parameters)
         found = [] if self._parts == [] else self._found(places)
         for layer in found:
-            i = layer.key
+            i = _place(layer)
             weight: Any = parameters[i - self._count + len(parameters)]
             if dtensor.is_sharded(weight) and any(p.is_shard() and p.dim for p in weight.placements):
                 raise ValueError(f"ProtectInputs: {layer.name} is not sharded by rows, along its first dimension")
@@ -200,7 +200,7 @@ class ProtectInputs(Rule):
         last: list[Any] = []
 
         def see(layer: Linear, x: Tensor, y: Tensor) -> None:
-            i = layer.key
+            i = _place(layer)
             kind = layer.in_text, i in self._biases, self._on(x.device, i).dtype, x._version
             # Those of q, k and v, and of a gate and what it multiplies, are one.
             if not last or last[0] is not x or last[1] != kind:
@@ -323,6 +323,12 @@ class ProtectInputs(Rule):
             if covariance is not None and basis is not None:
                 c.copy_(covariance)
                 self.bases[i] = basis[:, : int(basis.any(0).sum())].to(c, copy=True)
+
+
+def _place(layer: Linear) -> int:
+    """Where its weight stands."""
+    assert layer.weight is not None
+    return layer.weight
 
 
 def _matrix(x: Tensor) -> Tensor:

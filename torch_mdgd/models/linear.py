@@ -217,7 +217,7 @@ def prompt_tokens(batch: Any) -> Tensor:
     if batch is None or "input_ids" not in batch:
         raise ValueError(f"prompt tokens are found in 'input_ids', and the batch has only {sorted(batch or ())}")
     mask = attended_tokens(batch)
-    labels = batch.get("labels")
+    labels: Tensor | None = batch.get("labels")
     if labels is None:
         return mask
     if labels.shape == mask.shape:

@@ -3,7 +3,7 @@
 import copy
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -382,8 +382,10 @@ class _Watching(VisualTap):
         self.tap = tap
         self.z: Tensor | None = None
 
-    def aside(self) -> AbstractContextManager[None]:
-        return self.tap.aside()
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        with self.tap.aside():
+            yield
 
     def __call__(self, model: Any, batch: Batch) -> tuple[Any, Tensor]:
         output, z = self.tap(model, batch)

@@ -4,20 +4,28 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from reproductions.mini.experiment.outcomes import CellOutcomes, Outcome
-from reproductions.mini.experiment.systems import ARCHITECTURES, SYSTEMS, Cell
+from reproductions.mini.experiment.systems import ARCHITECTURES, CELLS, SYSTEMS, Cell
 
 ALL = "all"
 """Stands for the architecture of a cell that holds those of several."""
 
 
 def by_architecture(cells: Sequence[CellOutcomes]) -> dict[str, list[CellOutcomes]]:
-    """Cells with results by the title of their architecture, and last, if there are several, over all of them."""
+    """Cells with results by the title of their architecture, and last, if there are several, over all of them.
+
+    Other targets than those of `CELLS`, and sequences, stand by themselves.
+    """
     found: dict[str, list[CellOutcomes]] = {}
     for cell in (cell for cell in cells if cell.systems):
-        architecture = cell.cell.architecture
-        found.setdefault(ARCHITECTURES.get(architecture, architecture), []).append(cell)
+        found.setdefault(_group(cell.cell), []).append(cell)
     together = pooled(cells)
     return found | ({"all models": together} if together else {})
+
+
+def _group(cell: Cell) -> str:
+    title = ARCHITECTURES.get(cell.architecture, cell.architecture)
+    usual = not cell.first and cell.target in {c.target for c in CELLS}
+    return title if usual else f"{title}, other targets"
 
 
 def pooled(cells: Sequence[CellOutcomes]) -> list[CellOutcomes]:

@@ -29,7 +29,7 @@ def _group(cell: Cell) -> str:
 
 
 def pooled(cells: Sequence[CellOutcomes]) -> list[CellOutcomes]:
-    """What cells of several architectures have in common, target by target and optimizer by optimizer.
+    """The systems that cells of several architectures have in common, target by target and optimizer by optimizer.
 
     A system is as it was tuned in each cell. Seeds are numbered anew, since those of two cells have nothing in common.
     """
@@ -43,12 +43,9 @@ def _merged(place: Cell, cells: Sequence[CellOutcomes]) -> CellOutcomes:
     most = 1 + max(seed for cell in cells for outcome in cell.systems.values() for seed in outcome.runs)
     systems = {}
     for name, system in SYSTEMS.items():
-        runs = {
-            i * most + seed: run
-            for i, cell in enumerate(cells)
-            if name in cell.systems
-            for seed, run in cell.systems[name].runs.items()
-        }
-        if runs:
+        if all(name in cell.systems for cell in cells):
+            runs = {
+                i * most + seed: run for i, cell in enumerate(cells) for seed, run in cell.systems[name].runs.items()
+            }
             systems[name] = Outcome(system, None, runs, ())
     return CellOutcomes(place, systems, (), {}, {}, {}, {})

@@ -188,6 +188,9 @@ def test_architectures_stand_apart_and_together_where_models_are_the_unit(tmp_pa
     assert found.half == pytest.approx(3.1824 * 2.1602 / 2, rel=1e-3)
     claim = Claim("x", (Condition("P", "mdgd", "align"),))
     assert [verdicts(own[0], [claim])[0].outcome for own in groups.values()] == ["holds here"] * 3
+    fewer = replace(cells[1], systems={k: v for k, v in cells[1].systems.items() if k != "history"})
+    (common,) = by_architecture([cells[0], fewer])["all models"]
+    assert list(common.systems) == [name for name in together.systems if name != "history"]
     apart = two_architectures(tmp_path / "apart", {"llava": (-1.0, 9.0), "smolvlm": (3.0, 7.0)})
     first = verdicts(apart[0], [claim])[0]
     assert first.outcome == "cannot tell", "of two models one says the other thing"

@@ -1,5 +1,6 @@
 """LLaVA-1.5-7B, native in transformers."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,12 @@ SYSTEM = (
 )
 PROMPT = SYSTEM + " USER: {image}\n{question} ASSISTANT:"
 """The instruction as the model was taught, and as its published scores were measured: LLaVA's form "vicuna_v1"."""
+TEMPLATE = (
+    "{% for message in messages %}{{ message.role | upper }}: {% for part in message.content %}"
+    "{% if part.type == 'image' %}<image>\n{% else %}{{ part.text }} {% endif %}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+"""What the published chat template writes, which has no system sentence."""
 
 
 class Llava(VisionLanguageModel):
@@ -71,7 +78,7 @@ class Llava(VisionLanguageModel):
     def write_tiny(cls, folder: Path, seed: int = 0) -> None:
         """Write a random LLaVA of a few ten thousand numbers."""
         torch.manual_seed(seed)
-        tokenizer = byte_tokenizer({"image_token": TOKEN})
+        tokenizer = byte_tokenizer({"image_token": TOKEN}, chat_template=TEMPLATE)
         vision = CLIPVisionConfig(
             hidden_size=WIDTH, intermediate_size=WIDTH, num_hidden_layers=2, num_attention_heads=2, image_size=16,
             patch_size=8, projection_dim=WIDTH,
@@ -87,6 +94,12 @@ class Llava(VisionLanguageModel):
         tokenizer.save_pretrained(folder)
         square = {"height": 16, "width": 16}
         CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=square).save_pretrained(folder)
+        # Without it other programs do not know how many tokens a picture is.
+        processor = {
+            "processor_class": "LlavaProcessor", "image_token": TOKEN, "patch_size": 8,
+            "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default",
+        }  # fmt: skip
+        (folder / "processor_config.json").write_text(json.dumps(processor, indent=2))
 
     def encode(self, image: Any, question: str) -> Encoded:
         """One picture and one instruction."""

@@ -50,7 +50,7 @@ def write_tiny(kind: Callable[..., PreTrainedConfig], folder: Path, seed: int, v
     torch.manual_seed(seed)
     special = {"image_token": IMAGE, "video_token": FILM, "vision_start": START, "vision_end": END,
                "turn_token": "<|im_start|>"}  # fmt: skip
-    tokenizer = byte_tokenizer(special, begin=None, end="<|im_end|>", chat_template=TEMPLATE)
+    tokenizer = byte_tokenizer(special, begin=None, end="<|im_end|>", chat_template=TEMPLATE, pad_token="<unk>")
     ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in special.items()}
     text = {
         "vocab_size": len(tokenizer), "hidden_size": WIDTH, "intermediate_size": WIDTH, "num_hidden_layers": 3,

@@ -85,15 +85,25 @@ def name_dtype(config: Path, dtype: str) -> None:
 
 
 def how_to_load(model: str, folder: Path) -> str:
-    """Lines that load the folder elsewhere; they are written down, and were not run with those programs here."""
+    """Lines that load the folder elsewhere, as far as the others load this model."""
     lmms_eval, vlmevalkit = MODELS[model].elsewhere
-    code = ", trust_remote_code=True" if model == "minicpm-v-2" else ""
-    lines = [
-        f"transformers: AutoModelForImageTextToText.from_pretrained({json.dumps(str(folder))}{code})",
-        f"vLLM: vllm serve {folder}{' --trust-remote-code' if code else ''}",
-    ]
+    path = json.dumps(str(folder))
+    if model == "minicpm-v-2":
+        # Its code, which needs transformers 4, knows AutoModel alone, and vLLM does not load what is published.
+        lines = [f"transformers 4: AutoModel.from_pretrained({path}, trust_remote_code=True)"]
+        arguments, with_four = f"pretrained={folder}", " with transformers 4"
+    else:
+        lines = [
+            f"transformers: AutoModelForImageTextToText.from_pretrained({path})",
+            f"vLLM: vllm serve {folder} --generation-config vllm",
+        ]
+        # transformers 5 refuses the empty device_map that is the default of llava_hf.
+        arguments, with_four = f"pretrained={folder},device_map=auto", ""
     if lmms_eval:
-        lines.append(f"lmms-eval: python -m lmms_eval --model {lmms_eval} --model_args pretrained={folder} --tasks gqa")
+        lines.append(
+            f"lmms-eval{with_four}: python -m lmms_eval --model {lmms_eval} --model_args {arguments} --tasks gqa"
+        )
     if vlmevalkit:
-        lines.append(f"VLMEvalKit, in vlmeval/config.py: partial({vlmevalkit}, model_path={json.dumps(str(folder))})")
+        named = json.dumps({"class": vlmevalkit, "model_path": str(folder)})
+        lines.append(f"VLMEvalKit{with_four}: run.py --config FILE, which has a model {named}")
     return "\n".join(lines)

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, AutoProcessor
 from typer.testing import CliRunner
 
 from reproductions.__main__ import app
@@ -185,7 +186,9 @@ def test_an_export_is_loaded_by_its_path_alone(model, assets, tmp_path):
     experiment = assets.experiment("minicpm-pathvqa", [*SHORT, f'model="{model}"', "training.steps=1"])
     run = run_row(experiment, "fine-tune", tmp_path, smoke=True, device=CPU, console=QUIET)
     told = export_run(run, tmp_path / "export")
-    assert f"vllm serve {tmp_path / 'export'}" in told
+    own_code = model == "minicpm-v-2"
+    assert (f"vllm serve {tmp_path / 'export'}" in told) == (not own_code)
+    assert ("AutoModel.from_pretrained" in told) == own_code
     published, exported = assets.model(model), tmp_path / "export"
     for file in published.iterdir():
         if file.suffix != ".safetensors" and file.name != "config.json":
@@ -200,11 +203,27 @@ def test_an_export_is_loaded_by_its_path_alone(model, assets, tmp_path):
     own = dict(again.network.named_parameters())
     for name, value in trained.items():
         torch.testing.assert_close(own[name].detach(), value)
-    if model != "minicpm-v-2":
+    if not own_code:
         network = AutoModelForImageTextToText.from_pretrained(tmp_path / "export")
         assert sum(p.numel() for p in network.parameters()) == sum(p.numel() for p in own.values())
+    if model == "llava-1.5-7b":
+        ask_by_the_processor(exported, again)
+    if model == "qwen3-vl-2b":
+        assert again.tokenizer.pad_token is not None, "lmms-eval asks for padding"
     with pytest.raises(ConfigError, match="is not empty: choose another folder"):
         export_run(run, tmp_path / "export")
+
+
+def ask_by_the_processor(folder, model):
+    """As other programs do: the chat template, and the processor's own number of tokens for a picture."""
+    processor = AutoProcessor.from_pretrained(folder)
+    content = [{"type": "image"}, {"type": "text", "text": "What?"}]
+    asked = [{"role": "user", "content": content}]
+    text = processor.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    assert text == "USER: <image>\nWhat? ASSISTANT:"
+    seen = processor(images=Image.new("RGB", (30, 20)), text=text, return_tensors="pt")
+    assert (seen["input_ids"] == model.network.config.image_token_id).sum() == model.image_tokens
+    assert model.network(**seen).logits.isfinite().all()
 
 
 def test_what_is_no_run_is_not_exported(tmp_path):

@@ -1,7 +1,7 @@
 """``python -m benchmarks``: print every table, and write it with its picture into ``benchmarks/results``.
 
-A run goes through its sections lap by lap, so that quartiles hold what drifts meanwhile; what is counted and not timed,
-and what takes as long as all others together, has one lap. ``python -m benchmarks gpu``, ``compare`` and ``goals`` are
+A run goes through its sections lap by lap, so that quartiles hold what drifts meanwhile; what is counted and not timed
+has one lap. ``python -m benchmarks gpu``, ``compare`` and ``goals`` are
 programs of their own, see the modules of these names.
 """
 
@@ -33,7 +33,7 @@ SECTIONS = {
     "memory": memory.section,
     "bandwidth": bandwidth.section,
 }
-ONE_LAP = ("costs", "memory", "bandwidth")
+ONE_LAP = ("memory", "bandwidth")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -3,7 +3,6 @@
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cache
 
 from torch import Tensor
@@ -117,8 +116,7 @@ def _masks(n: int) -> list[Contender]:
 
 
 def _sweep(ns: Sequence[int], settings: Settings, contenders) -> dict[int, Times]:
-    few = replace(settings, rounds=min(settings.rounds, FEW), seconds=0.0)
-    return {n: (settings if n < LARGE else few).race(contenders(n)) for n in ns}
+    return {n: settings.race(contenders(n), FEW if n >= LARGE else None) for n in ns}
 
 
 def _median(values: Sequence[float]) -> float:

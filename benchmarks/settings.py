@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from benchmarks.timing import Contender, Races, Times, interleave
 
 M = 1_000_000
+# Rounds of whole training steps in a lap.
+STEPS = 5
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,15 @@ class Settings:
     threads: tuple[int, ...] = tuple(sorted({1, min(2, os.cpu_count() or 1)}))
     races: Races | None = None
 
-    def race(self, contenders: Sequence[Contender]) -> Times:
-        """Time them in turn, as often as these settings say; with the rounds of earlier laps."""
-        times = interleave(contenders, rounds=self.rounds, seconds=self.seconds)
+    def race(self, contenders: Sequence[Contender], most: int | None = None) -> Times:
+        """Time them in turn, as often as these settings say; with the rounds of earlier laps.
+
+        Args:
+            contenders: with distinct names.
+            most: no more rounds than this, for what takes long.
+        """
+        rounds = self.rounds if most is None else min(self.rounds, most)
+        times = interleave(contenders, rounds=rounds, seconds=self.seconds if most is None else 0.0)
         return times if self.races is None else self.races.add(times)
 
 

@@ -6,7 +6,7 @@ from benchmarks import figures
 from benchmarks.language_model import build
 from benchmarks.methods import CHEAPER, COMPACT, FRACTION, MDGD, METHODS, PLAIN, SHIRA, Method
 from benchmarks.report import Goal, Section, Table, on
-from benchmarks.settings import Settings
+from benchmarks.settings import STEPS, Settings
 from benchmarks.timing import Contender, median_ratio, ratio, threads
 
 UPDATE = "3 forward and 4 backward passes are 3.33 of a step's; the update itself comes on top"
@@ -23,7 +23,7 @@ def section(settings: Settings) -> Section:
     series, goals = {}, []
     for count in settings.threads:
         with threads(count):
-            times = settings.race(contenders(settings))
+            times = settings.race(contenders(settings), STEPS)
         series[on(count)] = {method.name: ratio(times, method.name, PLAIN.name) for method in METHODS}
         pairs = [
             (MDGD, PLAIN, 3.4),

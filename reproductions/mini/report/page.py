@@ -4,6 +4,7 @@ import html
 import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import compress
 from pathlib import Path
 
 from PIL import Image
@@ -88,11 +89,21 @@ Judged = Mapping[str, Sequence[tuple[str, Sequence[Verdict]]]]
 
 
 def judge(cells: Sequence[CellOutcomes]) -> Judged:
-    """Of each architecture, and last of all models together: the title of each cell, and what becomes of each claim."""
+    """Of each architecture, and last of all models together: the title of each cell, and what becomes of each claim.
+
+    Claims whose systems were tested in none of a group's cells are left out there.
+    """
     claims = claims_of(cells)
     return {
-        name: [(cell.title, verdicts(cell, claims)) for cell in own] for name, own in by_architecture(cells).items()
+        name: _told([(cell.title, verdicts(cell, claims)) for cell in own])
+        for name, own in by_architecture(cells).items()
     }
+
+
+def _told(columns: Sequence[tuple[str, list[Verdict]]]) -> list[tuple[str, list[Verdict]]]:
+    found = zip(*(column for _, column in columns), strict=True)
+    kept = [any(not v.evidence.startswith("not measured") for v in same) for same in found]
+    return [(title, list(compress(column, kept))) for title, column in columns]
 
 
 def verdicts_markdown(judged: Judged) -> str:

@@ -1,7 +1,7 @@
 """``python -m benchmarks``: print every table, and write it with its picture into ``benchmarks/results``.
 
 A run goes through its sections lap by lap, so that quartiles hold what drifts meanwhile; what is counted and not timed
-has one lap. ``python -m benchmarks gpu``, ``compare`` and ``goals`` are
+has one lap. ``costs`` takes as long as all others together, and has to be named. ``python -m benchmarks gpu``, ``compare`` and ``goals`` are
 programs of their own, see the modules of these names.
 """
 
@@ -33,13 +33,16 @@ SECTIONS = {
     "memory": memory.section,
     "bandwidth": bandwidth.section,
 }
-ONE_LAP = ("memory", "bandwidth")
+APART = ("costs",)
+ONE_LAP = ("costs", "memory", "bandwidth")
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(SECTIONS)} (default: all)")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"of {', '.join(SECTIONS)} (default: all but {', '.join(APART)})"
+    )
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that everything runs")
     parser.add_argument("--threads", nargs="+", type=int, metavar="N", help="thread counts (default: 1 and 2)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="where results are written")
@@ -53,7 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     warnings.filterwarnings("ignore", module="(peft|transformers).*")
     print(machine())
-    took = run(options.names or list(SECTIONS), settings, options.out)
+    took = run(options.names or [name for name in SECTIONS if name not in APART], settings, options.out)
     print(f"{sum(took.values()):.0f} s in all")
     if not options.names:
         (options.out / RUN).write_text(summary(took, settings), encoding="utf-8")
@@ -88,7 +91,7 @@ def _measure(name: str, settings: Settings) -> Section:
 def summary(took: dict[str, float], settings: Settings) -> str:
     """A page about the run itself."""
     rows = [f"| {name} | {seconds:.0f} |" for name, seconds in took.items()]
-    about = f"All sections in {sum(took.values()):.0f} s, {settings.laps} laps, {_counts(settings.threads)} threads."
+    about = f"All pages but {', '.join(APART)} in {sum(took.values()):.0f} s, {settings.laps} laps, {_counts(settings.threads)} threads."
     return "\n".join(["# The run", "", about, "", machine(), "", "| page | seconds |", "| :-- | --: |", *rows]) + "\n"
 
 

@@ -5,7 +5,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from benchmarks import allocation, figures
 from benchmarks.language_model import Training
 from benchmarks.report import Goal, Section, Table
-from benchmarks.settings import STEPS, Settings
+from benchmarks.settings import Settings
 from benchmarks.timing import Contender, Ratio, Times, digits, median_ratio, ratio, threads
 from torch_mdgd import (
     MDGD,
@@ -205,7 +204,7 @@ def contender(way: Way, settings: Settings, part: str) -> Contender:
 
 def race(ways: Sequence[Way], settings: Settings, part: str) -> Times:
     """Seconds of one step of each way, in turn."""
-    times = settings.race([contender(way, settings, part) for way in ways], STEPS)
+    times = settings.race([contender(way, settings, part) for way in ways])
     return {way.name: [x / way.steps for x in times[way.name]] for way in ways}
 
 
@@ -319,10 +318,10 @@ def section(settings: Settings) -> Section:
     shown: list[Goal] = []
     tables = []
     with threads(1), _quiet():
-        ways = _installed()
+        ways = [*WAYS, *(LORA_WAYS if _has_peft() else ())]
         for part in parts(llava(settings)):
             times = race(ways, settings, part)
-            memory = _measured(settings, part)
+            memory = {way.name: measure(way, settings, part) for way in ways}
             layers = layers_state(settings, part)
             series[part] = {way.name: ratio(times, way.name, PLAIN.name) for way in ways}
             plain = memory[PLAIN.name]
@@ -356,14 +355,8 @@ def section(settings: Settings) -> Section:
     return Section("costs", "What a step costs", about, tables, shown, figure)
 
 
-def _installed() -> list[Way]:
-    return [*WAYS, *(LORA_WAYS if importlib.util.find_spec("peft") is not None else ())]
-
-
-@cache
-def _measured(settings: Settings, part: str) -> dict[str, Memory]:
-    """Of each way; once in a run, however many laps it has."""
-    return {way.name: measure(way, settings, part) for way in _installed()}
+def _has_peft() -> bool:
+    return importlib.util.find_spec("peft") is not None
 
 
 @contextmanager

@@ -17,11 +17,13 @@ COLUMNS = ("what", "goal", "reached", "", "why not")
 def goals(folder: Path) -> str:
     """The goals of all pages, those of one machine together, and what is said of the run and of a second one.
 
+    Pages of GPUs stand alone: each has one device's goals.
+
     Raises:
         ValueError: there is none.
     """
     by_machine: dict[str, list[str]] = {}
-    for page in sorted(folder.glob("*.md")):
+    for page in sorted(page for page in folder.glob("*.md") if not page.stem.startswith("gpu-")):
         for title, row in tables(page):
             if title == "Goals":
                 cells = [row.get(column, "") for column in COLUMNS]

@@ -1,8 +1,8 @@
 """``python -m benchmarks``: print every table, and write it with its picture into ``benchmarks/results``.
 
 A run goes through its sections lap by lap, so that quartiles hold what drifts meanwhile; what is counted and not timed
-has one lap. ``costs`` takes as long as all others together, and has to be named. ``python -m benchmarks gpu``, ``compare`` and ``goals`` are
-programs of their own, see the modules of these names.
+has one lap. ``costs`` takes as long as all others together, and has to be named. ``python -m benchmarks gpu``,
+``compare`` and ``goals`` are programs of their own, see the modules of these names.
 """
 
 import argparse
@@ -91,7 +91,8 @@ def _measure(name: str, settings: Settings) -> Section:
 def summary(took: dict[str, float], settings: Settings) -> str:
     """A page about the run itself."""
     rows = [f"| {name} | {seconds:.0f} |" for name, seconds in took.items()]
-    about = f"All pages but {', '.join(APART)} in {sum(took.values()):.0f} s, {settings.laps} laps, {_counts(settings.threads)} threads."
+    laps = f"{settings.laps} laps, {_counts(settings.threads)} threads"
+    about = f"All pages but {', '.join(APART)} in {sum(took.values()):.0f} s, {laps}."
     return "\n".join(["# The run", "", about, "", machine(), "", "| page | seconds |", "| :-- | --: |", *rows]) + "\n"
 
 

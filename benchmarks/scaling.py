@@ -103,11 +103,10 @@ def _updates(n: int) -> list[Contender]:
     # Before θ is written over, which would be warned of.
     update.prepare()
     theta = update.optimizer.parameters[0].detach()
-    v = originals["visual"][0]
+    g, v, g0, v0 = (originals[kind][0] for kind in KINDS)
     found = [Contender(COPY, lambda: theta.copy_(v)), Contender(combine.OURS, update.combine, update.prepare)]
     if n <= LARGEST_NAIVE:
-        vectors = [originals[kind][0] for kind in KINDS]
-        found.append(Contender(combine.NAIVE, lambda: naive.mdgd(*vectors), limit=PATIENCE))
+        found.append(Contender(combine.NAIVE, lambda: naive.mdgd(g, v, g0, v0), limit=PATIENCE))
     return found
 
 

@@ -25,7 +25,7 @@ help:
 	@echo "make docs    build this library's site into site/"
 	@echo "make lint    ruff (check and format) and mypy"
 	@echo "make format  let ruff mend and format the sources"
-	@echo "make bench   print the tables of the benchmarks"
+	@echo "make bench   print the tables of the benchmarks (a quarter of an hour; OUT=FOLDER: write them elsewhere)"
 	@echo "make wheel   build wheel and sdist into dist/, and check them"
 	@echo "make clean   remove .venv, caches and builds"
 	@echo
@@ -83,8 +83,13 @@ example-%: .venv-%/.done
 # So that make keeps them.
 .PRECIOUS: .venv-%/.done
 
+# OUT=FOLDER writes elsewhere, as a second run does that is to be compared. The script for a GPU runs tiny, to see that it
+# runs.
+OUT := benchmarks/results
 bench: $(VENV)/.bench
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks --out $(OUT)
+	$(BIN)/python -m benchmarks gpu --small --out .benchmarks
+	$(BIN)/python -m benchmarks goals
 
 wheel: $(VENV)/.dev
 	$(BIN)/python -m build --no-isolation

@@ -1,9 +1,9 @@
-"""``python -m benchmarks``: see :mod:`benchmarks.commands`; with ``gpu`` or ``compare`` the module of that name."""
+"""``python -m benchmarks``: see :mod:`benchmarks.commands`; with ``gpu``, ``compare`` or ``goals`` that module."""
 
 import sys
 
 if __name__ == "__main__":
-    # Apart, for it has to run where nothing is installed that pictures and peers need.
+    # Apart, for gpu has to run where nothing is installed that pictures and peers need.
     if sys.argv[1:2] == ["gpu"]:
         from benchmarks import gpu
 
@@ -12,6 +12,10 @@ if __name__ == "__main__":
         from benchmarks import compare
 
         sys.exit(compare.main(sys.argv[2:]))
+    elif sys.argv[1:2] == ["goals"]:
+        from benchmarks import goals
+
+        goals.main(sys.argv[2:])
     else:
         from benchmarks import commands
 

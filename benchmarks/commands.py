@@ -1,19 +1,25 @@
 """``python -m benchmarks``: print every table, and write it with its picture into ``benchmarks/results``.
 
-``python -m benchmarks gpu`` and ``compare`` are programs of their own, see the modules of these names.
+A run goes through its sections lap by lap, so that quartiles hold what drifts meanwhile; what is counted and not timed
+has one lap. ``costs`` takes as long as all others together, and has to be named. ``python -m benchmarks gpu``,
+``compare`` and ``goals`` are programs of their own, see the modules of these names.
 """
 
 import argparse
 import os
+import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from benchmarks import bandwidth, combine, costs, masking, memory, parts, scaling, shapes, step, training
-from benchmarks.report import machine
+from benchmarks.goals import RUN
+from benchmarks.report import Section, machine
 from benchmarks.settings import QUICK, Settings
+from benchmarks.timing import Races
 
 SECTIONS = {
     "combine": combine.section,
@@ -22,23 +28,21 @@ SECTIONS = {
     "shapes": shapes.section,
     "step": step.section,
     "training": training.section,
+    "scaling": scaling.section,
     "costs": costs.section,
     "memory": memory.section,
     "bandwidth": bandwidth.section,
-    "scaling": scaling.section,
 }
-
-# Takes as long as all others together.
 APART = ("costs",)
+ONE_LAP = ("costs", "memory", "bandwidth")
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    usual = [name for name in SECTIONS if name not in APART]
-    parser.add_argument("names", nargs="*", metavar="NAME", help="as --only")
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=usual, metavar="NAME",
-                        help=f"of {', '.join(SECTIONS)}")  # fmt: skip
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"of {', '.join(SECTIONS)} (default: all but {', '.join(APART)})"
+    )
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that everything runs")
     parser.add_argument("--threads", nargs="+", type=int, metavar="N", help="thread counts (default: 1 and 2)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="where results are written")
@@ -52,8 +56,45 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     warnings.filterwarnings("ignore", module="(peft|transformers).*")
     print(machine())
-    for name in options.names or options.only:
-        torch.manual_seed(0)
-        section = SECTIONS[name](settings)
-        section.show()
-        section.write(options.out)
+    took = run(options.names or [name for name in SECTIONS if name not in APART], settings, options.out)
+    print(f"{sum(took.values()):.0f} s in all")
+    if not options.names:
+        (options.out / RUN).write_text(summary(took, settings), encoding="utf-8")
+
+
+def run(names: Sequence[str], settings: Settings, out: Path) -> dict[str, float]:
+    """Measure the sections, show and write each in the last lap; seconds of each, all laps together."""
+    races = {name: Races() for name in names}
+    took = dict.fromkeys(names, 0.0)
+    for lap in range(1, settings.laps + 1):
+        for name in names:
+            if lap < settings.laps and name in ONE_LAP:
+                continue
+            start = time.perf_counter()
+            section = _measure(name, replace(settings, races=races[name]))
+            seconds = time.perf_counter() - start
+            took[name] += seconds
+            print(f"lap {lap} of {settings.laps}: {name}, {seconds:.0f} s", flush=True)
+            if lap == settings.laps:
+                section.show()
+                section.write(out)
+    return took
+
+
+def _measure(name: str, settings: Settings) -> Section:
+    assert settings.races is not None
+    torch.manual_seed(0)
+    settings.races.begin()
+    return SECTIONS[name](settings)
+
+
+def summary(took: dict[str, float], settings: Settings) -> str:
+    """A page about the run itself."""
+    rows = [f"| {name} | {seconds:.0f} |" for name, seconds in took.items()]
+    laps = f"{settings.laps} laps, {_counts(settings.threads)} threads"
+    about = f"All pages but {', '.join(APART)} in {sum(took.values()):.0f} s, {laps}."
+    return "\n".join(["# The run", "", about, "", machine(), "", "| page | seconds |", "| :-- | --: |", *rows]) + "\n"
+
+
+def _counts(threads: Sequence[int]) -> str:
+    return " and ".join(map(str, threads))

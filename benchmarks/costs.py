@@ -288,7 +288,12 @@ def goals(part: str, times: Times, memory: dict[str, Memory], layers: int) -> It
     yield Goal(
         f"{part}: {ALIGN.name}, peak beyond the weights θ and φ", 1.1, (align.peak - align.reference) / plain.peak
     )
-    yield Goal(f"{part}: {LOW.name}, held, of the layers' AdamW state", 0.02, low.rule / layers)
+    yield Goal(
+        f"{part}: {LOW.name}, held, of the layers' AdamW state",
+        0.02,
+        low.rule / layers,
+        why="2 · rank rows of each input's width are held, so narrow layers pay more",
+    )
 
 
 def reasons(part: str, times: Times, memory: dict[str, Memory]) -> str:

@@ -10,8 +10,15 @@ from benchmarks.setups import gradients
 from benchmarks.timing import NOTE, Contender, copy_of, ratio, threads
 from torch_mdgd import kernels
 
-PRODUCTS, DOTS = "the 6 of g, v and g~0", "the same by torch.dot"
-OPERATIONS = ("⟨g0, v0⟩ and ⟨v0, v0⟩", "g~0 = g0 − b v0, in place", PRODUCTS, "d = g + αv + βc g~0, in place", DOTS)
+PRODUCTS, DOTS, READ = "the 6 of g, v and g~0", "the same by torch.dot", "reading one vector: torch.sum"
+OPERATIONS = (
+    "⟨g0, v0⟩ and ⟨v0, v0⟩",
+    "g~0 = g0 − b v0, in place",
+    PRODUCTS,
+    "d = g + αv + βc g~0, in place",
+    DOTS,
+    READ,
+)
 PAIRS = [(i, j) for i in range(3) for j in range(i, 3)]
 
 
@@ -21,7 +28,7 @@ def dots(vectors: list[Tensor]) -> list[Tensor]:
 
 
 def contenders(n: int) -> list[Contender]:
-    """Each operation of (6)-(9) on vectors of n numbers, by itself, and the six products by ``torch.dot``."""
+    """Each operation of (6)-(9) on vectors of n numbers, by itself, the six products by ``torch.dot``, and a read."""
     g, v, g0, v0 = (tensors[0] for tensors in gradients([(n,)]).values())
     little = torch.tensor([[1.0, 1e-9, 1e-9]], dtype=torch.float64)
     calls = (
@@ -30,6 +37,7 @@ def contenders(n: int) -> list[Contender]:
         lambda: kernels.inner_products([[g], [v], [g0]]),
         lambda: kernels.combine_([g], [[g], [v], [g0]], little),
         lambda: dots([g, v, g0]),
+        lambda: torch.sum(g),
     )
     return [copy_of(n), *(Contender(name, call) for name, call in zip(OPERATIONS, calls, strict=True))]
 

@@ -11,6 +11,8 @@ from matplotlib.figure import Figure
 from benchmarks.peers import versions
 from benchmarks.timing import digits
 
+GOALS = ("what", "goal", "reached", "", "why not")
+
 
 @dataclass
 class Table:
@@ -32,6 +34,7 @@ class Goal:
         reached: the measurement; None if a peer is missing or was left out.
         at_least: whether the limit is one from below.
         unit: of both.
+        why: it is not reached, if it is not.
     """
 
     what: str
@@ -39,6 +42,7 @@ class Goal:
     reached: float | None
     at_least: bool = False
     unit: str = "×"
+    why: str = ""
 
     @property
     def met(self) -> bool | None:
@@ -46,10 +50,11 @@ class Goal:
             return None
         return self.reached >= self.limit if self.at_least else self.reached <= self.limit
 
-    def cells(self) -> tuple[str, str, str, str]:
+    def cells(self) -> tuple[str, str, str, str, str]:
         bound = f"{'≥' if self.at_least else '≤'} {self.limit:g} {self.unit}"
         reached = "" if self.reached is None else f"{_number(self.reached)} {self.unit}"
-        return self.what, bound, reached, {True: "met", False: "not met", None: "not measured"}[self.met]
+        verdict = {True: "met", False: "not met", None: "not measured"}[self.met]
+        return self.what, bound.strip(), reached.strip(), verdict, self.why if self.met is False else ""
 
 
 @dataclass
@@ -103,7 +108,7 @@ class Section:
 
     def all_tables(self) -> list[Table]:
         """The tables, goals last."""
-        goals = Table("Goals", ("what", "goal", "reached", ""), [goal.cells() for goal in self.goals])
+        goals = Table("Goals", GOALS, [goal.cells() for goal in self.goals])
         return [*self.tables, *([goals] if self.goals else [])]
 
 

@@ -3,21 +3,24 @@
 import math
 import os
 from collections.abc import Sequence
+from functools import cache
 
-import torch
 from torch import Tensor
 
 from benchmarks import combine, figures, masking, naive
 from benchmarks.report import Goal, Section, Table, mega, on
 from benchmarks.settings import Settings
-from benchmarks.setups import Captured, gradients
-from benchmarks.timing import COPY, NOTE, Contender, Times, digits, ratio, threads
+from benchmarks.setups import KINDS, Captured, gradients
+from benchmarks.timing import COPY, NOTE, PATIENCE, Contender, Times, digits, ratio, threads
 from torch_mdgd import Project
 
-UPDATES = (combine.OURS, combine.PROJECTION, combine.NAIVE)
+UPDATES = (combine.OURS, combine.NAIVE)
 MASKS = (masking.OURS, masking.PARTITION)
-# float32 vectors of size n that a comparison holds at its worst moment.
-VECTORS = {"update": 24, "mask": 6}
+# float32 vectors of size n that a comparison holds at its worst moment; and numbers up to which there is a naive form.
+VECTORS = {"update": 6, "mask": 4}
+LARGEST_NAIVE = 16_000_000
+# From here on a round takes seconds, and rounds are few.
+LARGE, FEW = 64_000_000, 3
 
 
 def slope(points: Sequence[tuple[int, float]]) -> float:
@@ -37,6 +40,7 @@ def residual(g_tilde: Tensor, g: Tensor, v: Tensor) -> float:
     return abs(dot) / math.sqrt(gg * vv)
 
 
+@cache
 def residuals(n: int) -> tuple[float, float]:
     """The residual of the library's float32 projection, and of the naive one."""
     originals = gradients([(n,)])
@@ -58,7 +62,7 @@ def section(settings: Settings) -> Section:
     with threads(settings.threads[-1]):
         updates = _sweep(sizes(settings.sweep, VECTORS["update"]), settings, _updates)
         masks = _sweep(sizes(settings.mask_sweep, VECTORS["mask"]), settings, _masks)
-        left = {n: residuals(n) for n in updates}
+        left = {n: residuals(n) for n in updates if n <= LARGE}
     tables, lines, goals = [], {}, []
     for title, names, sweep in (("The update (6)-(9)", UPDATES, updates), ("The top 10 %", MASKS, masks)):
         rows = []
@@ -86,14 +90,24 @@ def section(settings: Settings) -> Section:
     about = (
         "In copies of n values, and the values per second that they came to on this machine, "
         f"{on(settings.threads[-1])}; np.partition uses one. Vectors that fit into the processor's cache have a "
-        f"cheaper copy. {NOTE}"
+        f"cheaper copy. The naive form stops at {mega(LARGEST_NAIVE)}: it takes more memory. {NOTE}"
     )
     figure = figures.curves("Time against n", "n", "milliseconds", lines)
     return Section("scaling", "Scaling", about, tables, goals, figure)
 
 
 def _updates(n: int) -> list[Contender]:
-    return combine.contenders(n, torch.float32, UPDATES)
+    """The copy goes into θ, and each round's gradients are what the one before left: few vectors, to reach far."""
+    originals = gradients([(n,)])
+    update = Captured(originals, originals)
+    # Before θ is written over, which would be warned of.
+    update.prepare()
+    theta = update.optimizer.parameters[0].detach()
+    g, v, g0, v0 = (originals[kind][0] for kind in KINDS)
+    found = [Contender(COPY, lambda: theta.copy_(v)), Contender(combine.OURS, update.combine, update.prepare)]
+    if n <= LARGEST_NAIVE:
+        found.append(Contender(combine.NAIVE, lambda: naive.mdgd(g, v, g0, v0), limit=PATIENCE))
+    return found
 
 
 def _masks(n: int) -> list[Contender]:
@@ -101,7 +115,7 @@ def _masks(n: int) -> list[Contender]:
 
 
 def _sweep(ns: Sequence[int], settings: Settings, contenders) -> dict[int, Times]:
-    return {n: settings.race(contenders(n)) for n in ns}
+    return {n: settings.race(contenders(n), FEW if n >= LARGE else None) for n in ns}
 
 
 def _median(values: Sequence[float]) -> float:

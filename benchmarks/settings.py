@@ -4,9 +4,11 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from benchmarks.timing import Contender, Times, interleave
+from benchmarks.timing import Contender, Races, Times, interleave
 
 M = 1_000_000
+# Rounds of whole training steps in a lap.
+STEPS = 5
 
 
 @dataclass(frozen=True)
@@ -15,40 +17,55 @@ class Settings:
 
     Args:
         values: numbers in the vectors of most tables.
+        few: numbers in the vectors of peers that take a hundred copies.
         sweep: sizes at which the update is timed.
         mask_sweep: sizes at which the mask is timed.
         fractions: kept fractions at which the mask is timed.
         divide: by what the widths of LLaVA are divided in the list of its shapes.
         hidden: width of the small language model that is trained.
         layers: its depth.
-        rounds: at least so many rounds of every comparison.
+        laps: how often the whole is gone through.
+        rounds: at least so many rounds of every comparison in a lap.
         seconds: and more of them until a comparison has taken this long.
         threads: thread counts of torch; tables with one count use the last.
+        races: what earlier laps of the section have measured; None for a lone one.
     """
 
     values: int = 16 * M
-    sweep: tuple[int, ...] = tuple(M << i for i in (0, 2, 4, 6))
+    few: int = 2 * M
+    sweep: tuple[int, ...] = tuple(M << i for i in (0, 2, 4, 6, 8))
     mask_sweep: tuple[int, ...] = tuple(M << i for i in (0, 2, 4, 6, 8))
-    fractions: tuple[float, ...] = (0.01, 0.05, 0.10, 0.25, 0.50)
+    fractions: tuple[float, ...] = (0.01, 0.10, 0.50)
     divide: int = 8
     hidden: int = 512
     layers: int = 4
+    laps: int = 3
     rounds: int = 7
-    seconds: float = 1.0
+    seconds: float = 0.3
     threads: tuple[int, ...] = tuple(sorted({1, min(2, os.cpu_count() or 1)}))
+    races: Races | None = None
 
-    def race(self, contenders: Sequence[Contender]) -> Times:
-        """Time them in turn, as often as these settings say."""
-        return interleave(contenders, rounds=self.rounds, seconds=self.seconds)
+    def race(self, contenders: Sequence[Contender], most: int | None = None) -> Times:
+        """Time them in turn, as often as these settings say; with the rounds of earlier laps.
+
+        Args:
+            contenders: with distinct names.
+            most: no more rounds than this, for what takes long.
+        """
+        rounds = self.rounds if most is None else min(self.rounds, most)
+        times = interleave(contenders, rounds=rounds, seconds=self.seconds if most is None else 0.0)
+        return times if self.races is None else self.races.add(times)
 
 
 QUICK = Settings(
     values=4000,
+    few=1000,
     sweep=(1000, 2000, 4000),
     mask_sweep=(1000, 2000, 4000),
     fractions=(0.10, 0.50),
     divide=128,
     hidden=32,
     layers=1,
+    laps=1,
     seconds=0.0,
 )

@@ -87,7 +87,8 @@ class Captured:
                 torch._foreach_copy_(tensors, self.originals[kind])
         self._capture(KINDS[:2])
         if self.optimizer.needs() == KINDS:
-            with self.optimizer.reference():
+            # Places, which takes no time beside the passes that are timed.
+            with self.optimizer.reference(places=True):
                 self._capture(KINDS[2:])
 
     def combine(self) -> Tensor | None:

@@ -3,8 +3,9 @@
 from benchmarks import figures
 from benchmarks.report import Goal, Section, Table, on
 from benchmarks.settings import Settings
-from benchmarks.setups import Captured, Shape, count, gradients, llava
-from benchmarks.timing import Contender, Ratio, Times, copy_of, ratio, threads
+from benchmarks.setups import Captured, Shape, gradients, llava
+from benchmarks.setups import count as numbers
+from benchmarks.timing import Contender, Ratio, copy_of, ratio, threads
 from torch_mdgd import kernels
 
 ONE = "one tensor"
@@ -13,7 +14,7 @@ ONE = "one tensor"
 def lists(divide: int) -> dict[str, list[Shape]]:
     """The same total in one tensor, in LLaVA's list, and in a thousand equal tensors."""
     shapes = llava(divide)
-    n = count(shapes)
+    n = numbers(shapes)
     return {ONE: [(n,)], f"LLaVA, {len(shapes)} tensors": shapes, "1000 tensors": [(n // 1000,)] * 1000}
 
 
@@ -23,7 +24,7 @@ def combine_contenders(divide: int) -> list[Contender]:
     for name, shapes in lists(divide).items():
         update = Captured(gradients(shapes))
         found.append(Contender(name, update.combine, update.prepare))
-    return [copy_of(count(llava(divide))), *found]
+    return [copy_of(numbers(llava(divide))), *found]
 
 
 def mask_contenders(divide: int) -> list[Contender]:
@@ -31,8 +32,8 @@ def mask_contenders(divide: int) -> list[Contender]:
     found = []
     for name, shapes in lists(divide).items():
         scores = gradients(shapes)["task"]
-        found.append(Contender(name, _mask(scores, max(1, count(shapes) // 10))))
-    return [copy_of(count(llava(divide))), *found]
+        found.append(Contender(name, _mask(scores, max(1, numbers(shapes) // 10))))
+    return [copy_of(numbers(llava(divide))), *found]
 
 
 def _mask(scores, k: int):
@@ -40,26 +41,26 @@ def _mask(scores, k: int):
 
 
 def section(settings: Settings) -> Section:
-    """Time both operations over each list."""
-    measured: dict[str, Times] = {}
-    with threads(settings.threads[-1]):
-        for operation, make in (("(6)-(9)", combine_contenders), ("top-k mask", mask_contenders)):
-            measured[operation] = settings.race(make(settings.divide))
+    """Time both operations over each list on each number of threads."""
     names = list(lists(settings.divide))
     rows, goals = [], []
     series: dict[str, dict[str, Ratio | None]] = {}
-    for operation, times in measured.items():
-        series[operation] = {name: ratio(times, name) for name in names}
-        for name in names:
-            relative = ratio(times, name, ONE)
-            rows.append((f"{operation}, {name}", str(ratio(times, name)), str(relative)))
-            if name.startswith("LLaVA") and relative is not None:
-                what = f"{operation} of LLaVA's list, against one tensor of the same total"
-                goals.append(Goal(what, 1.3, relative.median))
+    for count in settings.threads:
+        for operation, make in (("(6)-(9)", combine_contenders), ("top-k mask", mask_contenders)):
+            with threads(count):
+                times = settings.race(make(settings.divide))
+            what = f"{operation}, {on(count)}"
+            series[what] = {name: ratio(times, name) for name in names}
+            for name in names:
+                relative = ratio(times, name, ONE)
+                rows.append((f"{what}, {name}", str(series[what][name]), str(relative)))
+                if name.startswith("LLaVA") and relative is not None:
+                    goal = f"{what}: LLaVA's list, against one tensor of the same total"
+                    goals.append(Goal(goal, 1.3, relative.median))
     table = Table("Time, median and quartiles", ("operation, list", "copies", "against one tensor"), rows)
     about = (
-        f"The same {count(llava(settings.divide)):,} numbers (rounded down for the thousand equal tensors) cut up in "
-        f"three ways, float32, {on(settings.threads[-1])}. LLaVA's widths are divided by {settings.divide}."
+        f"The same {numbers(llava(settings.divide)):,} numbers (rounded down for the thousand equal tensors) cut up in "
+        f"three ways, float32. LLaVA's widths are divided by {settings.divide}."
     )
     figure = figures.bars("Lists", "copies", series, log=False)
     return Section("shapes", "Many small tensors", about, [table], goals, figure)

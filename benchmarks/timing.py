@@ -41,7 +41,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Ratio:
-    """Median and quartiles of the ratios of single rounds."""
+    """Median and quartiles of single rounds: of ratios, or of :func:`over`."""
 
     median: float
     low: float
@@ -52,6 +52,39 @@ class Ratio:
 
 
 Times = dict[str, list[float]]
+
+
+class Races:
+    """The rounds of a section's comparisons, which grow lap by lap.
+
+    A run goes through its sections several times, each time through the same comparisons in the same order, with
+    everything made anew. Quartiles then hold what drifts over minutes and what depends on where a vector lies in
+    memory, as they differ between two runs.
+    """
+
+    def __init__(self) -> None:
+        self._pooled: list[Times] = []
+        self._next = 0
+
+    def begin(self) -> None:
+        """The next comparison is the section's first again."""
+        self._next = 0
+
+    def add(self, times: Times) -> Times:
+        """These rounds behind those of earlier laps, without what was left out of one of them.
+
+        Raises:
+            ValueError: earlier laps compared something else here.
+        """
+        if self._next == len(self._pooled):
+            self._pooled.append(times)
+        else:
+            before = self._pooled[self._next]
+            if not before.keys() & times.keys():
+                raise ValueError(f"races: {list(times)} do not continue {list(before)}")
+            self._pooled[self._next] = {name: before[name] + times[name] for name in before if name in times}
+        self._next += 1
+        return self._pooled[self._next - 1]
 
 
 def copy_of(n: int) -> Contender:
@@ -99,7 +132,16 @@ def ratio(times: Times, name: str, unit: str = COPY) -> Ratio | None:
     """How many ``unit`` one ``name`` takes, round by round; None if either was left out."""
     if name not in times or unit not in times:
         return None
-    values = [a / b for a, b in zip(times[name], times[unit], strict=True)]
+    return quartiles([a / b for a, b in zip(times[name], times[unit], strict=True)])
+
+
+def over(times: Times, name: str, unit: str) -> Ratio:
+    """How many milliseconds longer than ``unit`` it takes, round by round."""
+    return quartiles([1e3 * (a - b) for a, b in zip(times[name], times[unit], strict=True)])
+
+
+def quartiles(values: Sequence[float]) -> Ratio:
+    """Of the numbers of single rounds."""
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")
     return Ratio(statistics.median(values), low, high)
 

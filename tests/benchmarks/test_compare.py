@@ -1,10 +1,11 @@
-"""Two runs held to each other by their pages."""
+"""Two runs held to each other by their pages, and the goals of all pages in one table."""
 
 from pathlib import Path
 
 import pytest
 
 from benchmarks.compare import main
+from benchmarks.goals import BEGIN, END, HERE, goals, put
 
 PAGE = """# The step
 
@@ -32,19 +33,30 @@ def _page(folder: Path, plain: str) -> str:
 def test_a_run_agrees_with_itself(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     first = _page(tmp_path / "a", "4.0 (3.0–5.0)")
     assert main([first, first]) == 0
-    assert capsys.readouterr().out.startswith("3 of 3 medians")
+    assert "Of 3 cells 3 agree" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("median", "agrees"), [("3.0", True), ("5.0", True), ("2.9", False), ("5.1", False)])
-def test_a_median_agrees_within_the_first_quartiles(
-    median: str, agrees: bool, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    # The second run's own quartiles are wide and do not count.
-    first, second = _page(tmp_path / "a", "4.0 (3.0–5.0)"), _page(tmp_path / "b", f"{median} (0.1–99)")
-    assert main([first, second]) == int(not agrees)
-    shown = capsys.readouterr().out
-    assert ("step · Time · plain · steps: 4.00 (3.00–5.00)" in shown) is not agrees
-    assert f"{3 if agrees else 2} of 3 medians" in shown
+@pytest.mark.parametrize(
+    ("second", "verdict"),
+    [
+        ("5.0 (4.9–5.1)", "agree"),
+        ("6.0 (3.9–7.0)", "agree"),
+        ("5.1 (4.9–5.3)", "near"),
+        ("6.0 (5.0–7.0)", "near"),
+        ("2.0 (1.0–3.0)", "near"),
+        ("6.0 (5.1–7.0)", "disagree"),
+        ("2.0 (1.0–2.9)", "disagree"),
+    ],
+)
+def test_verdicts(second: str, verdict: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folders = _page(tmp_path / "a", "4.0 (3.0–5.0)"), _page(tmp_path / "b", second)
+    for one, other in (folders, folders[::-1]):
+        assert main([one, other, "--save"]) == int(verdict == "disagree")
+        shown = capsys.readouterr().out
+        (line,) = (line for line in shown.splitlines() if line.startswith("| Time · plain · steps |"))
+        assert line.strip("|* ").endswith(f" {verdict}") or line.endswith(f"**{verdict}** |")
+        assert f"Of 3 cells {3 if verdict == 'agree' else 2} agree" in shown
+        assert (Path(one) / "second.md").read_text(encoding="utf-8") == shown
 
 
 def test_folders_without_a_page_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -52,3 +64,16 @@ def test_folders_without_a_page_are_refused(tmp_path: Path, capsys: pytest.Captu
     with pytest.raises(SystemExit):
         main([first, str(tmp_path)])
     assert f"{tmp_path} has no page" in capsys.readouterr().err
+
+
+def test_goals_of_all_pages(tmp_path: Path) -> None:
+    folder = Path(_page(tmp_path / "results", "4.0 (3.0–5.0)"))
+    assert "| [step](results/step.md) | plain | ≤ 3 × | 2.00 × | met |  |" in goals(folder)
+    with pytest.raises(ValueError, match="no page"):
+        goals(tmp_path)
+
+
+def test_the_readme_has_the_goals_of_the_results() -> None:
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    assert readme.count(BEGIN) == readme.count(END) == 1
+    assert put(goals(HERE / "results"), readme) == readme, "run python -m benchmarks goals"

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import combine, language_model, methods, peers, scaling
-from benchmarks.commands import SECTIONS, main
+from benchmarks import combine, figures, language_model, methods, peers, scaling
+from benchmarks.commands import SECTIONS, main, run
 from benchmarks.report import Goal, Section
-from benchmarks.settings import QUICK
+from benchmarks.settings import QUICK, Settings
+from benchmarks.timing import Contender
 
 ROOT = Path(__file__).resolve().parents[2]
 # Whether a number is right is asked elsewhere: fewer rounds.
@@ -65,11 +66,15 @@ def test_written_and_shown(section: Section, tmp_path: Path, capsys: pytest.Capt
 def test_goals(limit: float, reached: float, at_least: bool, met: bool) -> None:
     goal = Goal("it", limit, reached, at_least)
     assert goal.met is met
-    assert goal.cells()[-1] == ("met" if met else "not met")
+    assert goal.cells()[3] == ("met" if met else "not met")
+
+
+def test_why_is_said_where_a_goal_is_not_reached() -> None:
+    assert [Goal("it", 3, reached, why="slow").cells()[-1] for reached in (2, 4, None)] == ["", "slow", ""]
 
 
 def test_a_goal_that_was_not_measured_is_neither() -> None:
-    assert Goal("it", 3, None).cells() == ("it", "≤ 3 ×", "", "not measured")
+    assert Goal("it", 3, None).cells() == ("it", "≤ 3 ×", "", "not measured", "")
 
 
 def test_the_exponent_of_a_power_law() -> None:
@@ -80,7 +85,7 @@ def test_missing_peers_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
     assert set(peers.versions().values()) == {"not installed"}
     found = combine.section(SETTINGS)
-    cells = {row[0]: row[1] for row in found.tables[0].rows}
+    cells = {row[0]: row[1] for table in found.tables for row in table.rows}
     assert {cells[name] for name in combine.PEER_ROWS} == {"not installed"}
     assert "not installed" not in {cells[combine.OURS], cells[combine.NAIVE]}
     assert [goal.met for goal in found.goals][-1] is None
@@ -97,14 +102,32 @@ def test_the_same_numbers_are_trained_by_both_adapters() -> None:
 
 def test_command_line_runs_one_section(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     main(["combine", "--quick", "--threads", "1", "--out", str(tmp_path)])
+    assert "lap 1 of 1: combine" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["combine.md", "combine.png"]
-    assert "The update" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [["nonsense"], ["--only", "nonsense"]])
-def test_an_unknown_section_is_refused(arguments: list[str], capsys: pytest.CaptureFixture) -> None:
+def test_laps_add_up_and_what_is_counted_has_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, int]] = []
+
+    def timed(settings: Settings) -> Section:
+        times = settings.race([Contender("a", lambda: None)])
+        seen.append(("parts", len(times["a"])))
+        return Section("parts", "", "", [], [], figures.stacks("", "", {"row": {"part": 1.0}}))
+
+    def counted(settings: Settings) -> Section:
+        return replace(timed(settings), name="memory")
+
+    monkeypatch.setitem(SECTIONS, "parts", timed)
+    monkeypatch.setitem(SECTIONS, "memory", counted)
+    took = run(["parts", "memory"], replace(QUICK, laps=3, rounds=2, seconds=0.0), tmp_path)
+    assert [rounds for _, rounds in seen] == [2, 4, 6, 2]
+    assert list(took) == ["parts", "memory"]
+    assert sorted(path.stem for path in tmp_path.glob("*.md")) == ["memory", "parts"]
+
+
+def test_an_unknown_section_is_refused(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
-        main(arguments)
+        main(["nonsense"])
     assert "combine" in capsys.readouterr().err
 
 

@@ -4,7 +4,7 @@ import gc
 
 import pytest
 
-from benchmarks.timing import COPY, Contender, digits, interleave, median_ratio, ratio
+from benchmarks.timing import COPY, Contender, Races, digits, interleave, median_ratio, over, ratio
 
 
 class Clock:
@@ -86,6 +86,24 @@ def test_ratio_is_a_median_with_quartiles() -> None:
     assert found is not None
     assert (found.low, found.median, found.high) == (2, 3, 4)
     assert median_ratio(times, "b") == 3
+
+
+def test_milliseconds_over_another() -> None:
+    found = over({"a": [1.0] * 5, "b": [1.001, 1.002, 1.003, 1.004, 9.0]}, "b", "a")
+    assert (found.low, found.median, found.high) == pytest.approx((2, 3, 4))
+
+
+def test_laps_add_up_comparison_by_comparison() -> None:
+    races = Races()
+    for lap in (1.0, 2.0):
+        races.begin()
+        first = races.add({"a": [lap], "b": [10 * lap]})
+        second = races.add({"a": [100 * lap]} if lap == 1 else {"a": [200.0], "left out before": [1.0]})
+    assert first == {"a": [1.0, 2.0], "b": [10.0, 20.0]}
+    assert second == {"a": [100.0, 200.0]}
+    races.begin()
+    with pytest.raises(ValueError, match="do not continue"):
+        races.add({"c": [1.0]})
 
 
 def test_no_garbage_collection_while_timing() -> None:

@@ -22,7 +22,7 @@ CHECKPOINTS: dict[str, tuple[Path, Path]] = {
     "smolvlm": (_FOLDER / "smolvlm-0", _FOLDER / "smolvlm-1"),
     "llava-10m": (Path("runs/mini/llava-10m-0"), Path("runs/mini/llava-10m-1")),
 }
-"""Two of each architecture, pre-trained independently. Of these the LLaVAs come with the repository."""
+"""Two of each architecture, pre-trained independently. All but the larger ones come with the repository."""
 
 REPORT_FILE = "training.json"
 

@@ -4,14 +4,15 @@ import html
 import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import compress
 from pathlib import Path
 
 from PIL import Image
 from rich.console import Console
 
 from reproductions.mini.experiment.outcomes import CellOutcomes, load
-from reproductions.mini.experiment.systems import SYSTEMS
-from reproductions.mini.model.checkpoint import CHECKPOINT, SECOND_CHECKPOINT
+from reproductions.mini.experiment.systems import ARCHITECTURES, SYSTEMS
+from reproductions.mini.model.checkpoint import CHECKPOINTS, REPORT_FILE
 from reproductions.mini.report.figures import draw_figures
 from reproductions.mini.report.grouping import by_architecture
 from reproductions.mini.report.opening import draw_opening, sentences
@@ -88,11 +89,21 @@ Judged = Mapping[str, Sequence[tuple[str, Sequence[Verdict]]]]
 
 
 def judge(cells: Sequence[CellOutcomes]) -> Judged:
-    """Of each architecture, and last of all models together: the title of each cell, and what becomes of each claim."""
+    """Of each architecture, and last of all models together: the title of each cell, and what becomes of each claim.
+
+    Claims whose systems were tested in none of a group's cells are left out there.
+    """
     claims = claims_of(cells)
     return {
-        name: [(cell.title, verdicts(cell, claims)) for cell in own] for name, own in by_architecture(cells).items()
+        name: _told([(cell.title, verdicts(cell, claims)) for cell in own])
+        for name, own in by_architecture(cells).items()
     }
+
+
+def _told(columns: Sequence[tuple[str, list[Verdict]]]) -> list[tuple[str, list[Verdict]]]:
+    found = zip(*(column for _, column in columns), strict=True)
+    kept = [any(not v.evidence.startswith("not measured") for v in same) for same in found]
+    return [(title, list(compress(column, kept))) for title, column in columns]
 
 
 def verdicts_markdown(judged: Judged) -> str:
@@ -165,21 +176,25 @@ def _opening(cells: Sequence[CellOutcomes], panels: Sequence[Path]) -> str:
 def _overview(cells: Sequence[CellOutcomes]) -> str:
     told = []
     runs = [run for cell in cells for outcome in cell.systems.values() for run in outcome.runs.values()]
-    for cell in cells:
+    tested = [cell for cell in cells if cell.systems]
+    for cell in tested:
         seeds = {seed for outcome in cell.systems.values() for seed in outcome.runs}
-        count = f"{len(cell.systems)} systems, {len(seeds)} seeds" if cell.systems else "nothing tested yet"
-        told.append(f"{cell.title}: {count}")
+        told.append(f"{cell.title}: {len(cell.systems)} systems, {len(seeds)} seeds")
+    models = dict.fromkeys(cell.cell.architecture for cell in tested)
+    begun = "; ".join(f"{ARCHITECTURES[name]}: {' and '.join(map(_pretraining, CHECKPOINTS[name]))}" for name in models)
     versions = sorted({f"{name} {v}" for run in runs for name, v in run.get("versions", {}).items()})
     lacking = any(missing(cell) for cell in cells)
     return (
-        f"{'; '.join(told)}. Even seeds begin with the first pre-trained model of an architecture, odd ones with the "
-        f"second (LLaVA: {_pretraining(CHECKPOINT)}; {_pretraining(SECOND_CHECKPOINT)}). "
+        f"{'; '.join(told) or 'Nothing is tested yet'}. Even seeds begin with the first pre-trained model of an "
+        f"architecture, odd ones with the second, pre-trained apart{f' ({begun})' if begun else ''}. "
         f"{'Not all is there yet; the tables say what is missing. ' if lacking else ''}{', '.join(versions)}."
     )
 
 
 def _pretraining(checkpoint: Path) -> str:
-    settings = json.loads((checkpoint / "training.json").read_text())["settings"]
+    if not (checkpoint / REPORT_FILE).is_file():
+        return f"{checkpoint.name}, which is not here"
+    settings = json.loads((checkpoint / REPORT_FILE).read_text())["settings"]
     return f"seed {settings['seed']}, {settings['language_steps']:,} steps"
 
 

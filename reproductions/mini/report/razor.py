@@ -25,7 +25,9 @@ def draw_razor(cells: Sequence[CellOutcomes]) -> Figure | None:
     for axis, (title, each) in zip(axes, found.items(), strict=False):
         for (kl, lost), name in zip(points(each), each, strict=True):
             axis.plot(kl, lost, "o", color=FAMILY_COLOURS[name], markersize=5)
-        axis.set_xscale("log")
+        kls = [kl for kl, _ in points(each)]
+        if max(kls) > 3 * min(kls):
+            axis.set_xscale("log")
         axis.margins(0.12)
         axis.grid(alpha=0.2)
         label(axis, f"{title}\n{correlation(each)}", "KL on the target's prompts, nats a token", "change of P, points")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_mdgd import kernels
 from torch_mdgd.kernels import Tensors
 from torch_mdgd.parallel import dtensor, ranks
 from torch_mdgd.rules.base import KINDS
@@ -107,10 +108,18 @@ class Captures:
             )
 
     @contextmanager
-    def record(self, kind: str, parameters: Sequence[Tensor], scale: float) -> Iterator[None]:
+    def record(
+        self, kind: str, parameters: Sequence[Tensor], scale: float, *, drop_zeros: bool = False
+    ) -> Iterator[None]:
         """Take what a backward pass inside leaves in ``.grad``; see ``MDGDOptimizer.capture``.
 
         ``.grad`` holds the kind's own buffer meanwhile, so autograd adds to it and no second buffer lives.
+
+        Args:
+            kind: of the gradients.
+            parameters: T parameters.
+            scale: the loss scale that they carry.
+            drop_zeros: hold no buffer for a gradient that is zero throughout.
         """
         if self.recording:
             raise RuntimeError("capture: already inside another capture")
@@ -147,7 +156,8 @@ class Captures:
                 )
             _check(kind, gathered, parameters)
             _refuse_overwritten(kind, gathered, self.gradients)
-            self.gradients[kind] = [None if x is None else x.detach() for x in gathered]
+            held = [None if x is None else x.detach() for x in gathered]
+            self.gradients[kind] = _without_zeros(held) if drop_zeros else held
         except BaseException:
             self.clear()
             raise
@@ -181,6 +191,11 @@ def refuse_stray(parameters: Sequence[Tensor]) -> None:
                 f"parameter {i} already has a gradient, which no capture took and combine() would overwrite: run "
                 "that backward pass inside capture('task'), or call zero_grad() after the last step"
             )
+
+
+def _without_zeros(gradients: list[Tensor | None]) -> list[Tensor | None]:
+    zero = (kernels.inner_products([gradients])[:, 0, 0] == 0).tolist()
+    return [None if none else x for x, none in zip(gradients, zero, strict=True)]
 
 
 def _hooked(parameter: Tensor) -> bool:

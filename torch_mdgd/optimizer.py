@@ -228,7 +228,10 @@ class MDGDOptimizer(Optimizer):
         if self._storage.swapped and self._storage.dropped:
             raise RuntimeError(f"capture: a {kind} gradient at the reference: {NO_COPY}")
         self._made.clear()
-        return self._captures.record(f"reference_{kind}" if self._storage.swapped else kind, self.parameters, scale)
+        name = f"reference_{kind}" if self._storage.swapped else kind
+        # While θ is φ v is zero, and would stand beside all else that a step takes which chooses the mask.
+        drop_zeros = kind == "visual" and self._mask_is_due()
+        return self._captures.record(name, self.parameters, scale, drop_zeros=drop_zeros)
 
     @contextmanager
     def reference(self, model: nn.Module | None = None, *, places: bool = False) -> Iterator[None]:
@@ -499,10 +502,8 @@ class MDGDOptimizer(Optimizer):
         if not bool(products[:, 0, 0].any()):
             self._made.refused = NOTHING_TO_CHOOSE_FROM
             return
-        if len(step.gradients) > 1:
-            # While θ is φ v is zero, and would stand beside all else that a choice takes.
-            zero = (products[:, 1, 1] == 0).tolist()
-            step.visual[:] = [None if none else x for x, none in zip(step.visual, zero, strict=True)]
+        # No pass follows at these weights, so that autocast's copies of them need not stand beside the choice.
+        torch.clear_autocast_cache()
         t = [t for t, one in enumerate(self._storage.trained) if one]
         g, v, g0_tilde = ([xs[i] for i in t] for xs in (step.task, step.visual, step.reference))
         inputs = ScoreInputs(g, v, g0_tilde, self.rule.drift(products)[t])

@@ -70,6 +70,7 @@ class Method:
         trains: False measures the weights as they are.
         begins_with: the method whose result is taken up in place of training; None for training.
         keeps: bytes beside each trained number that a penalty or a divergence holds.
+        remembers: whether it takes training examples of what the model could answer before.
         rewrites: whether it begins with weights that are taken apart, which have to be there in full.
         rate: what the experiment's learning rate is multiplied with, where the method has none of its own.
     """
@@ -79,6 +80,7 @@ class Method:
     in_paper: ClassVar[bool] = True
     trains: ClassVar[bool] = True
     begins_with: ClassVar[str | None] = None
+    remembers: ClassVar[bool] = False
     rewrites: ClassVar[bool] = False
     rate: ClassVar[float] = 1.0
     keeps: ClassVar[int] = 0

@@ -29,7 +29,7 @@ class CorDA(LoRA):
     name = "corda"
     title = "CorDA"
     in_paper = False
-    rewrites = True
+    remembers = rewrites = True
     Settings = CordaSettings
 
     def prepare(self, work: base.Work) -> nn.Module:

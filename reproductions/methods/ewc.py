@@ -93,6 +93,7 @@ class EWC(base.Method):
     name = "ewc"
     title = "EWC"
     in_paper = False
+    remembers = True
     keeps = 8
     Settings = ElasticSettings
 

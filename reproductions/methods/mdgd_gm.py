@@ -8,6 +8,10 @@ from reproductions.methods import base
 from reproductions.shared.fields import limited
 from torch_mdgd import masks, rules
 
+COMPACT_UP_TO = 0.7
+"""A share ρ beyond which state that is kept for the mask alone takes more than whole state: 24 ρ + 4 bytes a number in
+a step with AdamW, to 21."""
+
 
 @dataclass(frozen=True)
 class MaskSettings(base.Settings):
@@ -17,7 +21,8 @@ class MaskSettings(base.Settings):
         align: α, weight of the visual gradient.
         ratio: ρ, share of the trained numbers that may move. They are chosen in the first step, when v is zero and g̃ is
             g: the choice goes by the task's gradient alone.
-        compact: keep optimizer state and reference for the mask's numbers alone; the update is the same.
+        compact: keep optimizer state and reference for the mask's numbers alone, up to a ratio of 0.7, beyond which
+            that would take more memory; the update is the same.
     """
 
     align: float = limited(1.0, least=0)
@@ -46,5 +51,5 @@ class MDGDGM(base.Method):
 
     @property
     def compact(self) -> bool:
-        """As it is set."""
-        return bool(self.settings.compact)
+        """As it is set, where it spares memory."""
+        return bool(self.settings.compact) and self.settings.ratio <= COMPACT_UP_TO

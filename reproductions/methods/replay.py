@@ -59,6 +59,7 @@ class WithReplay(base.Method):
     name = "replay"
     title = "Replay"
     in_paper = False
+    remembers = True
     Settings = ReplaySettings
 
     def examples(self, work: base.Work, examples: Sequence[Any], batch: int) -> Sequence[Any]:

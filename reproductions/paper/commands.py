@@ -1,5 +1,6 @@
 """The paper's experiments on the command line."""
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +14,7 @@ Results = Annotated[
     Path | None, typer.Option(help=f"Folder of results; {RESULTS}, or {SMOKE} with --smoke, if not given.")
 ]
 Smoke = Annotated[bool, typer.Option("--smoke", help="Tiny random models and small files, in minutes on a CPU.")]
+Model = Annotated[str | None, typer.Option(help="Another model, such as minicpm-v-4.6.")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Such as training.learning_rate=1e-5.")
 ]
@@ -30,12 +32,17 @@ def register(app: typer.Typer) -> None:
     app.command("export")(export)
 
 
-def list_rows(overrides: Overrides = None, results: Results = None) -> None:
+def list_rows(
+    beyond: Annotated[bool, typer.Option("--beyond", help="The methods beyond the paper too.")] = False,
+    model: Model = None,
+    overrides: Overrides = None,
+    results: Results = None,
+) -> None:
     """Every row of both tables and every figure: numbers trained, hours, memory, disk, data, and what has run."""
     with _refusals():
         from reproductions.paper.run.listing import print_list
 
-        print_list(overrides or [], results or RESULTS, _console())
+        print_list(_settings(overrides, model), results or RESULTS, _console(), beyond=beyond)
 
 
 def run(
@@ -50,9 +57,9 @@ def run(
     preset: Annotated[
         str | None, typer.Option(help="hour or day: the claim in the small, on one card of 24 GB.")
     ] = None,
-    seeds: Annotated[str, typer.Option(help="Such as 0,1,2: each row with each; tables show means.")] = "0",
+    seeds: Annotated[str, typer.Option(help="Such as 0,1,2: each row with each; tables show means.")] = "",
     smoke: Smoke = False,
-    model: Annotated[str | None, typer.Option(help="Another model, such as minicpm-v-4.6.")] = None,
+    model: Model = None,
     data: Annotated[
         Path | None, typer.Option(help="Folder with one folder a data set; the hub for what it lacks.")
     ] = None,
@@ -63,9 +70,7 @@ def run(
     results: Results = None,
 ) -> None:
     """Fine-tune and measure; what is done is skipped, and what was killed is taken up where it stopped."""
-    settings = list(overrides or [])
-    settings += [f'model="{model}"'] * (model is not None and preset is None)
-    settings += [f'data.source="{data}"'] * (data is not None)
+    settings = _settings(overrides, None if preset else model, data)
     settings += ["trust_remote_code=true"] * trust_remote_code
     with _refusals():
         from reproductions.paper.run import rows
@@ -76,14 +81,13 @@ def run(
                 from reproductions.paper.run.preset import run_preset
                 from reproductions.shared.fields import ConfigError
 
-                if experiment or method or all_rows or seeds != "0":
+                if experiment or method or all_rows or seeds:
                     raise ConfigError("--preset names model, rows and seeds itself: pass no other rows and no --seeds")
                 run_preset(preset, model, settings, folder, smoke=smoke, console=console)
             else:
                 found = rows.chosen(experiment, method, all_rows, beyond, smoke, settings)
-                for seed in rows.seeds_of(seeds):
-                    more = [f"seed={seed}"] * (seeds != "0")
-                    rows.run_rows(found, [*settings, *more], folder, smoke=smoke, console=console)
+                for seed in rows.seeds_of(seeds, settings):
+                    rows.run_rows(found, [*settings, *seed], folder, smoke=smoke, console=console)
         except rows.RowsFailedError:
             _print_tables(folder, console)
             raise
@@ -138,8 +142,6 @@ def harness(
     limit: Annotated[int | None, typer.Option(min=1, help="Examples of each task.")] = None,
 ) -> None:
     """Measure a run's model with lmms-eval, which has to be installed beside this."""
-    import json
-
     if not (folder / "config.json").is_file():
         typer.secho(f"{folder} holds no run", err=True, fg="red")
         raise typer.Exit(2)
@@ -164,17 +166,18 @@ def tune(
     results: Results = None,
 ) -> None:
     """Choose settings on validation examples, with the same number of candidates for every method."""
-    settings = [*(overrides or []), *([f'data.source="{data}"'] if data else [])]
+    settings = _settings(overrides, None, data)
     with _refusals():
-        from reproductions.paper.config import PRESET_NAMES, load_experiment, load_preset
+        from reproductions.paper.config import PRESET_NAMES, load_preset
         from reproductions.paper.run import rows
         from reproductions.paper.run.tune import tune as choose
 
         folder = _folder(results, smoke)
         name = str(load_preset(experiment)[0]) if experiment in PRESET_NAMES else experiment
-        load = rows.smoke_loader(folder) if smoke else load_experiment
-        rows.known(methods.split(","))
-        choose(load(name, settings), methods.split(","), folder, smoke=smoke, console=_console())
+        load = rows.smoke_loader(folder) if smoke else rows.pinned(folder)
+        names = [method.strip() for method in methods.split(",")]
+        rows.known(names)
+        choose(load(name, settings), names, folder, smoke=smoke, console=_console())
 
 
 def export(
@@ -186,6 +189,12 @@ def export(
         from reproductions.paper.run.export import export_run
 
         typer.echo(export_run(folder, output))
+
+
+def _settings(overrides: list[str] | None, model: str | None, data: Path | None = None) -> list[str]:
+    """Overrides, those that have options of their own among them."""
+    named = {"model": model, "data.source": data}
+    return [*(overrides or []), *(f"{key}={json.dumps(str(x))}" for key, x in named.items() if x is not None)]
 
 
 def _print_tables(folder: Path, console: "Console") -> None:
@@ -214,12 +223,11 @@ class _refusals:  # noqa: N801
             raise typer.Exit(2) from error
         from reproductions.paper.data import DataError
         from reproductions.paper.models import ModelError
-        from reproductions.paper.report.results import ResultError
         from reproductions.paper.run.rows import RowsFailedError
         from reproductions.shared.fields import ConfigError
         from reproductions.shared.files import BusyError, FileError
 
-        told = BusyError | ConfigError | DataError | FileError | ModelError | ResultError | RowsFailedError
+        told = BusyError | ConfigError | DataError | FileError | ModelError | RowsFailedError
         if isinstance(error, told):
             typer.secho(str(error), err=True, fg="red")
             raise typer.Exit(1 if isinstance(error, RowsFailedError) else 2) from error

@@ -264,7 +264,8 @@ def load_experiment(
     name, _, other = str(name).partition("@")
     path = Path(name) if name.endswith(".toml") else EXPERIMENTS / f"{name}.toml"
     if not path.is_file():
-        raise ConfigError(f"no experiment {name!r}; there are {', '.join(experiment_names())}")
+        own = ", or a TOML file of your own"
+        raise ConfigError(f"no experiment {name!r}; there are {', '.join(experiment_names())}{own}")
     values = _read(path)
     values.pop("preset", None)
     model = values.get("model")
@@ -338,9 +339,12 @@ def _lay_over(values: dict[str, Any], more: Mapping[str, Any]) -> None:
 
 
 def _check_names(experiment: Experiment, where: str) -> None:
-    source = experiment.data.source
+    source, weights = experiment.data.source, experiment.source
     if source and not Path(source).is_dir():
         raise ConfigError(f"{where}: data.source: there is no folder {source}")
+    # The hub has none of such a name.
+    if weights.startswith(("/", ".", "~")) and not (Path(weights) / "config.json").is_file():
+        raise ConfigError(f"{where}: source: {weights} is no folder with a config.json")
     if not experiment.pretrained:
         raise ConfigError(f"{where}: pretrained is missing")
     for key, name in [("target", experiment.target), *(("pretrained", name) for name in experiment.pretrained)]:

@@ -1,5 +1,6 @@
 """Fields of dataclasses that settings are checked against, and how plain values become such a dataclass."""
 
+import math
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, field, fields, is_dataclass
@@ -63,6 +64,8 @@ def _value(hint: Any, f: Field, value: Any, where: str, key: str) -> Any:
 
 
 def _check_range(f: Field, value: Any, where: str, key: str) -> None:
+    if type(value) is float and not math.isfinite(value):
+        raise ConfigError(f"{where}: {key} must be a finite number, got {value}")
     least, most, choices = (f.metadata.get(name) for name in ("least", "most", "choices"))
     if choices is not None and value not in choices:
         raise ConfigError(f"{where}: {key} must be one of {', '.join(map(str, choices))}, got {value!r}")

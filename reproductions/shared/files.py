@@ -53,14 +53,21 @@ def named(path: Path, kind: str) -> Iterator[None]:
         raise FileError(f"{path} is not {kind} ({error}): remove it and call again") from error
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, *keys: str) -> Any:
     """What a file of JSON holds.
 
+    Args:
+        path: of the file.
+        keys: that it has to have.
+
     Raises:
-        FileError: it is broken.
+        FileError: it is broken, or lacks one.
     """
-    with named(path, "a JSON file"):
-        return json.loads(path.read_text(encoding="utf-8"))
+    with named(path, f"a JSON file with {' and '.join(keys)}" if keys else "a JSON file"):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        for key in keys:
+            found[key]
+        return found
 
 
 class BusyError(RuntimeError):

@@ -36,7 +36,7 @@ def draw_all(results: Path, output: Path) -> list[Path]:
         the files written, in order; a figure without data is not among them.
 
     Raises:
-        ResultError: the results cannot be read.
+        FileError: the results cannot be read.
     """
     runs = read_results(results)
     drawings: dict[str, Callable[[Runs], Figure | None]] = {

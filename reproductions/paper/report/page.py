@@ -42,7 +42,7 @@ def write_report(results: Path, output: Path) -> Path:
         the file written.
 
     Raises:
-        ResultError: the results cannot be read.
+        FileError: the results cannot be read.
     """
     path = output if output.suffix == ".html" else output / "report.html"
     runs = read_results(results)

@@ -1,7 +1,7 @@
 """What runs leave on disk, `<results>/<experiment>/<method>[-seed<n>]/`, read back."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,12 +9,19 @@ from typing import Any
 
 from safetensors.numpy import load_file
 
-from reproductions.paper.config import method_and_seed
+from reproductions.paper.config import WHEREABOUTS, differences, method_and_seed
 from reproductions.paper.report.published import published
+from reproductions.shared.files import FileError, read_json
+
+IGNORED = (
+    *WHEREABOUTS, "name", "title", "seed", "evaluation.rank_examples", "evaluation.feature_examples",
+    "evaluation.beams", "evaluation.repetition_penalty", "masking", "methods", "data.revisions",
+)  # fmt: skip
+"""Settings that scores are compared in spite of; those of methods are asked for apart."""
 
 
-class ResultError(ValueError):
-    """A file of a run that cannot be read; the message names it."""
+class ResultError(FileError):
+    """What runs left cannot be read; the message names the file or folder."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +52,15 @@ class Result:
     @cached_property
     def config(self) -> dict[str, Any]:
         """Configuration, versions, revision, seed, device."""
-        return _read(self.folder / "config.json")
+        found: dict[str, Any] = read_json(self.folder / "config.json", "configuration")
+        return found
 
     @cached_property
     def status(self) -> dict[str, Any]:
         """The stage that the run has reached, and the seconds it took."""
-        return _read(self.folder / "status.json") if (self.folder / "status.json").exists() else {"stage": "begun"}
+        path = self.folder / "status.json"
+        found: dict[str, Any] = read_json(path, "stage") if path.exists() else {"stage": "begun"}
+        return found
 
     @property
     def smoke(self) -> bool:
@@ -66,7 +76,7 @@ class Result:
     def trained(self) -> int | None:
         """How many numbers might change; None of a run that has not trained, or trains nothing."""
         path = self.folder / "trained.json"
-        return int(_read(path)["trained_numbers"]) if path.exists() else None
+        return int(read_json(path, "trained_numbers")["trained_numbers"]) if path.exists() else None
 
     @cached_property
     def training(self) -> list[dict[str, float]]:
@@ -77,7 +87,7 @@ class Result:
     def evaluation(self) -> dict[str, dict[str, Any]]:
         """Task -> metric, scores, effective rank and number of examples."""
         files = sorted((self.folder / "evaluation").glob("*.json"))
-        return {file.stem: _read(file) for file in files}
+        return {file.stem: read_json(file, "scores") for file in files}
 
     @property
     def scores(self) -> dict[str, float]:
@@ -118,7 +128,8 @@ class Result:
     def masking(self) -> list[dict[str, float]]:
         """Of every masking ratio: ratio, cos and visual_loss."""
         path = self.folder / "analysis" / "masking.json"
-        return _read(path) if path.exists() else []
+        found: list[dict[str, float]] = read_json(path) if path.exists() else []
+        return found
 
 
 def read_results(folder: Path) -> dict[str, dict[str, Result]]:
@@ -147,6 +158,29 @@ def read_seeds(folder: Path) -> dict[str, dict[str, list[Result]]]:
     return found
 
 
+def settings_apart(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """The settings that scores depend on at which two configurations differ, but for those of methods."""
+    found = differences(dict(one), dict(other))
+    return [key for key in found if not any(key == name or key.startswith(f"{name}.") for name in IGNORED)]
+
+
+def unlike(runs: Mapping[str, Sequence[Result]]) -> list[str]:
+    """A note on the runs of an experiment that were made with other settings than its first, or than another seed."""
+    every = [(run, some[0]) for some in runs.values() for run in some]
+    found = []
+    for run, seed in every:
+        first, same, ours = (x.config["configuration"] for x in (every[0][0], seed, run))
+        keys = settings_apart(first, ours) + differences(same["methods"], ours["methods"])
+        if keys:
+            found.append(f"{run.folder.name} ({', '.join(keys[:3])})")
+    if not found:
+        return []
+    return [
+        f"Not of the settings of {every[0][0].folder.name}, so that neither means over seeds nor differences between "
+        f"them mean anything: {', '.join(found)}."
+    ]
+
+
 def _runs(folder: Path) -> Iterator[Result]:
     """In the order of the tables, and what they do not have after it."""
     methods = [*dict.fromkeys(method for experiment in published().values() for method in experiment.rows)]
@@ -158,13 +192,6 @@ def _runs(folder: Path) -> Iterator[Result]:
 
     for config in sorted(folder.glob("*/*/config.json"), key=place):
         yield Result(config.parent)
-
-
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ResultError(f"{path} is not a JSON file: {error}") from error
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 
 from reproductions.methods import METHODS
-from reproductions.paper.report.results import Result
+from reproductions.paper.report.results import Result, unlike
 from reproductions.paper.report.scores import summary
 from reproductions.shared.stats import Difference, Estimate, estimate, paired
 from reproductions.shared.tables import Table
@@ -49,6 +49,7 @@ def seed_table(title: str, runs: Mapping[str, Sequence[Result]], tasks: Sequence
         rows.append((title_of, str(len(found)), *(f"{mean:.1f}" for mean in means), *apart))
     smoke = any(run.smoke for some in runs.values() for run in some)
     notes = ["± half a 95 % interval over seeds; differences are paired, seed by seed, on the same examples."]
+    notes += unlike(runs)
     notes += ["Smoke: tiny random models on drawn pictures; shows that everything runs, and nothing else."] * smoke
     return Table(f"{title}: seeds", tuple(columns), tuple(rows), tuple(notes))
 

@@ -9,11 +9,11 @@ from rich.table import Table
 from rich.text import Text
 
 from reproductions.methods import METHODS
-from reproductions.paper.config import WHEREABOUTS, differences, load_experiment, method_of
+from reproductions.paper.config import differences, load_experiment, method_of
 from reproductions.paper.data import DATASETS
 from reproductions.paper.report.keys import key_table
 from reproductions.paper.report.published import PublishedExperiment, PublishedRow, published
-from reproductions.paper.report.results import Result, read_seeds
+from reproductions.paper.report.results import Result, read_seeds, settings_apart, unlike
 from reproductions.paper.report.scores import summary
 from reproductions.paper.report.seeds import seed_table
 from reproductions.shared.fields import build
@@ -32,11 +32,6 @@ NOTES = {
 }
 KEPT = "P, comparable"
 """The mean over the pre-trained tasks whose published numbers are of the quantity that is measured here."""
-IGNORED = (
-    *WHEREABOUTS, "name", "title", "seed", "evaluation.rank_examples", "evaluation.feature_examples",
-    "evaluation.beams", "evaluation.repetition_penalty", "masking", "data.revisions",
-)  # fmt: skip
-"""Settings that a published number is compared in spite of."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +104,7 @@ def comparisons(results: Path) -> list[Comparison]:
     """Every half of the tables, and experiments of one's own, beside what a folder of results holds.
 
     Raises:
-        ResultError: the folder or a file in it cannot be read.
+        FileError: the folder or a file in it cannot be read.
     """
     found = read_seeds(results)
     known = [compare(experiment, found.get(name, {})) for name, experiment in published().items()]
@@ -120,7 +115,7 @@ def beside(results: Path) -> list[PlainTable]:
     """What stands beside the comparisons: means over seeds, and other metrics.
 
     Raises:
-        ResultError: the folder or a file in it cannot be read.
+        FileError: the folder or a file in it cannot be read.
     """
     out = []
     for name, runs in read_seeds(results).items():
@@ -142,7 +137,8 @@ def compare(experiment: PublishedExperiment, seeds: Mapping[str, Sequence[Result
     if experiment.table:
         target = DATASETS[experiment.target].title
         title = f"Table {experiment.table}: {title} fine-tuned on {target} (Hscore = {experiment.hscore})"
-    return Comparison(title, tuple(columns), tuple(lines), (*_notes(runs.values(), lines), *_quantities(experiment)))
+    notes = (*_notes(runs.values(), lines), *unlike(seeds), *_quantities(experiment))
+    return Comparison(title, tuple(columns), tuple(lines), notes)
 
 
 def rich_tables(results: Path) -> list[Table]:
@@ -195,11 +191,7 @@ def changed_settings(run: Result) -> tuple[str, ...]:
     """The settings of a run that differ from those of the published experiment that it has the name of."""
     ours, theirs = run.config["configuration"], load_experiment(run.experiment)
     expected = json.loads(json.dumps(theirs.as_dict()))
-    found = [
-        key
-        for key in differences({**expected, "methods": None}, {**ours, "methods": None})
-        if not any(key == ignored or key.startswith(f"{ignored}.") for ignored in IGNORED)
-    ]
+    found = settings_apart(expected, ours)
     for name, values in ours.get("methods", {}).items():
         settings = asdict(build(METHODS[name].Settings, values, str(run.folder)))
         found += [f"{name}.{key}" for key in differences(asdict(method_of(theirs, name).settings), settings)]

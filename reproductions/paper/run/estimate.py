@@ -14,6 +14,7 @@ c is 1 if activations are computed again in backward passes; V and N are the vis
 is frozen and runs once an example. Gradients pass through all of the language model, since the connector is trained.
 """
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -30,6 +31,8 @@ from reproductions.paper.config import Experiment, method_of
 from reproductions.paper.data import DATASETS, Split
 from reproductions.paper.models import MODELS, skeleton
 from reproductions.paper.run.sparing import FOUR_BITS, PARTS, STATE, frozen, linear_layers, trains, why_not
+from reproductions.paper.run.work import splits_of
+from reproductions.shared.fields import ConfigError
 from torch_mdgd import MDGD, connector, last_decoder_layers
 from torch_mdgd.models.parts import text_decoder
 
@@ -133,11 +136,6 @@ class Estimate:
         """Of everything."""
         return self.training_hours + self.evaluation_hours + self.analysis_hours
 
-    @property
-    def card(self) -> str | None:
-        """The smallest card that holds it; None where none does."""
-        return next((name for name, card in CARDS.items() if self.memory + SPARE <= card.memory), None)
-
 
 @lru_cache
 def size_of(model: str) -> Size:
@@ -155,6 +153,15 @@ def size_of(model: str) -> Size:
         total, language, vision, decoder.config.hidden_size, len(decoder.layers), decoder.config.vocab_size,
         image_tokens, patches,
     )  # fmt: skip
+
+
+def require_layers(experiment: Experiment) -> None:
+    """Raise ConfigError if more layers are to be trained than the published model has."""
+    depth = size_of(experiment.model).depth
+    if experiment.layers > depth:
+        raise ConfigError(
+            f"{experiment.name}: layers must be at most the {depth} of {experiment.model}, got {experiment.layers}"
+        )
 
 
 def count(module: nn.Module) -> int:
@@ -193,6 +200,7 @@ class Asked:
 
 
 def _ask(experiment: Experiment, method: Method) -> Asked:
+    require_layers(experiment)
     return _asked(experiment.model, experiment.layers, method.name, method.settings)
 
 
@@ -202,8 +210,11 @@ def _asked(model: str, layers: int, name: str, settings: Any) -> Asked:
     if name == "osf":
         return Asked()
     linears = {part: linear_layers(network, part) for part in PARTS}
-    trained = method.trained_numbers(network, layers)
-    asked = _of_a_step(method, network, trained)
+    with warnings.catch_warnings():
+        # What they are of is said where it is trained.
+        warnings.simplefilter("ignore")
+        trained = method.trained_numbers(network, layers)
+        asked = _of_a_step(method, network, trained)
     held = trained_parameters(network) if asked.wraps and not method.compact else ()
     return replace(
         asked,
@@ -230,35 +241,46 @@ def _of_a_step(method: Method, network: nn.Module, trained: int) -> Asked:
 
 
 def bytes_a_number(
-    asked: Asked, ratio: float | None = None, state: float = STATE["adamw"], *, on_host: bool = False
+    asked: Asked, mask: MDGDGM | None = None, state: float = STATE["adamw"], *, on_host: bool = False
 ) -> tuple[float, float]:
     """Bytes beside each trained number's own 4, at the peak of the first step and of later ones.
 
     AdamW's moments 8, each gradient 4; of what is wrapped φ 4, and autocast's copy 2, which lives while gradients are
-    there; the values before a step that is corrected 4. In a compact mask that holds a share ρ: moments, φ and
-    positions 16 ρ, its gradients twice 8 ρ; and to choose it 15, and 8 ρ for the places. Measured, not derived, is the
-    last: ``test_bytes_a_number_are_those_of_a_step`` holds all of them to a profile of steps.
+    there; the values before a step that is corrected or masked 4, and a mask 1. In a compact mask that holds a share ρ:
+    moments, φ and positions 16 ρ, and in a step its values and gradients 8 ρ; to choose it two gradients and autocast's
+    copy 10, or two gradients, the mask, positions and φ 9 + 8 ρ. ``test_bytes_a_number_are_those_of_a_step`` holds all
+    of them to a profile of steps.
 
     Args:
         asked: of a method.
-        ratio: ρ of its compact mask; None without one.
+        mask: the method, if it has one.
         state: bytes of the optimizer's state.
         on_host: whether φ is in the host's memory.
     """
-    if ratio is not None:
+    if mask is not None and mask.compact:
+        ratio = mask.settings.ratio
         later = max(16 * ratio + 4 + 2, 24 * ratio + 4)
-        return max(15 + 8 * ratio, later), later
-    reference = (0 if on_host else 4) + 2 if asked.wraps else 0
-    dense = state + 4 * GRADIENTS[asked.gradients] + reference + 4 * asked.corrects
+        return max(10, 9 + 8 * ratio, later), later
+    reference = (0 if on_host else 4) if asked.wraps else 0
+    if mask is not None:
+        return max(8 + 2, state + 4 + 4 + 1) + reference, state + 4 + 4 + 1 + reference
+    dense = state + 4 * GRADIENTS[asked.gradients] + reference + 2 * asked.wraps + 4 * asked.corrects
     return dense, dense
+
+
+def _in_a_checkpoint(asked: Asked, mask: MDGDGM | None, state: float) -> float:
+    """Bytes of the optimizer's state a trained number: moments, φ, and the mask or where its numbers stand."""
+    if mask is not None and mask.compact:
+        return 16 * float(mask.settings.ratio)
+    return state + 4 * asked.wraps + (mask is not None)
 
 
 def estimate(experiment: Experiment, name: str, card: str = NAMES[-1]) -> Estimate:
     """What a row of the tables takes, on one of ``CARDS``."""
     method, size, t = method_of(experiment, name), size_of(experiment.model), experiment.training
     asked = _ask(experiment, method)
-    trained, masked = asked.trained, isinstance(method, MDGDGM)
-    dense = round(trained / method.settings.ratio) if masked else trained
+    trained, masks = asked.trained, _masks(experiment, method)
+    dense = round(trained / method.settings.ratio) if isinstance(method, MDGDGM) else trained
     tokens = size.image_tokens + WORDS
     target = DATASETS[experiment.target]
     examples = t.examples or target.splits[str(target.training)].examples
@@ -269,26 +291,17 @@ def estimate(experiment: Experiment, name: str, card: str = NAMES[-1]) -> Estima
         one = tokens * (2 * size.language * (f + b * t.checkpointing) + b * 2 * (size.language + dense))
         looks = f if MODELS[experiment.model].tiles_in_turn else 1
         one = (one + 2 * size.vision * size.patches * looks) / (CARDS[card].operations * UTILISATION) / 3600
-    short = experiment.masking if masked else None
-    # Figures 3b and 3c take larger masks too.
-    largest = max(method.settings.ratio, *short.ratios) if short else None
+    short = experiment.masking if isinstance(method, MDGDGM) else None
     # While it is measured, the published weights with what was trained.
     memory = 2 * size.total + _activations(experiment, size, False)
     if learns:
-        compact = largest if method.compact else None
         weights = 2 * (size.total - dense) - (2 - FOUR_BITS) * asked.frozen.get(t.quantize, 0) + 4 * dense
         on_host = t.reference == "cpu"
-        beside = dense * max(bytes_a_number(asked, compact, STATE[t.optimizer], on_host=on_host))
-        if masked and not method.compact:
-            # Three gradients where it is chosen; later the values before the step, and the mask.
-            held = 1 + (0 if on_host else 4)
-            beside = dense * max(4 * GRADIENTS[4] + 2 + held, STATE[t.optimizer] + 4 + 4 + held)
+        beside = dense * max(max(bytes_a_number(asked, m, STATE[t.optimizer], on_host=on_host)) for m in masks)
         memory = max(memory, weights + beside + asked.own + _activations(experiment, size, True))
     elif method.trains:
         memory += 4 * sum(side**2 for side in _inputs(experiment))
-    state = (STATE[t.optimizer] + 4 * asked.wraps) * trained + asked.own * asked.wraps
-    if largest and method.compact:
-        state = 16 * largest * dense
+    state = dense * max(_in_a_checkpoint(asked, m, STATE[t.optimizer]) for m in masks) + asked.own * asked.wraps
     return Estimate(
         trained if name != "osf" else None,
         one * rounds * examples,
@@ -299,6 +312,14 @@ def estimate(experiment: Experiment, name: str, card: str = NAMES[-1]) -> Estima
         2 * dense,
         2 * (4 * dense + state) if learns else 0.0,
     )
+
+
+def _masks(experiment: Experiment, method: Method) -> Sequence[MDGDGM | None]:
+    """MDGD-GM at its own ratio and at those of Figures 3b and 3c; None alone for a method without a mask."""
+    if not isinstance(method, MDGDGM):
+        return (None,)
+    ratios = (method.settings.ratio, *experiment.masking.ratios)
+    return [MDGDGM(replace(method.settings, ratio=ratio)) for ratio in ratios]
 
 
 SETTINGS = {"r": ("reference", "cpu"), "8": ("optimizer", "adamw8bit"), "q": ("quantize", "all")}
@@ -355,23 +376,21 @@ def _activations(experiment: Experiment, size: Size, trains: bool) -> float:
     return kept + 3 * 4 * tokens * size.vocabulary
 
 
-def downloads(experiment: Experiment) -> dict[str, float]:
-    """Gigabytes to fetch: the weights, and each data set's splits."""
+def downloads(experiment: Experiment, methods: Sequence[str]) -> dict[str, float]:
+    """Gigabytes to fetch for rows of these methods: the weights, and each data set's splits."""
     weights = {experiment.model: 2 * size_of(experiment.model).total / 1e9}
-    return weights | _of_data(experiment, lambda split: split.gigabytes)
+    return weights | _of_data(experiment, methods, lambda split: split.gigabytes)
 
 
-def copies(experiment: Experiment) -> dict[str, float]:
+def copies(experiment: Experiment, methods: Sequence[str]) -> dict[str, float]:
     """Gigabytes of the copies that `datasets` makes of each data set's splits."""
-    return _of_data(experiment, lambda split: split.unpacked)
+    return _of_data(experiment, methods, lambda split: split.unpacked)
 
 
-def _of_data(experiment: Experiment, size: Callable[[Split], float]) -> dict[str, float]:
-    found = {}
-    for task in experiment.tasks:
-        data = DATASETS[task]
-        splits = {data.evaluation} | ({str(data.training)} if task == experiment.target else set())
-        # Several splits may lie in one file.
-        of_files = {data.pattern(split): size(data.splits[split]) for split in splits}
-        found[task] = sum(of_files.values())
-    return found
+def _of_data(experiment: Experiment, methods: Sequence[str], size: Callable[[Split], float]) -> dict[str, float]:
+    # Several splits may lie in one file.
+    of_files = {
+        (task, DATASETS[task].pattern(split)): size(DATASETS[task].splits[split])
+        for task, split in splits_of(experiment, methods)
+    }
+    return {task: sum(x for (name, _), x in of_files.items() if name == task) for task in experiment.tasks}

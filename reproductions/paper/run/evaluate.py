@@ -20,10 +20,12 @@ from reproductions.paper.metrics import METRICS
 from reproductions.paper.models import to_device
 from reproductions.paper.run.work import Workshop
 from reproductions.paper.run.workers import errors_of_workers
-from reproductions.shared.files import read_json, read_until_cut, write
+from reproductions.shared.files import FileError, read_json, read_until_cut, write
 from torch_mdgd import VisualTap, effective_rank
 
 THUMBNAILS, THUMBNAIL = 12, (224, 224)
+RESULT = ("scores", "effective_rank")
+"""What a task's file has to have."""
 
 
 def evaluate(work: Workshop, task: str, folder: Path, bars: Progress) -> dict[str, Any]:
@@ -40,7 +42,7 @@ def evaluate(work: Workshop, task: str, folder: Path, bars: Progress) -> dict[st
     """
     done = folder / "evaluation" / f"{task}.json"
     if done.is_file():
-        found: dict[str, Any] = read_json(done)
+        found: dict[str, Any] = read_json(done, *RESULT)
         return found
     done.parent.mkdir(parents=True, exist_ok=True)
     examples, metric = work.evaluation_examples(task), DATASETS[task].metric
@@ -62,7 +64,7 @@ def answer(work: Workshop, task: str, examples: Sequence[Any], path: Path, bars:
     """Answers to all examples; those that the file holds are not asked for again.
 
     Raises:
-        ValueError: the file is of other examples.
+        FileError: the file is of other examples.
     """
     settings = work.experiment.evaluation
     longest = settings.answer_tokens or DATASETS[task].answer_tokens
@@ -70,7 +72,7 @@ def answer(work: Workshop, task: str, examples: Sequence[Any], path: Path, bars:
     write(path, "".join(json.dumps(line) + "\n" for line in known))
     for line, example in zip(known, examples, strict=False):
         if line["id"] != example.id:
-            raise ValueError(f"{path} holds answers to other examples ({line['id']}, not {example.id}): remove it")
+            raise FileError(f"{path} holds answers to other examples ({line['id']}, not {example.id}): remove it")
     predictions = [line["prediction"] for line in known]
     work.network.eval()
     with path.open("a", encoding="utf-8") as file:

@@ -1,6 +1,5 @@
 """`python -m reproductions list`: what there is, what it takes, and what has run."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from reproductions.paper.run.estimate import (
     size_of,
 )
 from reproductions.paper.run.preset import tell
+from reproductions.shared.files import read_json
 
 HEADS = (
     "method", "numbers trained", "train h", "evaluate h", "analyse h", "GPU GB", *CARDS, "host GB", "disk GB",
@@ -36,8 +36,9 @@ FIGURES = {
 """What they show, the methods that they need, and of which experiments: those whose names begin so."""
 
 
-def print_list(overrides: Sequence[str], results: Path, console: Console) -> None:
-    """Print all rows, figures, downloads and totals."""
+def print_list(overrides: Sequence[str], results: Path, console: Console, *, beyond: bool = False) -> None:
+    """Print all rows of the tables, or those beyond them too; figures, downloads and totals."""
+    more = [name for name, method in METHODS.items() if not method.in_paper]
     rows: list[Estimate] = []
     fetched: dict[str, float] = {}
     copied: dict[str, float] = {}
@@ -46,13 +47,14 @@ def print_list(overrides: Sequence[str], results: Path, console: Console) -> Non
         table = Table(title=f"{name}: {experiment.title}", title_justify="left")
         for head in HEADS:
             table.add_column(head, justify="left" if head in ("method", "has run") else "right")
-        for method in methods_of(experiment.model):
+        wanted: list[str] = [*methods_of(experiment.model), *(more if beyond else ())]
+        for method in wanted:
             found = estimate(experiment, method)
             table.add_row(*cells(method, found, fitting(experiment, method)), stage(results / experiment.name / method))
             rows.append(found)
         console.print(table)
-        own = downloads(experiment)
-        copied |= {what: max(size, copied.get(what, 0.0)) for what, size in copies(experiment).items()}
+        own = downloads(experiment, wanted)
+        copied |= {what: max(size, copied.get(what, 0.0)) for what, size in copies(experiment, wanted).items()}
         fetched |= {what: max(size, fetched.get(what, 0.0)) for what, size in own.items()}
         sizes = ", ".join(f"{DATASETS[task].title} {own[task]:.1f}" for task in experiment.tasks)
         weights = f"{experiment.model} {own[experiment.model]:.1f}"
@@ -60,9 +62,10 @@ def print_list(overrides: Sequence[str], results: Path, console: Console) -> Non
             f"{size_of(experiment.model).total:,} parameters. To fetch, GB: {weights}, {sizes}\n", soft_wrap=True
         )
     console.print(
-        "24, 48, 80 GB: whether a card of so much holds the row: yes; with r, --set training.reference=cpu; with 8, "
-        "--set training.optimizer=adamw8bit; with q, --set training.quantize=all; or –, not so. host GB: as it is, and "
-        "what r makes of it. disk GB: what stays + checkpoints while it trains\n",
+        "analyse h: the short trainings of Figures 3b and 3c. 24, 48, 80 GB: whether a card of so much holds the row: "
+        "yes; with r, --set training.reference=cpu; with 8, --set training.optimizer=adamw8bit; with q, --set "
+        "training.quantize=all; or –, not so. host GB: as it is, and what r makes of it. disk GB: what stays + "
+        "checkpoints while it trains. ?: nothing tells it but the weights\n",
         soft_wrap=True,
     )
     for name in PRESET_NAMES:
@@ -74,8 +77,7 @@ def print_list(overrides: Sequence[str], results: Path, console: Console) -> Non
         done = sum(stage(folder).startswith("done") for folder in needed)
         rows_of = f"{', '.join(methods)} of {'both ' + kind if kind else 'all'} experiments"
         console.print(f"Figure {number}: {what}. {done} of {len(needed)} rows: {rows_of}", soft_wrap=True)
-    beyond = ", ".join(name for name, method in METHODS.items() if not method.in_paper)
-    console.print(f"Beyond the paper: {beyond}\n")
+    console.print(f"Beyond the paper, with what they take by --beyond: {', '.join(more)}\n", soft_wrap=True)
     hours, memory = sum(found.hours for found in rows), max(found.memory for found in rows)
     disk = sum(found.disk for found in rows) + 2 * max(found.checkpoints for found in rows)
     unpacked = sum(copied.values())
@@ -90,6 +92,8 @@ def print_list(overrides: Sequence[str], results: Path, console: Console) -> Non
 
 def cells(method: str, found: Estimate, fits: Mapping[str, tuple[str, Estimate] | None]) -> list[str]:
     """A row of the list, without what has run."""
+    if found.trained is None:
+        return [method, "?", "?", f"{found.evaluation_hours:.1f}", *["?"] * (len(HEADS) - 5)]
     host = max(there[1].host for there in fits.values() if there) if any(fits.values()) else found.host
     return [
         method,
@@ -107,7 +111,7 @@ def cells(method: str, found: Estimate, fits: Mapping[str, tuple[str, Estimate] 
 def stage(folder: Path) -> str:
     """How far a run is."""
     try:
-        found = json.loads((folder / "status.json").read_text())
+        found = read_json(folder / "status.json", "stage", "wall_seconds")
     except (OSError, ValueError):
         return "–"
     return f"{found['stage']}, {found['wall_seconds'] / 3600:.1f} h"

@@ -47,7 +47,7 @@ def tell(name: str, key: str, overrides: Sequence[str], console: Console) -> Non
     hours = sum(times[method] * row.hours for method, row in found.items())
     memory, worst = max((row.memory, method) for method, row in found.items())
     disk = sum(times[method] * row.disk for method, row in found.items()) + max(r.checkpoints for r in found.values())
-    fetched, copied = sum(downloads(experiment).values()), sum(copies(experiment).values())
+    fetched, copied = (sum(of(experiment, preset.rows).values()) for of in (downloads, copies))
     console.print(
         f"{experiment.title}: {preset.about}\n{len(preset.rows)} rows, {len(preset.seeds)} seeds, "
         f"{len(experiment.tasks)} tasks. About {hours:.1f} hours on one {card.title} ({preset.card}), at most "

@@ -21,12 +21,12 @@ from reproductions.methods.mdgd_gm import MDGDGM
 from reproductions.paper.config import WHEREABOUTS, Experiment, differences, method_of, run_name
 from reproductions.paper.run import ranks
 from reproductions.paper.run.estimate import estimate
-from reproductions.paper.run.evaluate import evaluate
+from reproductions.paper.run.evaluate import RESULT, evaluate
 from reproductions.paper.run.masking import analyse_masking
 from reproductions.paper.run.sparing import require_possible
 from reproductions.paper.run.train import CHECKPOINTS, train
 from reproductions.paper.run.weights import NAME, load_changes
-from reproductions.paper.run.work import Workshop
+from reproductions.paper.run.work import Workshop, splits_of
 from reproductions.shared.fields import ConfigError
 from reproductions.shared.files import BusyError, alone_in, read_json, write
 
@@ -68,16 +68,13 @@ def run_row(
     method = method_of(experiment, name)
     require_possible(experiment, method)
     folder = results / experiment.name / run_name(name, experiment.seed)
-    folder.mkdir(parents=True, exist_ok=True)
-    status = Status(folder / "status.json")
     with ranks.in_turn():
+        done = require_ready(experiment, name, results, smoke=smoke)
         _write_config(experiment, method, folder, smoke, device)
-    done = status.stage == "done" and all(_whole(folder, task) for task in experiment.tasks)
     if ranks.agree(done):
         console.print(f"{experiment.name} {name}: done already")
         return folder
-    if not smoke:
-        require_room(experiment, name, folder)
+    status = Status(folder / "status.json")
     with alone_in(folder) if ranks.is_first() else nullcontext():
         _do(experiment, method, folder, status, results, smoke, device, callbacks, console)
     ranks.wait()
@@ -152,7 +149,7 @@ class Status:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        found = read_json(path) if path.is_file() else {}
+        found = read_json(path, "stage", "wall_seconds") if path.is_file() else {}
         self.stage = str(found.get("stage", "new"))
         self.seconds = float(found.get("wall_seconds", 0.0))
         self.since = time.perf_counter()
@@ -217,18 +214,44 @@ def _trained_by(
     return folder / NAME
 
 
-def _write_config(experiment: Experiment, method: Method, folder: Path, smoke: bool, device: torch.device) -> None:
+def require_ready(experiment: Experiment, name: str, results: Path, *, smoke: bool) -> bool:
+    """Look at what a row finds in its folder, and at the room for what it writes, before hours are spent.
+
+    Returns:
+        whether all of it is done.
+
+    Raises:
+        ConfigError: the folder holds a run with another configuration, or there is no room.
+        FileError: a file of the run is broken.
+    """
+    folder = results / experiment.name / run_name(name, experiment.seed)
+    _require_same(_configuration(experiment, method_of(experiment, name)), folder, smoke)
+    status = Status(folder / "status.json")
+    done = status.stage == "done" and all(_whole(folder, task) for task in experiment.tasks)
+    if not (done or smoke):
+        require_room(experiment, name, folder)
+    return done
+
+
+def _require_same(configuration: dict[str, Any], folder: Path, smoke: bool) -> None:
     path = folder / "config.json"
-    # A round trip, so that it compares with what is read: tuples are lists there.
-    configuration = json.loads(json.dumps(_relevant(experiment, method)))
+    if not path.is_file() or not _begun(folder):
+        return
+    there = read_json(path, "configuration", "smoke")
+    pairs = [(there["configuration"], configuration), ({"smoke": there["smoke"]}, {"smoke": smoke})]
+    keys = ", ".join([key for pair in pairs for key in differences(*pair) if key not in WHEREABOUTS][:5])
+    if keys:
+        raise ConfigError(
+            f"{folder} holds a run with another configuration ({keys}): choose other --results, or remove it"
+        )
+
+
+def _write_config(experiment: Experiment, method: Method, folder: Path, smoke: bool, device: torch.device) -> None:
+    """Write down what a run is of, unless it has begun already and is of the same."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path, configuration = folder / "config.json", _configuration(experiment, method)
     if path.is_file() and _begun(folder):
-        there = read_json(path)
-        pairs = [(there["configuration"], configuration), ({"smoke": there["smoke"]}, {"smoke": smoke})]
-        keys = ", ".join([key for pair in pairs for key in differences(*pair) if key not in WHEREABOUTS][:5])
-        if keys:
-            raise ConfigError(
-                f"{folder} holds a run with another configuration ({keys}): choose other --results, or remove it"
-            )
+        _require_same(configuration, folder, smoke)
         return
     if not ranks.is_first():
         return
@@ -262,7 +285,7 @@ def _whole(folder: Path, task: str) -> bool:
         FileError: it is broken.
     """
     path = folder / "evaluation" / f"{task}.json"
-    return path.is_file() and bool(read_json(path))
+    return path.is_file() and bool(read_json(path, *RESULT))
 
 
 def require_room(experiment: Experiment, name: str, folder: Path) -> None:
@@ -273,7 +296,8 @@ def require_room(experiment: Experiment, name: str, folder: Path) -> None:
     """
     found = estimate(experiment, name)
     there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    wanted, free = found.disk + found.checkpoints - there, shutil.disk_usage(folder).free
+    disk = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    wanted, free = found.disk + found.checkpoints - there, shutil.disk_usage(disk).free
     if wanted > free:
         raise ConfigError(
             f"{folder}: {experiment.name} {name} writes about {wanted / 1e9:.1f} GB while it trains, and "
@@ -281,10 +305,16 @@ def require_room(experiment: Experiment, name: str, folder: Path) -> None:
         )
 
 
-def _relevant(experiment: Experiment, method: Method) -> dict[str, Any]:
-    """What a run's results depend on: not the settings of other methods."""
-    own = {name: experiment.methods.get(name, {}) for name in (method.name, method.begins_with) if name}
-    return {**experiment.as_dict(), "methods": own}
+def _configuration(experiment: Experiment, method: Method) -> dict[str, Any]:
+    """What a run's results depend on, as JSON has it: not other methods' settings, nor the commits of others' data."""
+    values, names = experiment.as_dict(), [name for name in (method.name, method.begins_with) if name]
+    values["methods"] = {name: experiment.methods.get(name, {}) for name in names}
+    own = [f"{task}/{split}" for task, split in splits_of(experiment, names)]
+    revisions = values["data"]["revisions"]
+    values["data"]["revisions"] = {split: revisions[split] for split in own if split in revisions}
+    # A round trip, so that it compares with what is read: tuples are lists there.
+    found: dict[str, Any] = json.loads(json.dumps(values))
+    return found
 
 
 def _version(name: str) -> str | None:

@@ -80,15 +80,19 @@ def known(methods: Sequence[str]) -> None:
             raise ConfigError(f"no method {method!r}; there are {', '.join(METHODS)}")
 
 
-def seeds_of(text: str) -> list[int]:
-    """The seeds that a command line names, such as "0,1,2".
+def seeds_of(text: str, overrides: Sequence[str]) -> list[list[str]]:
+    """Overrides for each of the seeds that a command line names, such as "0,1,2"; none for "".
 
     Raises:
-        ConfigError: it names something else.
+        ConfigError: it names something else, or an override names a seed too.
     """
+    if not text:
+        return [[]]
     if not all(part.strip().isdigit() for part in text.split(",")):
         raise ConfigError(f"--seeds: {text!r} is not of the form 0,1,2")
-    return [int(part) for part in text.split(",")]
+    if any(override.startswith("seed=") for override in overrides):
+        raise ConfigError("--seeds and --set seed both name seeds: pass one of them")
+    return [[f"seed={seed}"] for seed in dict.fromkeys(int(part) for part in text.split(","))]
 
 
 def run_rows(rows: Rows, overrides: Sequence[str], results: Path, *, smoke: bool, console: Console) -> None:
@@ -96,9 +100,13 @@ def run_rows(rows: Rows, overrides: Sequence[str], results: Path, *, smoke: bool
 
     Raises:
         RowsFailedError: some failed.
+        ConfigError: settings cannot be used; or there is one row only, and its folder holds one of other settings.
         DataError: there is one row only, whose data cannot be had.
+        FileError: there is one row only, and a file of it is broken.
     """
     from reproductions.paper.run import ranks
+    from reproductions.paper.run.estimate import require_layers
+    from reproductions.paper.run.row import require_ready
     from reproductions.paper.run.sparing import require_possible
 
     _quiet()
@@ -111,6 +119,11 @@ def run_rows(rows: Rows, overrides: Sequence[str], results: Path, *, smoke: bool
         require_reporting(experiment)
     for name, method in row_list(rows):
         require_possible(experiments[name], method_of(experiments[name], method))
+        if not smoke:
+            require_layers(experiments[name])
+        if single:
+            # Of several, one that cannot be done keeps no other.
+            require_ready(experiments[name], method, results, smoke=smoke)
     with ranks.in_turn():
         for error in look_at_data(rows, experiments, console):
             if single:
@@ -139,20 +152,16 @@ def look_at_data(rows: Rows, experiments: Mapping[str, Experiment], console: Con
         what cannot be had; only rows that need it fail.
     """
     from reproductions.paper.data import DATASETS, DataError
-    from reproductions.paper.run.work import Workshop
+    from reproductions.paper.run.work import Workshop, splits_of
 
     seen = set()
     for name, methods in rows.items():
-        experiment = experiments[name]
-        target, trains = DATASETS[experiment.target], any(METHODS[method].trains for method in methods)
-        wanted = [(task, DATASETS[task].evaluation) for task in experiment.tasks]
-        wanted += [(experiment.target, str(target.training))] * trains
-        for task, split in dict.fromkeys(wanted):
+        for task, split in splits_of(experiments[name], methods):
             if (task, split) in seen:
                 continue
             seen.add((task, split))
             try:
-                found = Workshop(experiment, torch.device("cpu")).examples(task, split)
+                found = Workshop(experiments[name], torch.device("cpu")).examples(task, split)
             except DataError as error:
                 yield error
             else:

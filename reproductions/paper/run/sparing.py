@@ -16,7 +16,7 @@ from reproductions.methods import Method
 from reproductions.methods.base import trained_parameters
 from reproductions.paper.config import Experiment
 from reproductions.paper.run import ranks
-from reproductions.paper.run.work import Workshop
+from reproductions.paper.run.work import Workshop, remembered
 from reproductions.shared.fields import ConfigError
 from torch_mdgd import connector
 from torch_mdgd.models.parts import head_modules, text_decoder
@@ -69,6 +69,8 @@ def trains(method: Method) -> bool:
 def why_not(experiment: Experiment, method: Method) -> str | None:
     """Which setting a method does not go with, and why; None where it goes with all."""
     t = experiment.training
+    if method.remembers and not remembered(experiment):
+        return f"pretrained: none of {', '.join(experiment.pretrained)} has a training split to remember examples of"
     if t.optimizer == "adamw8bit" and method.compact:
         return (
             "training.optimizer=adamw8bit scales states of 256 numbers together, and a compact state is of single "

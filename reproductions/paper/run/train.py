@@ -22,7 +22,7 @@ from reproductions.paper.run.sparing import OPTIMIZERS, in_full, prepare, traine
 from reproductions.paper.run.weights import NAME, changes, load_changes, save_changes
 from reproductions.paper.run.work import Workshop
 from reproductions.paper.run.workers import errors_of_workers
-from reproductions.shared.files import named, read_json, read_until_cut, write
+from reproductions.shared.files import FileError, named, read_json, read_until_cut, write
 from torch_mdgd import last_decoder_layers
 from torch_mdgd.integrations.transformers import MDGDTrainerMixin
 from torch_mdgd.parallel.dtensor import shard_like, whole
@@ -77,7 +77,7 @@ class SmallCheckpoints:
             saved = load_file(path)
         for name, p in _trained(trainer.model if model is None else model):
             if name not in saved:
-                raise ValueError(f"{resume_from_checkpoint} lacks {name}: it is a checkpoint of another run")
+                raise FileError(f"{path} lacks {name}: it is of another run, so remove {path.parent}")
             p.copy_(shard_like(saved[name], p))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

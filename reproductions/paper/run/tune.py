@@ -19,6 +19,8 @@ from reproductions.paper.config import Experiment, method_of
 from reproductions.paper.data import DATASETS
 from reproductions.paper.run import ranks
 from reproductions.paper.run.row import run_row
+from reproductions.paper.run.rows import look_at_data, pin, require_reporting
+from reproductions.paper.run.sparing import require_possible
 from reproductions.shared.fields import ConfigError
 from reproductions.shared.files import read_json, write
 from reproductions.shared.scores import average, harmonic
@@ -84,13 +86,23 @@ def tune(
         what ``tuning.json`` holds: for each method its settings, their scores, and those of all others.
 
     Raises:
-        ConfigError: a method does not train; or as :func:`on_validation`.
+        ConfigError: a method does not train, or cannot as it is set; or as :func:`on_validation`.
+        DataError: data cannot be had.
     """
     there = on_validation(experiment)
-    found: dict[str, Mapping[str, Any]] = {}
+    require_reporting(there)
     for name in names:
         if not METHODS[name].trains:
             raise ConfigError(f"{name} trains nothing that could be tuned")
+        require_possible(there, method_of(there, name))
+    ranks.join()
+    with ranks.in_turn():
+        for error in look_at_data({there.name: names}, {there.name: there}, console):
+            raise error
+        if not smoke:
+            pin(results)
+    found: dict[str, Mapping[str, Any]] = {}
+    for name in names:
         tried: list[dict[str, Any]] = []
         for i, settings in enumerate(candidates(experiment, name)):
             own = {**experiment.methods.get(name, {}), **settings}

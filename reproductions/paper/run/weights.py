@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from reproductions.shared.files import named
+from reproductions.shared.files import FileError, named
 
 NAME = "trained.safetensors"
 
@@ -37,13 +37,12 @@ def load_changes(network: nn.Module, path: Path) -> None:
     """Put them in a network with the published weights.
 
     Raises:
-        FileError: the file is broken.
-        ValueError: they are not of this network.
+        FileError: the file is broken, or of another network.
     """
     parameters = dict(network.named_parameters())
     with named(path, "a whole safetensors file"):
         values = load_file(path)
     for name, value in values.items():
         if name not in parameters or parameters[name].shape != value.shape:
-            raise ValueError(f"{path}: {name} is no parameter of this network, or of another shape")
+            raise FileError(f"{path}: {name} is no parameter of this network, or of another shape")
         parameters[name].copy_(value)

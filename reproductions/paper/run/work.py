@@ -1,6 +1,6 @@
 """One run's model and data, as methods and evaluation see them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -10,10 +10,31 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from reproductions.methods import METHODS
 from reproductions.paper.config import Experiment
 from reproductions.paper.data import DATASETS, Example
 from reproductions.paper.models import Batch, load_model, to_device
 from torch_mdgd.prompts import QUESTIONS
+
+
+def measured_split(experiment: Experiment, task: str) -> str:
+    """What a task is measured on."""
+    data = DATASETS[task]
+    return str(data.validation) if experiment.evaluation.split == "validation" else data.evaluation
+
+
+def remembered(experiment: Experiment) -> list[str]:
+    """Pre-trained tasks with a training split, which methods may remember examples of."""
+    return [task for task in experiment.pretrained if DATASETS[task].training is not None]
+
+
+def splits_of(experiment: Experiment, methods: Iterable[str]) -> list[tuple[str, str]]:
+    """Every data set and split that rows read: what is measured, what is taught, and what is remembered."""
+    kinds = [METHODS[name] for name in methods]
+    found = [(task, measured_split(experiment, task)) for task in experiment.tasks]
+    taught = [experiment.target] * any(kind.trains for kind in kinds)
+    taught += remembered(experiment) * any(kind.remembers for kind in kinds)
+    return list(dict.fromkeys([*found, *((task, str(DATASETS[task].training)) for task in taught)]))
 
 
 class Workshop:
@@ -66,22 +87,13 @@ class Workshop:
 
     def evaluation_examples(self, task: str) -> Sequence[Example]:
         """What a task is measured on: where it is a sample, the same one whatever the seed, so that runs compare."""
-        data, evaluation = DATASETS[task], self.experiment.evaluation
-        split = str(data.validation) if evaluation.split == "validation" else data.evaluation
-        return self.examples(task, split, evaluation.examples)
+        return self.examples(task, measured_split(self.experiment, task), self.experiment.evaluation.examples)
 
     def memory(self) -> Sequence[Example]:
-        """Training examples of those pre-trained tasks that have a training split; never those that are measured.
-
-        Raises:
-            ValueError: none has one.
-        """
-        tasks = [task for task in self.experiment.pretrained if DATASETS[task].training is not None]
-        if not tasks:
-            raise ValueError(f"{self.experiment.name}: no pre-trained task has a training split to remember")
+        """Training examples of those pre-trained tasks that have a training split; never those that are measured."""
         e = self.experiment
-        limit = e.training.examples
-        return _Chained([self.examples(task, str(DATASETS[task].training), limit, e.seed) for task in tasks])
+        limit, splits = e.training.examples, [(task, str(DATASETS[task].training)) for task in remembered(e)]
+        return _Chained([self.examples(task, split, limit, e.seed) for task, split in splits])
 
     def target_batches(self, count: int) -> Iterator[Batch]:
         """Batches of one example of the target task, with labels."""

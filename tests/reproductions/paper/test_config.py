@@ -79,7 +79,9 @@ def test_the_command_line_lays_values_over_the_file(tmp_path):
         ("data.options.pope.ocr=false", "unknown key data.options.pope.ocr; there are none"),
         ("data.options.textvqa.ocr=no", "data.options.textvqa.ocr must be bool, got 'no'"),
         ("data.options.textvqa=no", "data.options.textvqa must be a table, got 'no'"),
+        ("methods.mdgd.align=inf", "methods.mdgd.align must be a finite number, got inf"),
         ("data.source=/no/such", "data.source: there is no folder /no/such"),
+        ("source=/no/such", "source: /no/such is no folder with a config.json"),
         ("seed", "--set: 'seed' is not of the form key=value"),
     ],
 )

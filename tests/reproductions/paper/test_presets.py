@@ -30,7 +30,7 @@ from reproductions.paper.report.published import published
 from reproductions.paper.report.results import read_seeds
 from reproductions.paper.report.seeds import seed_table
 from reproductions.paper.run import oracle, preset, tune
-from reproductions.paper.run.estimate import CARDS, estimate
+from reproductions.paper.run.estimate import CARDS, downloads, estimate
 from reproductions.paper.run.export import export_run
 from reproductions.paper.run.row import run_row
 from reproductions.paper.run.work import Workshop
@@ -96,6 +96,8 @@ def test_presets_fit_their_cards_and_hold_the_controls(name):
     runs = {method: 3 if METHODS[method].trains else 1 for method in preset.rows}
     hours = sum(times * estimate(experiment, method, preset.card).hours for method, times in runs.items())
     assert hours < {"hour": 1.1, "day": 24}[name]
+    # What is measured, and with replay what is remembered.
+    assert downloads(experiment, preset.rows)["textvqa"] == {"hour": 0.9, "day": 0.9 + 6.2}[name]
 
 
 def test_a_preset_has_seeds_of_its_own_and_a_name(tmp_path):
@@ -137,6 +139,14 @@ def test_seeds_are_averaged_and_compared_pair_by_pair(tmp_path):
     assert rows["MDGD"]["T"] == "82.0 ± 27.3"
     assert rows["MDGD"]["T against Fine-tune"] == "+2.0 ± 2.5"
     assert rows["Fine-tune"]["T against Fine-tune"] == "–"
+    assert len(table.notes) == 1
+    path = tmp_path / FLICKR / "mdgd-seed1" / "config.json"
+    config = json.loads(path.read_text())
+    config["configuration"]["training"]["learning_rate"] = 1e-5
+    config["configuration"]["methods"]["mdgd"]["align"] = 7.0
+    path.write_text(json.dumps(config))
+    (_, note) = seed_table("x", read_seeds(tmp_path)[FLICKR], published()[FLICKR].tasks).notes
+    assert note.endswith("mdgd-seed1 (training.learning_rate, mdgd.align).")
     shown = call("table", "--results", tmp_path).output
     assert "MDGD, 3 seeds" in shown
     assert "± 95 %" in shown

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from reproductions.__main__ import app
 from reproductions.methods import METHODS
-from reproductions.paper.config import experiment_names, load_experiment, methods_of
+from reproductions.paper.config import experiment_names, load_experiment, method_of, methods_of
 from reproductions.paper.data import DataError
 from reproductions.paper.data.dataset import DataSet
 from reproductions.paper.run import row, rows, work
@@ -209,6 +209,9 @@ def test_a_folder_of_results_keeps_to_the_commits_that_it_began_with(assets, tmp
     asked.clear()
     call("run", "llava-okvqa", "--method", "zero-shot", "--results", tmp_path / "results", *narrow)
     assert ("pope", "test", "old") in asked
+    pinned = load_experiment("llava-okvqa", ["data.revisions.pope/test=old", "data.revisions.pathvqa/test=new"])
+    configuration = row._configuration(pinned, method_of(pinned, "mdgd"))
+    assert configuration["data"]["revisions"] == {"pope/test": "old"}, "not what another row has brought there since"
 
 
 def test_a_missing_reporter_is_refused_before_anything_is_loaded(everything, tmp_path):

@@ -124,11 +124,12 @@ def test_a_typo_is_not_remembered(assets, tmp_path):
 def test_a_broken_file_of_a_finished_row_is_named(file, kind, whole, assets, tmp_path):
     folder = tmp_path / "llava-okvqa" / "mdgd"
     shutil.copytree(whole, folder)
-    (folder / file).write_text("{")
     if file == "trained.safetensors":
         (folder / "evaluation" / "okvqa.json").unlink()
-    with pytest.raises(FileError, match=rf"mdgd/{file} is not {kind} \(.*\): remove it and call again"):
-        row(assets, tmp_path, "mdgd")
+    for text in ("{", "[]"):
+        (folder / file).write_text(text)
+        with pytest.raises(FileError, match=rf"mdgd/{file} is not {kind}.* \(.*\): remove it and call again"):
+            row(assets, tmp_path, "mdgd")
 
 
 def test_a_task_that_is_missing_from_a_finished_row_is_measured_again(whole, assets, tmp_path):

@@ -124,11 +124,16 @@ def test_list_shows_counts_needs_and_what_has_run(finished):
 
 
 def test_one_row_and_settings_of_ones_own(tmp_path):
-    done = call(
+    asked = (
         "run", "llava-okvqa", "--method", "mdgd", "--smoke", "--results", tmp_path, "--set", "training.steps=1",
-        "--set", 'pretrained=["pope"]', "--set", "methods.mdgd.align=7",
+        "--set", 'pretrained=["pope"]',
     )  # fmt: skip
+    done = call(*asked, "--set", "methods.mdgd.align=7")
     assert done.exit_code == 0, done.output
+    other = call(*asked, "--set", "methods.mdgd.align=8")
+    assert other.exit_code == 2
+    assert "another configuration (methods.mdgd.align)" in " ".join(other.output.split())
+    assert "examples" not in other.output, "before data are looked at"
     config = json.loads((tmp_path / "llava-okvqa" / "mdgd" / "config.json").read_text())["configuration"]
     assert (config["training"]["steps"], config["methods"]["mdgd"]["align"]) == (1, 7)
 
@@ -141,6 +146,8 @@ def test_one_row_and_settings_of_ones_own(tmp_path):
         (["run", "llava-okvqa", "--method", "mgdg"], "no method 'mgdg'"),
         (["run", "llava", "--all"], "no experiment 'llava'"),
         (["run", "llava-okvqa", "--all", "--set", "training.step=1"], "llava-okvqa.toml: unknown key training.step"),
+        (["list", "--set", "layers=99"], "llava-flickr30k: layers must be at most the 32 of llava-1.5-7b, got 99"),
+        (["run", "llava-okvqa", "--all", "--seeds", "0,1", "--set", "seed=3"], "--seeds and --set seed both name"),
         (["list", "--set", "training.step=1"], "llava-flickr30k.toml: unknown key training.step; there are epochs, "),
         (["run", "llava-okvqa", "--all", "--data", "nowhere"], "data.source: there is no folder nowhere"),
         (["table", "--results", "nowhere"], "there is no folder nowhere"),

@@ -35,6 +35,7 @@ def test_the_reference_on_the_cpu_changes_no_number(assets, tmp_path, monkeypatc
     [
         ("mdgd-gm", ["training.optimizer=adamw8bit"], "add --set methods.mdgd-gm.compact=false"),
         ("corda", ["training.quantize=all"], "CorDA makes its adapters from the weights in full"),
+        ("replay", ['pretrained=["pope"]'], "pretrained: none of pope has a training split to remember"),
         ("osf", ["training.quantize=vision"], "training.quantize=vision: OSF makes"),
         ("l2-sp", ["training.reference=cpu"], "L2-SP holds a reference of its own on the card"),
         ("mdgd", ["training.shard=true"], "training.shard splits a row over the processes of torchrun, and this is"),

@@ -8,6 +8,7 @@ from rich.console import Console
 from reproductions.paper.report.published import published
 from reproductions.paper.report.results import Result, ResultError, read_results
 from reproductions.paper.report.tables import KEPT, comparisons, markdown, rich_tables
+from reproductions.shared.files import FileError
 from tests.reproductions.paper.made_up_results import SHIFT, write_results, write_run
 
 FLICKR = "llava-flickr30k"
@@ -197,7 +198,7 @@ def test_broken_files_are_named(tmp_path):
         read_results(tmp_path / "nowhere")
     run = only(tmp_path)
     (run.folder / "evaluation" / "gqa.json").write_text("{")
-    with pytest.raises(ResultError, match=r"gqa.json is not a JSON file"):
+    with pytest.raises(FileError, match=r"gqa.json is not a JSON file"):
         comparisons(tmp_path)
 
 

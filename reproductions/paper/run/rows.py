@@ -296,8 +296,8 @@ def pinned(results: Path) -> Callable[[str, Sequence[str]], Experiment]:
     return lambda name, overrides: load_experiment(name, overrides, more)
 
 
-def pin(results: Path) -> None:
-    """Write down the commits of the splits that came from the hub, for those that have none yet."""
+def pin(results: Path) -> dict[str, str]:
+    """Write down the commits of the splits that came from the hub, for those that have none yet; returns all."""
     from reproductions.paper.run.work import commits
 
     path = results / REVISIONS
@@ -306,6 +306,7 @@ def pin(results: Path) -> None:
     if now != before:
         results.mkdir(parents=True, exist_ok=True)
         write(path, json.dumps(now, indent=1))
+    return now
 
 
 def require_reporting(experiment: Experiment) -> None:

@@ -100,7 +100,7 @@ def tune(
         for error in look_at_data({there.name: names}, {there.name: there}, console):
             raise error
         if not smoke:
-            pin(results)
+            there = replace(there, data=replace(there.data, revisions={**pin(results), **there.data.revisions}))
     found: dict[str, Mapping[str, Any]] = {}
     for name in names:
         tried: list[dict[str, Any]] = []

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoImageProcessor,
@@ -91,6 +92,7 @@ class Llava(VisionLanguageModel):
         token: Any = tokenizer.convert_tokens_to_ids(TOKEN)
         config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=token)
         LlavaForConditionalGeneration(config).save_pretrained(folder)
+        name_as_published(folder / "model.safetensors")
         tokenizer.save_pretrained(folder)
         square = {"height": 16, "width": 16}
         CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=square).save_pretrained(folder)
@@ -119,3 +121,10 @@ class Llava(VisionLanguageModel):
         """All pictures have one size."""
         network: Any = self.network
         return {"pixel_values": torch.cat([e.pictures["pixel_values"] for e in encoded]).to(network.dtype)}
+
+
+def name_as_published(file: Path) -> None:
+    """Name the vision tower's weights as the published file does; transformers leaves out a part of what it made up."""
+    own, published = "vision_tower.", "vision_tower.vision_model."
+    weights = {name.replace(own, published): x for name, x in load_file(file).items()}
+    save_file(weights, file, {"format": "pt"})

@@ -203,6 +203,8 @@ def test_an_export_is_loaded_by_its_path_alone(model, assets, tmp_path):
     for file in published.iterdir():
         if file.suffix != ".safetensors" and file.name != "config.json":
             assert (exported / file.name).read_bytes() == file.read_bytes(), "as other programs know it"
+    names = [load_file(folder / "model.safetensors").keys() for folder in (published, exported)]
+    assert names[0] == names[1], "weights too"
     before, after = (json.loads((folder / "config.json").read_text()) for folder in (published, exported))
     dtypes = {key: value for key, value in after.items() if key in ("dtype", "torch_dtype")}
     assert set(dtypes.values()) == {"float32"}
@@ -218,6 +220,7 @@ def test_an_export_is_loaded_by_its_path_alone(model, assets, tmp_path):
         assert sum(p.numel() for p in network.parameters()) == sum(p.numel() for p in own.values())
     if model == "llava-1.5-7b":
         ask_by_the_processor(exported, again)
+        assert "vision_tower.vision_model.pre_layrnorm.weight" in names[1], "as vLLM wants it"
     if model == "qwen3-vl-2b":
         assert again.tokenizer.pad_token is not None, "lmms-eval asks for padding"
     with pytest.raises(ConfigError, match="is not empty: choose another folder"):

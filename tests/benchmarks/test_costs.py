@@ -33,6 +33,11 @@ def test_every_form_of_one_backward_pass_makes_the_same_steps(part):
     assert not all(torch.equal(x, y) for x, y in zip(plain, wanted, strict=True))
 
 
+@pytest.mark.parametrize("way", [*WAYS, *LORA_WAYS], ids=lambda way: way.name)
+def test_every_way_makes_a_step(way):
+    assert all(p.isfinite().all() for p in after(way, LAST, steps=1))
+
+
 @pytest.mark.parametrize(("way", "forward"), [(TWO_PASSES, 2), (BARE, 2), (ALIGN, 1)])
 def test_savings_are_there_or_not(way, forward):
     training = costs.build(way, SETTINGS, LAST)

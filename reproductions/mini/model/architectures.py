@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from reproductions.mini.model import llava, smolvlm
+from reproductions.mini.model.decoder import WIDTH
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Architecture:
 
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "llava": Architecture(llava.build_model, lambda model: model.model.vision_tower, llava.patch_features, llava.WIDTH),
+    "llava": Architecture(llava.build_model, lambda model: model.model.vision_tower, llava.patch_features, WIDTH),
     "llava-10m": Architecture(
         lambda tokenizer: llava.build_model(tokenizer, llava.LARGE_WIDTH),
         lambda model: model.model.vision_tower,

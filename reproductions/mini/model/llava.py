@@ -3,21 +3,18 @@
 import torch
 from transformers import (
     CLIPVisionConfig,
-    GenerationConfig,
-    LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     PreTrainedTokenizerFast,
 )
 
+from reproductions.mini.model.decoder import WIDTH, answers, decoder
 from reproductions.mini.world.pictures import SIZE
 from reproductions.mini.world.text import IMAGE, IMAGE_TOKENS
 
-WIDTH = 128
 LARGE_WIDTH = 328
 """Of a model of ten million parameters."""
 _PATCH = 12
-LONGEST_ANSWER = 10
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, width: int = WIDTH) -> LlavaForConditionalGeneration:
@@ -31,27 +28,9 @@ def build_model(tokenizer: PreTrainedTokenizerFast, width: int = WIDTH) -> Llava
         patch_size=_PATCH,
         projection_dim=width,
     )
-    special = {
-        "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-    }
-    # The usual 0.02 leaves so narrow a decoder on a plateau for hundreds of steps.
-    language = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=3 * width,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=256,
-        initializer_range=0.08,
-        tie_word_embeddings=False,
-        **special,
-    )
     config = LlavaConfig(
         vision_config=vision,
-        text_config=language,
+        text_config=decoder(tokenizer, width),
         image_token_index=tokenizer.get_vocab()[IMAGE],
         image_seq_length=IMAGE_TOKENS,
         vision_feature_layer=-1,
@@ -59,7 +38,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, width: int = WIDTH) -> Llava
         tie_word_embeddings=False,
     )
     model = LlavaForConditionalGeneration(config)
-    model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=LONGEST_ANSWER, **special)
+    model.generation_config = answers(tokenizer)
     return model
 
 

@@ -4,8 +4,6 @@ from typing import Any
 
 import torch
 from transformers import (
-    GenerationConfig,
-    LlamaConfig,
     PreTrainedTokenizerFast,
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
@@ -13,11 +11,10 @@ from transformers import (
     SmolVLMVisionConfig,
 )
 
-from reproductions.mini.model.llava import LONGEST_ANSWER
+from reproductions.mini.model.decoder import answers, decoder
 from reproductions.mini.world.pictures import SIZE
 from reproductions.mini.world.text import IMAGE
 
-_WIDTH = 128
 _VISION_WIDTH = 64
 _PATCH = 6
 _MERGED = 2
@@ -28,11 +25,6 @@ MERGED_WIDTH = _VISION_WIDTH * _MERGED**2
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> SmolVLMForConditionalGeneration:
     """A new model with random weights (from torch's global generator), in float32."""
-    special = {
-        "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-    }
     vision = SmolVLMVisionConfig(
         hidden_size=_VISION_WIDTH,
         intermediate_size=4 * _VISION_WIDTH,
@@ -42,27 +34,15 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> SmolVLMForConditionalGene
         patch_size=_PATCH,
         initializer_range=0.05,
     )
-    language = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=_WIDTH,
-        intermediate_size=3 * _WIDTH,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.08,
-        tie_word_embeddings=False,
-        **special,
-    )
     config = SmolVLMConfig(
         vision_config=vision,
-        text_config=language,
+        text_config=decoder(tokenizer, key_value_heads=2),
         image_token_id=tokenizer.get_vocab()[IMAGE],
         scale_factor=_MERGED,
         tie_word_embeddings=False,
     )
     model = SmolVLMForConditionalGeneration(config)
-    model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=LONGEST_ANSWER, **special)
+    model.generation_config = answers(tokenizer)
     return take_one_picture(model)
 
 

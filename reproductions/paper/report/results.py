@@ -20,10 +20,6 @@ IGNORED = (
 """Settings that scores are compared in spite of; those of methods are asked for apart."""
 
 
-class ResultError(FileError):
-    """What runs left cannot be read; the message names the file or folder."""
-
-
 @dataclass(frozen=True)
 class Result:
     """The folder of one run; files are read when they are asked for, and what a run has not written yet is empty.
@@ -113,7 +109,7 @@ class Result:
         """Arrays "visual" and "multimodal", each (examples, hidden); empty where the run kept none.
 
         Raises:
-            ResultError: the file is broken.
+            FileError: the file is broken.
         """
         path = self.folder / "features" / f"{task}.safetensors"
         if not path.exists():
@@ -122,7 +118,7 @@ class Result:
             return load_file(path)
         # safetensors raises an error of its own, which it does not export.
         except Exception as error:
-            raise ResultError(f"{path} is not a safetensors file: {error}") from error
+            raise FileError(f"{path} is not a safetensors file: {error}") from error
 
     @cached_property
     def masking(self) -> list[dict[str, float]]:
@@ -136,7 +132,7 @@ def read_results(folder: Path) -> dict[str, dict[str, Result]]:
     """Experiment -> method -> the result of its run with the lowest seed.
 
     Raises:
-        ResultError: there is no such folder.
+        FileError: there is no such folder.
     """
     return {name: {m: runs[0] for m, runs in methods.items()} for name, methods in read_seeds(folder).items()}
 
@@ -145,10 +141,10 @@ def read_seeds(folder: Path) -> dict[str, dict[str, list[Result]]]:
     """Experiment -> method -> its runs by rising seed; runs are the folders with a `config.json`.
 
     Raises:
-        ResultError: there is no such folder.
+        FileError: there is no such folder.
     """
     if not folder.is_dir():
-        raise ResultError(f"there is no folder {folder} with results")
+        raise FileError(f"there is no folder {folder} with results")
     found: dict[str, dict[str, list[Result]]] = {}
     for result in _runs(folder):
         found.setdefault(result.experiment, {}).setdefault(result.method, []).append(result)
@@ -208,5 +204,5 @@ def _lines(path: Path) -> list[dict[str, Any]]:
             # What stands after the last end of a line: nothing, or what a kill cut off.
             if number == len(lines) - 1:
                 break
-            raise ResultError(f"{path}, line {number + 1} is not JSON: {error}") from error
+            raise FileError(f"{path}, line {number + 1} is not JSON: {error}") from error
     return out

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from reproductions.paper.report.published import published
-from reproductions.paper.report.results import Result, ResultError, read_results
+from reproductions.paper.report.results import Result, read_results
 from reproductions.paper.report.tables import KEPT, comparisons, markdown, rich_tables
 from reproductions.shared.files import FileError
 from tests.reproductions.paper.made_up_results import SHIFT, write_results, write_run
@@ -194,7 +194,7 @@ def test_markdown_is_a_table(tmp_path):
 
 
 def test_broken_files_are_named(tmp_path):
-    with pytest.raises(ResultError, match="there is no folder"):
+    with pytest.raises(FileError, match="there is no folder"):
         read_results(tmp_path / "nowhere")
     run = only(tmp_path)
     (run.folder / "evaluation" / "gqa.json").write_text("{")
@@ -210,7 +210,7 @@ def test_a_log_that_a_kill_cut_off(tmp_path):
     assert Result(run.folder).training == whole
     with (run.folder / "training.jsonl").open("a") as file:
         file.write("\n")
-    with pytest.raises(ResultError, match="line 81 is not JSON"):
+    with pytest.raises(FileError, match="line 81 is not JSON"):
         _ = Result(run.folder).training
 
 
@@ -219,5 +219,5 @@ def test_broken_features_are_named(tmp_path):
     assert run.features("vizwiz")["visual"].shape == (24, 16)
     assert run.features("okvqa") == {}
     (run.folder / "features" / "vizwiz.safetensors").write_text("no tensors")
-    with pytest.raises(ResultError, match=r"vizwiz\.safetensors is not a safetensors file"):
+    with pytest.raises(FileError, match=r"vizwiz\.safetensors is not a safetensors file"):
         run.features("vizwiz")

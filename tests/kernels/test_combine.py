@@ -56,6 +56,14 @@ def check(case, c, target, masks, device):
             assert_close(x, wanted[t], limits[t])
 
 
+def test_what_is_its_own_sum_is_left_alone_and_nothing_else(backend, device):
+    """Beside g, taken once and written over, v stands for one parameter and not for the other."""
+    g, v = ([torch.tensor([1.0, 2.0]), torch.tensor([3.0])], [torch.tensor([10.0, 20.0]), None])
+    out, v = on(g, device), on(v, device)
+    kernels.combine_(out, [out, v], torch.ones(2, 2, dtype=torch.float64, device=device))
+    assert [x.tolist() for x in out] == [[11.0, 22.0], [3.0]]
+
+
 @given(case=lists(), seed=st.integers(0, 99), into=st.none() | st.integers(0, 3))
 def test_linear_combination(backend, device, case, seed, into):
     check(case, coefficients(case, seed), None if into is None else into % len(case.vectors), None, device)

@@ -156,7 +156,8 @@ def study(
 ) -> None:
     """Run every system: choose its settings, test it, and draw its frontier. Resumes after a kill."""
     from reproductions.mini.experiment import study as studying
-    from reproductions.mini.experiment.systems import SYSTEMS, cells_of
+    from reproductions.mini.experiment.cells import cells_of
+    from reproductions.mini.experiment.systems import SYSTEMS
 
     names, wanted = systems.split(",") if systems else [], stages.split(",")
     with _refused():

@@ -10,11 +10,12 @@ from statistics import fmean
 
 from rich.console import Console
 
+from reproductions.mini.experiment.cells import CELLS
 from reproductions.mini.experiment.methods import GONE, Method
 from reproductions.mini.experiment.parallel import execute_all
 from reproductions.mini.experiment.scores import h_scores, kept, mean, target_score
 from reproductions.mini.experiment.study import Size, chosen, tuning_runs
-from reproductions.mini.experiment.systems import ALPHAS, CELLS, HIGH_PAIR, PAIR, RATES, SHORT, SYSTEMS, System
+from reproductions.mini.experiment.systems import ALPHAS, HIGH_PAIR, PAIR, RATES, SHORT, SYSTEMS, System
 from reproductions.shared.results import Result, read_results
 from reproductions.shared.tables import Table
 

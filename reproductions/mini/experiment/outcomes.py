@@ -8,12 +8,13 @@ from pathlib import Path
 from statistics import fmean
 
 from reproductions.mini.experiment import study
+from reproductions.mini.experiment.cells import ALL_CELLS, Cell
 from reproductions.mini.experiment.costs import read_costs
 from reproductions.mini.experiment.methods import Method
 from reproductions.mini.experiment.run import Run
 from reproductions.mini.experiment.scores import average, h_scores, kept, target_score
 from reproductions.mini.experiment.study import TEST_SEEDS, Size
-from reproductions.mini.experiment.systems import ALL_CELLS, SYSTEMS, Cell, System
+from reproductions.mini.experiment.systems import SYSTEMS, System
 from reproductions.mini.model.checkpoint import CHECKPOINT, CHECKPOINTS
 from reproductions.mini.world.questions import PRETRAINED_TASKS
 from reproductions.shared.results import Result, read_results

@@ -10,12 +10,13 @@ from typing import Literal
 
 from rich.console import Console
 
+from reproductions.mini.experiment.cells import Cell
 from reproductions.mini.experiment.costs import measure_costs
 from reproductions.mini.experiment.methods import Method
 from reproductions.mini.experiment.parallel import execute_all
 from reproductions.mini.experiment.run import Run
 from reproductions.mini.experiment.scores import h_scores, mean, rate_that_reaches, target_score
-from reproductions.mini.experiment.systems import SYSTEMS, Cell, System, adapted
+from reproductions.mini.experiment.systems import SYSTEMS, System, adapted
 from reproductions.mini.experiment.tune import SEEDS as TUNING_SEEDS
 from reproductions.mini.model.checkpoint import CHECKPOINTS, require_checkpoint
 from reproductions.shared.results import Result, read_results

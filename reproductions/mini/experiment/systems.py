@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
-from reproductions.mini.experiment.methods import PRETRAINED, Base, Method, Phi
+from reproductions.mini.experiment.cells import Cell
+from reproductions.mini.experiment.methods import PRETRAINED, Base, Method
 
 Grid = Mapping[str, tuple[Any, ...]]
 
@@ -78,7 +79,7 @@ class System:
         """What tables call it: its label, with a mark of `MARKS` if it knows of the old tasks."""
         return " ".join(filter(None, (self.label, MARKS[self.knows])))
 
-    def fits(self, cell: "Cell") -> bool:
+    def fits(self, cell: Cell) -> bool:
         """Whether it can be run there: adapters begin at each target's own weights, so their φ is never kept."""
         return cell.reference == "renewed" or not self.method.lora
 
@@ -105,97 +106,6 @@ def adapted(method: Method, base: Base, rate: float) -> Method:
     """The method with this base optimizer and its learning rate times `rate`."""
     scaled = None if method.learning_rate is None else float(f"{method.learning_rate * rate:.4g}")
     return method.with_settings(base=base, learning_rate=scaled)
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A part of the study: a target, a base optimizer, and the models that it begins with.
-
-    Attributes:
-        target: "digits", "caption" or "tiles".
-        base: "adamw" or "sgd".
-        steps: of every system.
-        rate: multiplies the learning rates of the table, which are AdamW's for digits.
-        first: other targets, which are trained in the same way before, one after the other, as many steps each.
-        reference: what φ is for each of them: "renewed", the weights that it begins with; or "kept", those of
-            pre-training.
-        architecture: of its pre-trained models, a name in `model.checkpoint.CHECKPOINTS`.
-    """
-
-    target: str
-    base: Base
-    steps: int
-    rate: float = 1.0
-    first: tuple[str, ...] = ()
-    reference: Phi = "renewed"
-    architecture: str = "llava"
-
-    @property
-    def name(self) -> str:
-        others = (self.reference, "renewed"), (self.architecture, "llava")
-        return "-".join([*self.first, self.target, self.base, *(own for own, usual in others if own != usual)])
-
-    @property
-    def title(self) -> str:
-        """What tables and figures call it."""
-        targets = " then ".join(_TITLES[target] for target in (*self.first, self.target))
-        kept = ("φ kept",) if self.reference == "kept" else ()
-        own = () if self.architecture == "llava" else (ARCHITECTURES.get(self.architecture, self.architecture),)
-        return ", ".join((targets, "AdamW" if self.base == "adamw" else "SGD", *kept, *own))
-
-
-_TITLES = {"digits": "digits", "caption": "captions", "tiles": "tiles"}
-ARCHITECTURES = {"llava": "LLaVA", "llava-10m": "LLaVA, 10 M", "smolvlm": "SmolVLM", "all": "all models"}
-"""What tables call them."""
-
-
-CELLS: tuple[Cell, ...] = (
-    Cell("digits", "adamw", 200),
-    Cell("caption", "adamw", 300, rate=2),
-    Cell("digits", "sgd", 200, rate=50),
-    Cell("caption", "sgd", 300, rate=100),
-)
-
-SEQUENCES: tuple[Cell, ...] = (
-    Cell("caption", "adamw", 200, rate=2, first=("digits",)),
-    Cell("tiles", "adamw", 200, rate=2, first=("digits", "caption")),
-    Cell("tiles", "adamw", 200, rate=2, first=("digits", "caption"), reference="kept"),
-)
-"""One target after another: forgetting adds up."""
-
-WIDER: tuple[Cell, ...] = (
-    Cell("tiles", "adamw", 300, rate=2),
-    Cell("digits", "adamw", 200, architecture="smolvlm"),
-    Cell("caption", "adamw", 300, rate=2, architecture="smolvlm"),
-    Cell("digits", "adamw", 200, architecture="llava-10m"),
-)
-"""A third target, another architecture, a larger model: whether what the other cells show is theirs alone."""
-
-ALL_CELLS: tuple[Cell, ...] = (*CELLS, *SEQUENCES, *WIDER)
-TITLES = {cell.name: cell.title for cell in ALL_CELLS}
-
-
-def cells_of(architecture: str, sequence: bool, target: str | None, base: str | None) -> list[Cell]:
-    """The cells of an architecture, sequences or single targets, with this target and base optimizer.
-
-    Without a target these are digits and captions, and of sequences all.
-
-    Raises:
-        ValueError: there is none.
-    """
-    wanted = (target,) if target else ("digits", "caption", "tiles") if sequence else ("digits", "caption")
-    found = [
-        cell
-        for cell in ALL_CELLS
-        if cell.architecture == architecture
-        and bool(cell.first) == sequence
-        and cell.target in wanted
-        and base in (None, cell.base)
-    ]
-    if not found:
-        wished = f"target {' or '.join(wanted)} and optimizer {base or 'adamw or sgd'}"
-        raise ValueError(f"there is no cell of {architecture} with {wished}")
-    return found
 
 
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)

@@ -13,11 +13,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from reproductions.mini.experiment.cells import TITLES
 from reproductions.mini.experiment.embedding import EMBEDDED, KINDS
 from reproductions.mini.experiment.finetune import TRACED_EVERY
 from reproductions.mini.experiment.masking import FILE as MASKING_FILE
 from reproductions.mini.experiment.outcomes import CellOutcomes
-from reproductions.mini.experiment.systems import SYSTEMS, TITLES
+from reproductions.mini.experiment.systems import SYSTEMS
 from reproductions.mini.report.frontier import draw_frontier
 from reproductions.mini.report.razor import draw_razor
 from reproductions.mini.report.verdicts import FEWEST_SEEDS

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+from reproductions.mini.experiment.cells import ARCHITECTURES, CELLS, Cell
 from reproductions.mini.experiment.outcomes import CellOutcomes, Outcome
-from reproductions.mini.experiment.systems import ARCHITECTURES, CELLS, SYSTEMS, Cell
+from reproductions.mini.experiment.systems import SYSTEMS
 
 ALL = "all"
 """Stands for the architecture of a cell that holds those of several."""

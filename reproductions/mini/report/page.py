@@ -10,8 +10,9 @@ from pathlib import Path
 from PIL import Image
 from rich.console import Console
 
+from reproductions.mini.experiment.cells import ARCHITECTURES
 from reproductions.mini.experiment.outcomes import CellOutcomes, load
-from reproductions.mini.experiment.systems import ARCHITECTURES, SYSTEMS
+from reproductions.mini.experiment.systems import SYSTEMS
 from reproductions.mini.model.checkpoint import CHECKPOINTS, REPORT_FILE
 from reproductions.mini.report.figures import draw_figures
 from reproductions.mini.report.grouping import by_architecture

@@ -8,11 +8,12 @@ from pathlib import Path
 from rich.console import Console
 
 from reproductions.mini.experiment import study
+from reproductions.mini.experiment.cells import CELLS, Cell
 from reproductions.mini.experiment.methods import Method
 from reproductions.mini.experiment.outcomes import CellOutcomes, Outcome
 from reproductions.mini.experiment.parallel import execute_all
 from reproductions.mini.experiment.study import Size
-from reproductions.mini.experiment.systems import CELLS, SYSTEMS, Cell
+from reproductions.mini.experiment.systems import SYSTEMS
 from reproductions.mini.report.claims import RECOMMENDATION
 from reproductions.mini.report.verdicts import Verdict, verdicts
 from reproductions.shared.files import write

@@ -7,8 +7,9 @@ import numpy as np
 from rich.console import Console
 
 from reproductions.mini.experiment import study
+from reproductions.mini.experiment.cells import CELLS
 from reproductions.mini.experiment.run import Run
-from reproductions.mini.experiment.systems import CELLS, SYSTEMS
+from reproductions.mini.experiment.systems import SYSTEMS
 from reproductions.mini.world.questions import PRETRAINED_TASKS
 
 CELL = CELLS[0]

@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 
 from reproductions.mini.commands import app
 from reproductions.mini.experiment import masking, study
+from reproductions.mini.experiment.cells import CELLS
 from reproductions.mini.experiment.outcomes import load
-from reproductions.mini.experiment.systems import CELLS, SYSTEMS
+from reproductions.mini.experiment.systems import SYSTEMS
 from reproductions.mini.report import rerun
 from reproductions.mini.report.claims import CLAIMS, KL_MEASURES_FORGETTING, RECOMMENDATION, RIVALS, Claim, Condition
 from reproductions.mini.report.divergence import correlation, diverged

@@ -15,6 +15,7 @@ from reproductions.mini.commands import STUDY
 from reproductions.mini.experiment import calibration, costs, own_answers, remembered, study
 from reproductions.mini.experiment.adapters import PullOfAdapters, adapt_all
 from reproductions.mini.experiment.calibration import prompts
+from reproductions.mini.experiment.cells import CELLS, SEQUENCES
 from reproductions.mini.experiment.finetune import finetune, prepare, replayed, trainable_parameters, training
 from reproductions.mini.experiment.losses import Additions
 from reproductions.mini.experiment.measure import divergence, pretrained_answers
@@ -23,7 +24,7 @@ from reproductions.mini.experiment.outcomes import CellOutcomes, Outcome, load
 from reproductions.mini.experiment.parallel import execute_all
 from reproductions.mini.experiment.run import Run, execute, rounded
 from reproductions.mini.experiment.scores import average, h_scores, kept, mean, rate_that_reaches, target_score
-from reproductions.mini.experiment.systems import CANDIDATES, CELLS, SEQUENCES, SYSTEMS
+from reproductions.mini.experiment.systems import CANDIDATES, SYSTEMS
 from reproductions.mini.model.checkpoint import CHECKPOINT, load_checkpoint
 from reproductions.mini.model.evaluate import Evaluation, evaluate
 from reproductions.mini.report.tables import score_table

@@ -14,11 +14,12 @@ from reproductions.mini.experiment import finetune as finetuning
 from reproductions.mini.experiment import run as running
 from reproductions.mini.experiment import study
 from reproductions.mini.experiment.calibration import prompts
+from reproductions.mini.experiment.cells import ALL_CELLS, CELLS, SEQUENCES, WIDER, cells_of
 from reproductions.mini.experiment.finetune import exchanged, finetune, prepare
 from reproductions.mini.experiment.methods import Method
 from reproductions.mini.experiment.outcomes import CellOutcomes, Outcome
 from reproductions.mini.experiment.run import execute
-from reproductions.mini.experiment.systems import ALL_CELLS, CELLS, SEQUENCES, SYSTEMS, WIDER, cells_of
+from reproductions.mini.experiment.systems import SYSTEMS
 from reproductions.mini.model.architectures import ARCHITECTURES
 from reproductions.mini.model.checkpoint import CHECKPOINTS, knows_facts, load_checkpoint
 from reproductions.mini.model.evaluate import evaluate, visual_features

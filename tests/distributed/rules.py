@@ -80,10 +80,10 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 # No L_v, which is taken in float32.
 EXACT = ("inputs", *ANCHORS)
-# By step: which of the four rows have a picture.
+# By step: which of the four rows have a picture. The first half has a step at which features have moved.
 PICTURES = {
-    "ddp": [setups.SOME_WITHOUT[i] for i in (0, 2, 1, 3)],
-    "fsdp": [setups.ALL_WITH[i] for i in (0, 2, 1, 3)],
+    "ddp": setups.SOME_WITHOUT,
+    "fsdp": setups.ALL_WITH,
 }
 CASES = [(kind, form) for kind in PICTURES for form in FORMS]
 # All that hold something, in shards. In DDP each process holds, and saves, what one does: three stand for all.

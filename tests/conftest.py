@@ -1,5 +1,6 @@
 """Settings that every test relies on: one thread, no network, hypothesis without a deadline."""
 
+import gc
 import os
 
 # Before torch and transformers are imported; the processes that tests start inherit them.
@@ -18,6 +19,11 @@ torch.set_num_threads(1)
 # On CI hypothesis derandomizes by itself, and this profile inherits that.
 settings.register_profile("torch_mdgd", deadline=None, max_examples=30)
 settings.load_profile("torch_mdgd")
+
+
+def pytest_collection_finish():
+    """Trainers collect garbage at the end of each run, and need not look through all that was imported."""
+    gc.freeze()
 
 
 class _Together(LoadScopeScheduling):

@@ -1,7 +1,11 @@
 """Random vision-language models of a few thousand numbers, built from configurations, and batches for them."""
 
+import copy
+import functools
+from collections.abc import Callable
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -24,8 +28,25 @@ TEXT = {
 }
 
 
+def built_once(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """Copies of one model, which is built with seed 0; random numbers go on as after a build."""
+
+    @functools.cache
+    def first(*args: object, **options: object) -> tuple[nn.Module, Tensor]:
+        torch.manual_seed(0)
+        return build(*args, **options), torch.get_rng_state()
+
+    @functools.wraps(build)
+    def copied(*args: object, **options: object) -> nn.Module:
+        model, state = first(*args, **options)
+        torch.set_rng_state(state)
+        return copy.deepcopy(model)
+
+    return copied
+
+
+@built_once
 def llava(dropout: float = 0.0, tied: bool = False) -> PreTrainedModel:
-    torch.manual_seed(0)
     vision = CLIPVisionConfig(
         hidden_size=16,
         intermediate_size=24,
@@ -64,8 +85,8 @@ def text_batch() -> dict[str, Tensor]:
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
 
 
+@built_once
 def qwen() -> PreTrainedModel:
-    torch.manual_seed(0)
     vision = {
         "depth": 2,
         "embed_dim": 16,

@@ -1,13 +1,9 @@
 """Two processes are expensive to start: one pair goes through the cases of all files here."""
 
-from pathlib import Path
-
 import pytest
-import torch
 import torch.distributed.checkpoint as dcp
-import torch.multiprocessing
 
-from tests.distributed import checkpoints, rules, setups, workers
+from tests.distributed import checkpoints, pair, rules, setups, workers
 
 
 @pytest.fixture(scope="session")
@@ -28,8 +24,7 @@ def ranks(folder, alone):
         net, optimizer = workers.build(form, "alone")
         list(setups.train(net, optimizer, 0, 1, range(2)))
         dcp.save(checkpoints.state(net, optimizer), checkpoint_id=folder / f"one {form}")
-    torch.multiprocessing.spawn(workers.run, (Path(folder),), nprocs=workers.WORLD)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(workers.WORLD)]
+    return pair.outcomes(workers.run, folder)
 
 
 @pytest.fixture

@@ -219,6 +219,24 @@ def lightning(rank: int, world: int, folder: Path, settings: str, kind: type[Aut
     return outcome(module.model, found.optimizers[0])
 
 
+# How a framework averages depends on a rule's passes alone: in each there is the published rule, whose passes are the
+# most, and a rule whose passes are fewer or change from step to step. The Trainer runs all.
+ACCELERATED = [
+    ("published", False),
+    ("step", False),
+    ("anchor and lazy", False),
+    ("compact", True),
+    ("anchor and lazy", True),
+]
+WITH_LIGHTNING: list[tuple[str, type[Automatic]]] = [
+    ("published", Automatic),
+    ("compact", Automatic),
+    ("anchor and lazy", Automatic),
+    ("published", Manual),
+    ("step", Manual),
+]
+
+
 class Bare(DDPStrategy):
     """Starts processes and leaves the model as it is."""
 

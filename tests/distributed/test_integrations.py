@@ -44,16 +44,14 @@ def test_a_resumed_trainer_is_the_uninterrupted_one_bit_for_bit(found, settings)
         assert resumed["logs"][:-1] == whole["logs"][:-1]
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["all", "lora"])
-@pytest.mark.parametrize("settings", integrations.SETTINGS)
+@pytest.mark.parametrize(("settings", "lora"), integrations.ACCELERATED)
 def test_accelerate(found, settings, lora):
     wanted = integrations.accelerated(0, 1, settings, lora)
     for actual in found(f"accelerate, {settings}, {lora}"):
         assert_agree(actual, wanted)
 
 
-@pytest.mark.parametrize("kind", [integrations.Automatic, integrations.Manual])
-@pytest.mark.parametrize("settings", integrations.SETTINGS)
+@pytest.mark.parametrize(("settings", "kind"), integrations.WITH_LIGHTNING)
 def test_lightning(found, folder, settings, kind):
     wanted = integrations.lightning(0, 1, folder, settings, kind)
     for actual in found(f"{kind.__name__}, {settings}"):
@@ -91,14 +89,17 @@ def test_lightnings_model_parallel_strategy_is_refused_where_nobody_would_averag
         assert message.startswith(f"ValueError: MDGDModuleMixin: ModelParallelStrategy {words}")
 
 
-@pytest.mark.parametrize("settings", fsdp2.SETTINGS)
-def test_fsdp2_in_the_trainer(found, folder, settings):
-    wanted = fsdp2.trainer(1, folder / "alone", settings)
+def assert_fsdp2_agrees(actual, wanted):
     assert wanted["logs"][1]["visual_loss"] > 0
-    for actual in found(f"fsdp2 trainer, {settings}"):
-        assert_agree(actual, wanted)
-        for one, other in zip(actual["logs"], wanted["logs"], strict=True):
-            assert_close(one, other)
+    assert_agree(actual, wanted)
+    for one, other in zip(actual["logs"], wanted["logs"], strict=True):
+        assert_close(one, other)
+
+
+def test_fsdp2_in_the_trainer(found, folder):
+    wanted = fsdp2.trainer(1, folder / "alone", "published")
+    for actual in found("fsdp2 trainer"):
+        assert_fsdp2_agrees(actual, wanted)
 
 
 def test_fsdp2_in_accelerate(found):
@@ -108,9 +109,11 @@ def test_fsdp2_in_accelerate(found):
 
 
 @pytest.mark.parametrize("settings", ["masked", "anchor"])
-def test_a_resumed_trainer_with_fsdp2_is_the_uninterrupted_one(found, settings):
-    """Whole tensors of the first process in one case, shards of torch.distributed.checkpoint in the other."""
+def test_a_resumed_trainer_with_fsdp2_is_the_uninterrupted_one(found, folder, settings):
+    """And that is the one of one process. Saved are whole tensors in one case, and shards in the other."""
+    wanted = fsdp2.trainer(1, folder / "alone", settings, **fsdp2.LONGER)
     for whole, resumed in found(f"fsdp2 resumed, {settings}"):
+        assert_fsdp2_agrees(whole, wanted)
         assert_agree(resumed, whole)
         for one, other in zip(resumed["logs"][:-1], whole["logs"][:-1], strict=True):
             assert_close(one, other)

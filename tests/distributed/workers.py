@@ -23,20 +23,20 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_d
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.distributed import checkpoints, fsdp2, integrations, losses, paper_rows, rules, setups
+from tests.distributed.pair import WORLD
 from tests.distributed.setups import error, example
+from tests.golden import runs
 from torch_mdgd import Given, Magnitude, MDGDOptimizer, Project, Random, kernels, mdgd_backward
 from torch_mdgd.delta import apply_delta, save_delta
 from torch_mdgd.parallel import dtensor
 from torch_mdgd.rules.base import KINDS
 
-WORLD = 2
 CHECKPOINTED = ("published", "masked", *setups.COMPACT)
 SHARDED_LATER = ("published", "masked when wrapped")
 DELTAS = ("masked step, compact", "published")
 
 
 def run(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
     store = dist.FileStore(str(folder / "store"), WORLD)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=60))
     found: dict[str, Any] = {}
@@ -53,6 +53,7 @@ def run(rank: int, folder: Path) -> None:
         for form in setups.LLAVA_FORMS:
             pictures = setups.ALL_WITH if kind == "fsdp" else setups.SOME_WITHOUT
             case(f"{kind}, llava, {form}", setups.with_backward, kind, form, pictures, rank, WORLD)
+    case("golden", runs.in_two, rank)
     case("not wrapped", not_wrapped, rank)
     case("twice after one forward", setups.twice_after_one_forward, rank, WORLD, True)
     case("kernels on shards", kernels_on_shards)
@@ -79,10 +80,10 @@ def with_libraries(case: Callable[..., None], folder: Path, rank: int) -> None:
     integrations.environment(rank, WORLD)
     for settings in integrations.SETTINGS:
         case(f"trainer, {settings}", integrations.trainer, WORLD, folder / "trainer", settings)
-        for lora in (False, True):
-            case(f"accelerate, {settings}, {lora}", integrations.accelerated, rank, WORLD, settings, lora)
-        for kind in (integrations.Automatic, integrations.Manual):
-            case(f"{kind.__name__}, {settings}", integrations.lightning, rank, WORLD, folder, settings, kind)
+    for settings, lora in integrations.ACCELERATED:
+        case(f"accelerate, {settings}, {lora}", integrations.accelerated, rank, WORLD, settings, lora)
+    for settings, kind in integrations.WITH_LIGHTNING:
+        case(f"{kind.__name__}, {settings}", integrations.lightning, rank, WORLD, folder, settings, kind)
     for settings in ("published", "compact"):
         case(f"resumed, {settings}", integrations.resumed_trainer, folder / f"resumed {settings}", settings)
     case("untold", error, integrations.lightning, rank, WORLD, folder, "published", integrations.Untold)

@@ -10,13 +10,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tests.distributed.pair import WORLD
 from tests.distributed.setups import error
-
-WORLD = 2
 
 
 def run(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
     # What a launcher sets.
     ranks = dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank))
     os.environ |= {**ranks, **dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(WORLD))}

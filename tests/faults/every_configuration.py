@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_mdgd import MDGD, MDGDOptimizer, Project, StepProject
+from torch_mdgd import MDGD, MDGDOptimizer, StepProject
 
 Wrap = Callable[[Any], Any]
 
@@ -96,10 +96,10 @@ def differences(name: str, make: Callable[[list[nn.Parameter]], Any], maximize: 
     bare = run(name, make, lambda base: base, captured=False)
     if all(torch.equal(x, p) for x, p in zip(bare, parameters_of(name), strict=True)):
         return ["does not move"]
-    rules: dict[str, Any] = {"MDGD": MDGD, "Project": Project, "StepProject": StepProject}
+    rules: dict[str, Any] = {"MDGD": MDGD, "StepProject": StepProject}
     out = []
     if maximize:
-        del rules["MDGD"], rules["Project"]
+        del rules["MDGD"]
         if not raises(ValueError, lambda: MDGDOptimizer(make(parameters_of(name)), MDGD())):
             out.append("is maximised, and not refused")
     for rule, kind in rules.items():

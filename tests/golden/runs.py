@@ -98,21 +98,26 @@ def alone() -> dict[str, Tensor]:
     return out
 
 
-def in_two(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / "store"), 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+def in_two(rank: int) -> dict[str, Tensor]:
+    """In a group of two processes."""
     out = {}
     for name in IN_TWO:
         for kind in ("ddp", "fsdp"):
             out |= {f"{name} / {kind} / {key}": x for key, x in trained(name, kind, rank, 2).items()}
-    torch.save(out, folder / f"{rank}.pt")
+    return out
+
+
+def _start(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(folder / "store"), 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    torch.save(in_two(rank), folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
 def everything(folder: Path) -> dict[str, Tensor]:
     """All runs, by a name: those of two processes as their first rank saw them."""
     torch.set_num_threads(1)
-    torch.multiprocessing.spawn(in_two, (folder,), nprocs=2)
+    torch.multiprocessing.spawn(_start, (folder,), nprocs=2)
     found = alone() | torch.load(folder / "0.pt", weights_only=True)
     return {name: x.detach().contiguous().clone() for name, x in sorted(found.items())}

@@ -86,8 +86,11 @@ def fit(module, folder, micro_batches=1, resume=None, **options):
     trainer.fit(module, Loader(), ckpt_path=resume, weights_only=True)
 
 
-@pytest.mark.parametrize(("automatic", "micro_batches"), [(True, 1), (True, 2), (False, 1)])
-@pytest.mark.parametrize("name", SETTINGS)
+# All that there is to load after steps of several micro-batches, and each other way to train once.
+@pytest.mark.parametrize(
+    ("name", "automatic", "micro_batches"),
+    [*((name, True, 2) for name in SETTINGS), ("inputs", True, 1), ("budget", False, 1)],
+)
 def test_resumed_in_the_middle_of_an_epoch_is_uninterrupted_bit_for_bit(name, automatic, micro_batches, tmp_path):
     path = tmp_path / "middle.ckpt"
     whole = Module(SETTINGS[name], automatic)

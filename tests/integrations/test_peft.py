@@ -94,7 +94,8 @@ def test_the_reference_is_the_model_without_adapters():
         assert torch.equal(model(**llava_batch()).logits, wanted)
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora", "pissa"])
+# test_other_optimizers.py resumes each kind, with a rule of fewer passes.
+@pytest.mark.parametrize("kind", ["lora", "pissa"])
 def test_a_resumed_trainer_is_the_uninterrupted_one(kind, tmp_path):
     more = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
 

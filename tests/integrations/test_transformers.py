@@ -51,11 +51,10 @@ def weights(trainer):
 
 
 PLAIN_ARGUMENTS = {
-    "defaults": {},
     "accumulation": {"gradient_accumulation_steps": 2, "warmup_steps": 2, "weight_decay": 0.1, "max_grad_norm": 0.01},
     "bf16": {"bf16": True, "activation_checkpointing": True},
     "smoothing": {"label_smoothing_factor": 0.1, "gradient_accumulation_steps": 3},
-    # Evaluation leaves the model in its mode for that, without dropout.
+    # Defaults; evaluation leaves the model in its mode for that, without dropout.
     "evaluation": {"eval_strategy": "steps", "eval_steps": 1},
 }
 
@@ -187,7 +186,7 @@ RESUMED = {
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(name, tmp_path):
     settings = RESUMED[name]
-    more = {"max_steps": 5, "save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": 2}
+    more = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": 2}
     more |= {"train_sampling_strategy": "random", "warmup_steps": 2}
     whole = train(MDGDTrainer, tmp_path, settings=settings, **more)
     # Other weights than the checkpoint's and the beginning's: nothing may depend on them.

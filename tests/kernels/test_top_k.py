@@ -68,9 +68,9 @@ def test_as_the_oracle_chooses(backend, device, kind, lengths, dtype, layout, se
 @pytest.mark.parametrize("fraction", [0.01, 0.1, 0.5, 0.99])
 def test_a_long_list(backend, device, fraction):
     parts = [
-        torch.randn(shape, generator=torch.Generator().manual_seed(1)) for shape in [(60, 50), (7,), (1, 1), (900,)]
+        torch.randn(shape, generator=torch.Generator().manual_seed(1)) for shape in [(60, 20), (7,), (1, 1), (300,)]
     ]
-    k = round(fraction * 3908)
+    k = round(fraction * 1508)
     assert_same(kernels.top_k_masks([x.to(device) for x in parts], k), oracle.top_k_masks(parts, k), k)
 
 
@@ -84,12 +84,12 @@ def test_numbers_that_differ_in_their_last_bit(backend, device, dtype, bits, sig
         assert_same(kernels.top_k_masks([x.to(device)], k), oracle.top_k_masks([x], k), k)
 
 
-@pytest.mark.parametrize("k", [1, 2, 300, 1000, 1999, 2000])
+@pytest.mark.parametrize("k", [1, 2, 150, 500, 999, 1000])
 def test_a_sample_that_misleads_costs_time_and_nothing_else(backend, device, k, monkeypatch):
     # A bracket far narrower than the sample can promise, so that the k-th largest is mostly outside.
     monkeypatch.setattr(selection, "SAMPLE", 16)
     monkeypatch.setattr(selection, "SPREAD", 0.02)
-    x = torch.randn(2000, generator=torch.Generator().manual_seed(3)).exp()
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(3)).exp()
     assert_same(kernels.top_k_masks([x.to(device)], k), oracle.top_k_masks([x], k), k)
 
 

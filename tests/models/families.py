@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
+from tests.tiny_models import built_once
+
 VOCABULARY, IMAGE, VIDEO, START, END = 32, 31, 30, 29, 28
 ROTATIONS = {"rope_type": "default", "mrope_section": [1, 1, 2]}
 TEXT: dict[str, Any] = {
@@ -125,9 +127,9 @@ FAMILIES: dict[str, Family] = {
 }  # fmt: skip
 
 
+@built_once
 def make_model(name: str) -> nn.Module:
     """The family's tiny model, with random weights that are large enough to matter, in training mode."""
-    torch.manual_seed(0)
     config = AutoConfig.for_model(name, **FAMILIES[name].config)
     model = AutoModelForImageTextToText.from_config(config)
     with torch.no_grad():

@@ -9,6 +9,10 @@ from benchmarks.goals import BEGIN, END, HERE, goals, put
 
 PAGE = """# The step
 
+| page | seconds |
+| :-- | --: |
+| step | 3 |
+
 ## Time
 
 | step | copies | steps |

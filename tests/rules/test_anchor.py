@@ -90,6 +90,23 @@ def test_the_pull_on_lora_is_the_gradient_of_the_layers_change(start):
         assert (x - y).norm() <= 1e-10 * y.norm()
 
 
+@pytest.mark.parametrize("first", ["lora_A", "lora_B"])
+def test_loras_two_matrices_in_groups_of_their_own_are_one_layer(first):
+    """As LoRA+ has them; the second group is there from the start, or added."""
+    found = []
+    for added in (False, True):
+        model, _ = adapted()
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        groups = [{"params": [p for name, p in named if (first in name) == own]} for own in (True, False)]
+        optimizer = MDGDOptimizer(sgd(groups[:1] if added else groups), Anchor(model, 0.3).calibrate(BATCHES[:1]))
+        if added:
+            optimizer.add_param_group(groups[1])
+        move([p for _, p in named])
+        found.append(pull(optimizer))
+    assert_same_bits(*found)
+    assert all(x.any() for x in found[0])
+
+
 @pytest.mark.parametrize("tokens", ["prompt", "image", "all"])
 def test_which_tokens_count(tokens):
     model, parameters = full()

@@ -148,6 +148,8 @@ class Anchor(Around):
         places = {p: self._count + i for i, p in enumerate(parameters)}
         self._count += len(places)
         found = trained_linear_layers(self._model, places, self._text, self._parts)
+        left = uncovered(self._model, places, found)
+        found = [layer for layer in found if not any(held.completed_by(layer) for held in self.layers)]
         for layer in found:
             held = [parameters[i - self._count + len(places)] for i in (layer.weight, layer.bias) if i is not None]
             if any(p.is_shard() and p.dim for x in held for p in getattr(x, "placements", ())):
@@ -158,7 +160,6 @@ class Anchor(Around):
         self.layers += found
         if not self.layers:
             raise ValueError("Anchor: the optimizer holds no linear layer of the model, plain or LoRA's")
-        left = uncovered(self._model, places, found)
         if left and not self._parts:
             warnings.warn(f"Anchor holds linear layers; these are trained freely: {first_of(left)}", stacklevel=4)
 

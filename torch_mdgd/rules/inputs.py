@@ -115,8 +115,9 @@ class ProtectInputs(Rule):
         self._layers: list[Linear] = []
         # Layers that a warning has named, since no pass over pictures has run them.
         self._idle: set[str] = set()
-        # By the place of the weight: the layer's name, its bias's place, C, and Q.
+        # By a layer's key: its name, its weight's and its bias's place, C, and Q.
         self.names: dict[int, str] = {}
+        self._weights: dict[int, int] = {}
         self._biases: dict[int, int] = {}
         self.covariances: dict[int, Tensor] = {}
         self.bases: dict[int, Tensor] = {}
@@ -148,12 +149,13 @@ class ProtectInputs(Rule):
         self._count += len(parameters)
         found = [] if self._parts == [] else self._found(places)
         for layer in found:
-            i = _place(layer)
-            weight: Any = parameters[i - self._count + len(parameters)]
+            i, place = layer.key, _place(layer)
+            weight: Any = parameters[place - self._count + len(parameters)]
             if dtensor.is_sharded(weight) and any(p.is_shard() and p.dim for p in weight.placements):
                 raise ValueError(f"ProtectInputs: {layer.name} is not sharded by rows, along its first dimension")
             self._layers.append(layer)
             self.names.setdefault(i, layer.name)
+            self._weights[i] = place
             if layer.bias is not None:
                 self._biases[i] = layer.bias
             dtype = torch.promote_types(weight.dtype, torch.float32)
@@ -200,7 +202,7 @@ class ProtectInputs(Rule):
         last: list[Any] = []
 
         def see(layer: Linear, x: Tensor, y: Tensor) -> None:
-            i = _place(layer)
+            i = layer.key
             kind = layer.in_text, i in self._biases, self._on(x.device, i).dtype, x._version
             # Those of q, k and v, and of a gate and what it multiplies, are one.
             if not last or last[0] is not x or last[1] != kind:
@@ -283,7 +285,7 @@ class ProtectInputs(Rule):
     def _remove_(self, after: Tensors, before: Tensors) -> None:
         for i, q in self.bases.items():
             width = len(q) - (i in self._biases)
-            rows = {i: q[:width]} | ({self._biases[i]: q[width:]} if i in self._biases else {})
+            rows = {self._weights[i]: q[:width]} | ({self._biases[i]: q[width:]} if i in self._biases else {})
             live = [(p, x, rows[j]) for j in rows if (p := after[j]) is not None and (x := before[j]) is not None]
             if live:
                 along = torch.stack([_matrix(p - x).to(q.dtype) @ part for p, x, part in live]).sum(0)

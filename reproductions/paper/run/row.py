@@ -20,9 +20,9 @@ from reproductions.methods import Method
 from reproductions.methods.mdgd_gm import MDGDGM
 from reproductions.paper.config import WHEREABOUTS, Experiment, differences, method_of, run_name
 from reproductions.paper.run import ranks
-from reproductions.paper.run.estimate import estimate
 from reproductions.paper.run.evaluate import RESULT, evaluate
 from reproductions.paper.run.masking import analyse_masking
+from reproductions.paper.run.room import require_room
 from reproductions.paper.run.sparing import require_possible
 from reproductions.paper.run.train import CHECKPOINTS, train
 from reproductions.paper.run.weights import NAME, load_changes
@@ -286,23 +286,6 @@ def _whole(folder: Path, task: str) -> bool:
     """
     path = folder / "evaluation" / f"{task}.json"
     return path.is_file() and bool(read_json(path, *RESULT))
-
-
-def require_room(experiment: Experiment, name: str, folder: Path) -> None:
-    """Look whether what a row writes has room, before hours are spent.
-
-    Raises:
-        ConfigError: it has not.
-    """
-    found = estimate(experiment, name)
-    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    disk = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    wanted, free = found.disk + found.checkpoints - there, shutil.disk_usage(disk).free
-    if wanted > free:
-        raise ConfigError(
-            f"{folder}: {experiment.name} {name} writes about {wanted / 1e9:.1f} GB while it trains, and "
-            f"{free / 1e9:.1f} GB are free: choose other --results"
-        )
 
 
 def _configuration(experiment: Experiment, method: Method) -> dict[str, Any]:

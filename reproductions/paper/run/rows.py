@@ -106,6 +106,7 @@ def run_rows(rows: Rows, overrides: Sequence[str], results: Path, *, smoke: bool
     """
     from reproductions.paper.run import ranks
     from reproductions.paper.run.estimate import require_layers
+    from reproductions.paper.run.room import require_room_to_fetch
     from reproductions.paper.run.row import require_ready
     from reproductions.paper.run.sparing import require_possible
 
@@ -125,6 +126,8 @@ def run_rows(rows: Rows, overrides: Sequence[str], results: Path, *, smoke: bool
             # Of several, one that cannot be done keeps no other.
             require_ready(experiments[name], method, results, smoke=smoke)
     with ranks.in_turn():
+        if not smoke:
+            require_room_to_fetch(experiments, rows)
         for error in look_at_data(rows, experiments, console):
             if single:
                 raise error

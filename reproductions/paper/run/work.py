@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from reproductions.methods import METHODS
 from reproductions.paper.config import Experiment
 from reproductions.paper.data import DATASETS, Example
-from reproductions.paper.models import Batch, load_model, to_device
+from reproductions.paper.models import MODELS, Batch, load_model, to_device
+from reproductions.shared.fields import ConfigError
+from torch_mdgd.models.parts import decoder_layers, text_decoder
 from torch_mdgd.prompts import QUESTIONS
 
 
@@ -51,9 +53,19 @@ class Workshop:
 
     @cached_property
     def model(self) -> Any:
-        """The model, with its published weights when it is first asked for."""
+        """The model, with its published weights when it is first asked for.
+
+        Raises:
+            ConfigError: it has fewer layers than are to be trained.
+            ModelError: it cannot be had.
+        """
         e = self.experiment
-        return load_model(e.model, e.source, e.dtype, self.device, trust_remote_code=e.trust_remote_code)
+        found = load_model(e.model, e.source, e.dtype, self.device, trust_remote_code=e.trust_remote_code)
+        depth = len(decoder_layers(text_decoder(found.network)))
+        if e.layers > depth:
+            where = e.source or MODELS[e.model].source
+            raise ConfigError(f"{e.name}: layers must be at most the {depth} of {where}, got {e.layers}")
+        return found
 
     @property
     def network(self) -> nn.Module:

@@ -5,15 +5,19 @@ import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
+import datasets
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from reproductions.paper.config import load_experiment
 from reproductions.paper.data import DATASETS, DataError, Example
 from reproductions.paper.models import ModelError
 from reproductions.paper.report.results import Result
 from reproductions.paper.run import evaluate, masking
+from reproductions.paper.run.room import require_room_to_fetch
 from reproductions.paper.run.row import run_row
 from reproductions.paper.run.weights import NAME, changes, load_changes, save_changes
 from reproductions.paper.run.work import Workshop
@@ -147,6 +151,40 @@ def test_a_disk_without_room_is_seen_before_anything_is_trained(assets, tmp_path
     with pytest.raises(ConfigError, match=r"fine-tune writes about 32\.1 GB while it trains, and 20\.0 GB are free"):
         run_row(experiment, "fine-tune", tmp_path, device=CPU)
     assert not (tmp_path / "llava-okvqa" / "fine-tune" / "training.jsonl").exists()
+
+
+def test_more_layers_than_a_folder_of_weights_has_are_named(assets):
+    work = Workshop(assets.experiment("llava-okvqa", ["layers=9"]), CPU)
+    with pytest.raises(ConfigError, match=r"layers must be at most the 3 of \S*/llava-1\.5-7b, got 9"):
+        _ = work.network
+
+
+def test_a_cache_without_room_is_seen_before_anything_is_fetched(assets, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
+    experiments = {"llava": load_experiment("llava-okvqa", ['pretrained=["pope"]'])}
+    # 7.06e9 numbers of two bytes; the files of both data sets and the copies of them, one of another size.
+    weights, teaching, measuring = 14.13e9, 2 * 1.6e9, 2 * 0.83e9 + 0.26e9 + 1.5e9
+    free = weights + teaching + measuring - 0.1e9
+    with pytest.raises(ConfigError, match=r"hub: about 20\.7 GB are to be fetched \(llava-hf/.* 14\.1, .* HF_HOME"):
+        require_room_to_fetch(experiments, {"llava": ["fine-tune"]})
+    free = weights + teaching + measuring + 0.1e9
+    require_room_to_fetch(experiments, {"llava": ["fine-tune"]})
+    # A row that trains nothing needs what is measured alone.
+    free = weights + measuring + 0.1e9
+    require_room_to_fetch(experiments, {"llava": ["zero-shot"]})
+    # What is there already, or comes from folders, needs none.
+    free = 0
+    given = replace(experiments["llava"], source="somewhere")
+    given = replace(given, data=replace(given.data, source=str(assets.data)))
+    require_room_to_fetch({"llava": given}, {"llava": ["fine-tune"]})
+    blob = tmp_path / "hub" / "models--llava-hf--llava-1.5-7b-hf" / "blobs" / "0"
+    blob.parent.mkdir(parents=True)
+    with blob.open("wb") as file:
+        # Of no bytes on disk: a hole.
+        file.truncate(int(14.2e9))
+    require_room_to_fetch({"llava": replace(given, source="")}, {"llava": ["fine-tune"]})
 
 
 def test_a_split_that_the_folder_lacks_comes_from_the_hub(assets, tmp_path, monkeypatch):

@@ -18,7 +18,6 @@ from tests import accelerate_state
 from tests.distributed import integrations
 from tests.reproductions.paper.running import SHORT
 
-MODEL = "llava-1.5-7b"
 METHOD = "mdgd"
 FORMS: dict[str, tuple[str, ...]] = {"copies": (), "parts": ("training.shard=true",)}
 """Both are killed on the way, and taken up."""
@@ -35,12 +34,11 @@ class Killed(TrainerCallback):
 def row(folder: Path, form: str, world: int) -> dict[str, Any]:
     """What a row leaves."""
     _quiet()
-    with ranks.in_turn():
-        assets = Assets(folder / "assets").write([MODEL])
     more = FORMS[form]
     # Steps of two passes each; Adam enlarges rounding where a gradient is small.
     settings = [*SHORT, "training.accumulation=2", "training.learning_rate=1e-3", *(more if world > 1 else ())]
-    experiment = assets.experiment("llava-okvqa", settings)
+    with ranks.in_turn():
+        experiment = Assets(folder / "assets").experiment("llava-okvqa", settings)
     device, quiet = torch.device("cpu"), Console(quiet=True)
     with accelerate_state.accelerators() if world > 1 and more else accelerate_state.fresh():
         for callbacks in ([Killed()], []) if world > 1 else ([],):

@@ -29,6 +29,7 @@ from torch_mdgd import effective_rank, visual_alignment_loss
 _RANK_EXAMPLES = 200
 
 
+@lru_cache(maxsize=4)
 def measured_tasks(target: str, split: Split, examples: int) -> dict[str, TaskData]:
     """The examples that measure: of every pre-trained task, then of the target; the same for every seed."""
     tasks = {task: pretrained_task_data(task, split, examples) for task in PRETRAINED_TASKS}

@@ -137,7 +137,8 @@ def load(folder: Path) -> list[CellOutcomes]:
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}: `mini study --output {folder}` makes it")
     tuned, tested, varied = (read_results(folder / f"{stage}.jsonl") for stage in ("tune", "test", "frontier"))
-    cells = [_cell(cell, tuned, tested, varied, read_costs(folder, cell.name)) for cell in ALL_CELLS]
+    keys = [[json.loads(key) for key in found] for found in (tuned, tested)]
+    cells = [_cell(cell, keys, tuned, tested, varied, read_costs(folder, cell.name)) for cell in ALL_CELLS]
     # A study may be older than a system, and then has nothing to say of it, though another's settings may be its own.
     begun = {name for cell in cells for name in (*cell.systems, *cell.tuning) if SYSTEMS[name].times == 1}
     untested = [
@@ -151,13 +152,17 @@ def load(folder: Path) -> list[CellOutcomes]:
 
 def _cell(
     cell: Cell,
+    keys: Sequence[Sequence[Mapping]],
     tuned: dict[str, Result],
     tested: dict[str, Result],
     varied: dict[str, Result],
     step_seconds: Mapping[str, float],
 ) -> CellOutcomes:
-    size = _size(cell, tuned, tested)
-    outcomes = {system.name: _outcome(cell, system, size, tuned, tested) for system in SYSTEMS.values()}
+    own = [[key for key in some if _of(key, cell)] for some in keys]
+    if not any(own):
+        return CellOutcomes(cell, {}, (), {}, {}, {}, step_seconds)
+    size, seeds = _size(cell, *own), sorted({*TEST_SEEDS, *(key["seed"] for key in own[1])})
+    outcomes = {system.name: _outcome(cell, system, size, seeds, tuned, tested) for system in SYSTEMS.values()}
     curves = {name: _frontier(cell, SYSTEMS[name], size, tuned, varied) for name in outcomes}
     candidates = {name: _tried(study.tuning_runs(cell, [SYSTEMS[name]], size), tuned) for name in outcomes}
     edges = {
@@ -176,18 +181,17 @@ def _cell(
     )
 
 
-def _size(cell: Cell, tuned: Mapping[str, Result], tested: Mapping[str, Result]) -> Size:
-    """The size that most results of the cell have; the default is what nothing else is known of."""
+def _size(cell: Cell, tuned: Sequence[Mapping], tested: Sequence[Mapping]) -> Size:
+    """The size that most results of the cell have, from their keys; the default is what nothing else is known of."""
     default = Size()
-    keys = [[key for key in map(json.loads, found) if _of(key, cell)] for found in (tuned, tested)]
-    both = [*keys[0], *keys[1]]
+    both = [*tuned, *tested]
     steps = _commonest((key.get("steps", 300) for key in both), cell.steps)
     batch = _commonest((key.get("batch", 32) for key in both), default.batch)
     return Size(
         None if steps == cell.steps else steps,
         batch,
-        _commonest((key.get("examples", 200) for key in keys[0]), default.tuning_examples),
-        _commonest((key.get("examples", 200) for key in keys[1]), default.examples),
+        _commonest((key.get("examples", 200) for key in tuned), default.tuning_examples),
+        _commonest((key.get("examples", 200) for key in tested), default.examples),
     )
 
 
@@ -207,13 +211,19 @@ def _commonest(values: Iterable[int], default: int) -> int:
     return found[0][0] if found else default
 
 
-def _outcome(cell: Cell, system: System, size: Size, tuned: dict[str, Result], tested: Mapping[str, Result]) -> Outcome:
+def _outcome(
+    cell: Cell,
+    system: System,
+    size: Size,
+    seeds: Sequence[int],
+    tuned: dict[str, Result],
+    tested: Mapping[str, Result],
+) -> Outcome:
     try:
         method = study.chosen(cell, system, size, tuned)
     except ValueError:
         return Outcome(system, None, {}, TEST_SEEDS)
-    seeds = sorted({*TEST_SEEDS, *(json.loads(key)["seed"] for key in tested)})
-    keys = {seed: study.test_runs(cell, [system], [seed], size, tuned)[0].key for seed in seeds}
+    keys = {seed: study.runs_of(cell, [method], [seed], size)[0].key for seed in seeds}
     runs = {seed: tested[key] for seed, key in keys.items() if key in tested}
     return Outcome(system, method, runs, tuple(seed for seed in TEST_SEEDS if seed not in runs))
 

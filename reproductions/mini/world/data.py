@@ -6,6 +6,7 @@ fixed permutation of the 1,797 scans. Everything is a function of the arguments 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Literal, overload
 
 import numpy as np
@@ -162,6 +163,12 @@ def target_data(name: Target, split: Split, n: int | None = None, seed: int = 0)
     require_split(split)
     if name not in TARGET_TASKS:
         raise ValueError(f"name must be one of {', '.join(TARGET_TASKS)}, got {name!r}")
+    return _drawn(name, split, n, seed)
+
+
+# Every run of a study trains on the same examples, which take half a second to draw.
+@lru_cache(maxsize=8)
+def _drawn(name: Target, split: Split, n: int | None, seed: int) -> TaskData:
     rng = np.random.default_rng([seed, SPLITS.index(split), TARGET_TASKS.index(name)])
     return {"digits": _digits, "caption": _captions, "tiles": _tiles}[name](split, n, rng)
 

@@ -113,9 +113,9 @@ def run_rows(rows: Rows, overrides: Sequence[str], results: Path, *, smoke: bool
     _quiet()
     ranks.join()
     single = sum(map(len, rows.values())) == 1
+    load = smoke_loader(results) if smoke else pinned(results)
     with ranks.in_turn():
-        load = smoke_loader(results) if smoke else pinned(results)
-    experiments = {name: load(name, overrides) for name in rows}
+        experiments = {name: load(name, overrides) for name in rows}
     for experiment in experiments.values():
         require_reporting(experiment)
     for name, method in row_list(rows):
@@ -285,7 +285,7 @@ def smoke_loader(results: Path) -> Callable[[str, Sequence[str]], Experiment]:
     """What loads experiments in the smoke test's sizes."""
     from reproductions.paper.run.smoke import Assets
 
-    return Assets(results / "assets").write().experiment
+    return Assets(results / "assets").experiment
 
 
 def pinned(results: Path) -> Callable[[str, Sequence[str]], Experiment]:

@@ -23,10 +23,10 @@ from torch_mdgd import MDGDOptimizer
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A demo of 20 steps: its folder, its results and what it printed."""
+    """A demo of 10 steps: its folder, its results and what it printed."""
     folder = tmp_path_factory.mktemp("demo")
     console = Console(record=True, width=140)
-    found = demo.demo(folder, "digits", [0], steps=20, examples=12, console=console)
+    found = demo.demo(folder, "digits", [0], steps=10, examples=12, console=console)
     return folder, [results[0] for results in found.values()], console.export_text()
 
 
@@ -37,7 +37,7 @@ def test_every_method_has_every_number(finished):
         assert set(result["exact"]) == {*PRETRAINED_TASKS, "digits"}
         assert all(0 <= score <= 100 for score in result["exact"].values())
         assert all(1 <= rank <= 128 for rank in result["effective_rank"].values())
-        assert len(result["losses"]) == (0 if result["method"] == "zero-shot" else 20)
+        assert len(result["losses"]) == (0 if result["method"] == "zero-shot" else 10)
     assert results[0]["P"] > 90, "the checkpoint can see"
     assert results[0]["T"] < 20, "the target is new to it"
     assert all(r["losses"][-1] < r["losses"][0] for r in results[1:])
@@ -83,7 +83,7 @@ def test_table_and_files_hold_the_results(finished):
 def test_a_second_call_runs_nothing_again(finished):
     folder, results, _ = finished
     lines = (folder / "results.jsonl").read_text()
-    again = demo.demo(folder, "digits", [0], steps=20, examples=12, console=Console(quiet=True))
+    again = demo.demo(folder, "digits", [0], steps=10, examples=12, console=Console(quiet=True))
     assert (folder / "results.jsonl").read_text() == lines
     assert [seeds[0]["key"] for seeds in again.values()] == [r["key"] for r in results]
 
@@ -101,7 +101,7 @@ def test_committed_results_are_found_again():
 def test_other_methods_are_shown_when_they_are_named(finished, tmp_path):
     (tmp_path / "results.jsonl").write_text((finished[0] / "results.jsonl").read_text())
     console = Console(record=True, width=140)
-    options = {"steps": 20, "examples": 12, "console": console}
+    options = {"steps": 10, "examples": 12, "console": console}
     found = demo.demo(tmp_path, "digits", [0], **options, names=["step"])
     assert list(found) == [*demo.ALWAYS, "step"]
     assert "decoupled step" in console.export_text()
@@ -139,7 +139,7 @@ def test_a_result_cut_short_by_a_kill_is_run_again(finished, tmp_path):
 def test_runs_are_reproducible(finished):
     _, results, _ = finished
     threads = torch.get_num_threads()
-    again = execute(Run(METHODS["fine-tune"], "digits", "test", 0, 20, 12))
+    again = execute(Run(METHODS["fine-tune"], "digits", "test", 0, 10, 12))
     torch.set_num_threads(threads)
     wanted = next(r for r in results if r["method"] == "fine-tune")
     assert again["losses"] == wanted["losses"]
@@ -193,9 +193,11 @@ def test_every_candidate_differs_and_every_method_has_as_many():
 
 def test_tune_ranks_candidates_by_the_harmonic_mean(tmp_path, monkeypatch):
     monkeypatch.setattr(tune, "SEEDS", (100,))
+    # In this process: those of the demo have processes of their own.
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
     monkeypatch.setitem(tune.GRIDS, "fine-tune", {"learning_rate": (1e-9, 2e-3)})
     console = Console(record=True, width=160)
-    ranked = tune.tune(tmp_path, ["fine-tune"], "digits", steps=12, examples=8, console=console)
+    ranked = tune.tune(tmp_path, ["fine-tune"], "digits", steps=6, examples=8, console=console)
     scores = [results[0]["H"] for results in ranked["fine-tune"]]
     assert scores == sorted(scores, reverse=True)
     assert {r["split"] for results in ranked["fine-tune"] for r in results} == {"validation"}

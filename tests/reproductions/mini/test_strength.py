@@ -1,6 +1,7 @@
 """The command that measures which strength of the anchor carries over."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ from typer.testing import CliRunner
 
 from reproductions.mini.commands import app
 from reproductions.mini.experiment import strength
-from reproductions.mini.experiment.finetune import prepare
+from reproductions.mini.experiment.calibration import prompts
+from reproductions.mini.experiment.finetune import finetune, prepare
 from reproductions.mini.experiment.study import Size
 from reproductions.mini.experiment.tune import SEEDS
 from reproductions.mini.model.checkpoint import load_checkpoint
@@ -19,6 +21,11 @@ from torch_mdgd import MDGDOptimizer
 RESULTS = Path(strength.__file__).parents[1] / "results"
 SMALL = ["--steps", "2", "--batch", "2", "--examples", "2", "--workers", "1"]
 SIZE = Size(2, 2, 2)
+
+
+@pytest.fixture(autouse=True)
+def few_prompts(monkeypatch):
+    monkeypatch.setattr(f"{finetune.__module__}.prompts", partial(prompts, batches=1, size=4))
 
 
 def call(folder, *arguments):

@@ -427,13 +427,18 @@ def test_seeds_take_turns_with_the_checkpoints(monkeypatch):
     assert [study.checkpoint_of(seed).name for seed in (0, 1, 100, 101)] == ["pretrained", "second"] * 2
 
 
-def test_the_study_runs_and_resumes(tmp_path):
+def test_the_study_runs_and_resumes(tmp_path, monkeypatch):
+    # One seed of each kind: which ones there are is asked where runs are listed.
+    monkeypatch.setattr(study, "TUNING_SEEDS", (100,))
+    monkeypatch.setattr(study, "FRONTIER_SEEDS", (0,))
+    monkeypatch.setattr(costs, "WARM_UP", 1)
+    monkeypatch.setattr(costs, "TIMED", 2)
     names, console = ["zero-shot", "restore"], Console(record=True, width=100)
     arguments = tmp_path, [CELL], names, [0], study.STAGES, SIZE
     study.study(*arguments, console, workers=1)
     files = {path.name: path.read_text() for path in tmp_path.iterdir()}
     assert {name: len(text.splitlines()) for name, text in files.items()} == {
-        "tune.jsonl": 2 * CANDIDATES + 2 * 2, "test.jsonl": 2, "costs.jsonl": 1, "frontier.jsonl": 2 * 4,
+        "tune.jsonl": CANDIDATES + 2, "test.jsonl": 2, "costs.jsonl": 1, "frontier.jsonl": 4,
     }  # fmt: skip
     cost = json.loads(files["costs.jsonl"])
     assert (cost["cell"], cost["system"]) == (CELL.name, "restore")

@@ -42,8 +42,10 @@ def whole(assets, tmp_path_factory):
     return row(assets, tmp_path_factory.mktemp("whole"), "mdgd")
 
 
-@pytest.mark.parametrize("method", ["fine-tune", "mdgd", "inputs", "lora", "ewc", "corda", "osf"])
+@pytest.mark.usefixtures("unmeasured")
+@pytest.mark.parametrize("method", ["fine-tune", "inputs", "lora", "ewc", "corda", "osf"])
 def test_a_run_killed_while_training_ends_as_if_it_was_not(method, assets, tmp_path):
+    """MDGD too, with its evaluation, where processes are killed and checkpoints cut short."""
     expected = contents(row(assets, tmp_path / "whole", method))
     with pytest.raises(Killed):
         row(assets, tmp_path / "killed", method, callbacks=[KillAt(2, die)])
@@ -56,6 +58,7 @@ def test_a_run_killed_while_training_ends_as_if_it_was_not(method, assets, tmp_p
     assert contents(folder) == expected
 
 
+@pytest.mark.usefixtures("unmeasured")
 def test_minicpm_killed_while_training_ends_as_if_it_was_not(assets, tmp_path):
     expected = contents(row(assets, tmp_path / "whole", "mdgd-gm", name="minicpm-pathvqa"))
     with pytest.raises(Killed):
@@ -170,6 +173,7 @@ def test_answers_to_other_examples_are_refused(assets, tmp_path):
         row(assets, tmp_path, "zero-shot")
 
 
+@pytest.mark.usefixtures("unmeasured")
 def test_an_analysis_that_was_killed_keeps_the_ratios_that_are_there(assets, tmp_path, monkeypatch):
     ratios = "masking.ratios=[0.3, 0.9]"
     expected = contents(row(assets, tmp_path / "whole", "mdgd-gm", ratios))

@@ -46,43 +46,39 @@ def call(*arguments):
     return CliRunner().invoke(app, [str(x) for x in arguments])
 
 
-@pytest.fixture(scope="module")
-def hour(tmp_path_factory):
-    """The preset in smoke form, by one command, on few tasks."""
-    folder = tmp_path_factory.mktemp("hour")
-    narrow = ("--set", 'pretrained=["pope"]', "--set", "training.steps=1", "--set", "evaluation.examples=2")
-    return folder, call("run", "--preset", "hour", "--smoke", "--results", folder, *narrow)
+@pytest.fixture
+def begin(assets, monkeypatch):
+    """Runs a preset in smoke form, by one command, with some of its seeds and on few examples."""
+
+    def run(name, seeds, folder, *settings):
+        path, named = load_preset(name)
+        monkeypatch.setattr(preset, "load_preset", lambda name: (path, replace(named, seeds=seeds)))
+        (folder / "assets").symlink_to(assets.folder)
+        few = ("training.steps=1", "evaluation.examples=1", *settings)
+        done = call("run", "--preset", name, "--smoke", "--results", folder, *(x for y in few for x in ("--set", y)))
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    return run
 
 
-def test_a_preset_tells_what_it_takes_and_runs_its_rows_with_three_seeds(hour):
-    folder, done = hour
-    assert done.exit_code == 0, done.output
-    assert done.output.index("hours on one RTX 3090 (24 GB)") < done.output.index("zero-shot: Zero-shot, on cpu")
-    ran = {path.parent.name for path in (folder / "hour").glob("*/status.json")}
+def test_a_preset_tells_what_it_takes_and_runs_its_rows_with_every_seed(begin, tmp_path):
+    output = begin("hour", (0, 1), tmp_path, 'pretrained=["pope"]')
+    assert output.index("hours on one RTX 3090 (24 GB)") < output.index("zero-shot: Zero-shot, on cpu")
+    ran = {path.parent.name for path in (tmp_path / "hour").glob("*/status.json")}
     trained = {"fine-tune", "fine-tune-low", "fine-tune-lv", "anchor", "mdgd"}
-    assert ran == {"zero-shot"} | {run_name(method, seed) for method in trained for seed in range(3)} | {"oracle"}
-    assert "± half a 95 % interval over seeds; differences are paired" in " ".join(done.output.split())
-    weights = [load_file(folder / "hour" / run_name("mdgd", seed) / "trained.safetensors") for seed in range(3)]
+    assert ran == {"zero-shot"} | {run_name(method, seed) for method in trained for seed in range(2)} | {"oracle"}
+    assert "± half a 95 % interval over seeds; differences are paired" in " ".join(output.split())
+    weights = [load_file(tmp_path / "hour" / run_name("mdgd", seed) / "trained.safetensors") for seed in range(2)]
     name = next(iter(weights[0]))
     assert not torch.equal(weights[0][name], weights[1][name])
 
 
-def test_the_day_runs_every_row_of_its_own(tmp_path, monkeypatch):
-    """With one seed, since three are the hour's."""
-    path, named = load_preset("day")
-    monkeypatch.setattr(preset, "load_preset", lambda name: (path, replace(named, seeds=(0,))))
-    few = (
-        'pretrained=["textvqa"]',
-        "training.steps=1",
-        "evaluation.examples=2",
-        "masking.steps=1",
-        "masking.ratios=[0.1]",
-    )
-    sets = [x for value in few for x in ("--set", value)]
-    done = call("run", "--preset", "day", "--smoke", "--results", tmp_path, *sets)
-    assert done.exit_code == 0, done.output
+def test_the_day_runs_every_row_of_its_own(begin, tmp_path):
+    """With one seed, since several are the hour's."""
+    begin("day", (0,), tmp_path, 'pretrained=["textvqa"]', "masking.steps=1", "masking.ratios=[0.1]")
     ended = [p for p in (tmp_path / "day").glob("*/status.json") if json.loads(p.read_text())["stage"] == "done"]
-    assert {p.parent.name for p in ended} == {*named.rows, "oracle"}
+    assert {p.parent.name for p in ended} == {*load_preset("day")[1].rows, "oracle"}
 
 
 @pytest.mark.parametrize("name", PRESET_NAMES)
@@ -153,7 +149,7 @@ def test_seeds_are_averaged_and_compared_pair_by_pair(tmp_path):
 
 
 def test_tuning_looks_at_validation_examples_alone_with_one_budget_for_all(assets, tmp_path):
-    experiment = assets.experiment("minicpm-pathvqa", [*SHORT, "training.steps=1", "evaluation.examples=3"])
+    experiment = assets.experiment("minicpm-pathvqa", [*SHORT, "training.steps=1", "evaluation.examples=2"])
     found = tune.tune(experiment, ["fine-tune-lv"], tmp_path, smoke=True, console=QUIET)
     assert {name: len(tried["candidates"]) for name, tried in found.items()} == {"fine-tune-lv": 4}
     for tried in found.values():
@@ -191,6 +187,7 @@ def test_the_oracle_scores_100_wherever_a_right_answer_does(assets, tmp_path):
             assert (other == pytest.approx(100) and score > 100) if found["metric"] == "cider" else score == 100, path
 
 
+@pytest.mark.usefixtures("unmeasured")
 @pytest.mark.parametrize("model", ["llava-1.5-7b", "minicpm-v-2", "qwen3-vl-2b", "internvl3.5-1b", "smolvlm2-2.2b"])
 def test_an_export_is_loaded_by_its_path_alone(model, assets, tmp_path):
     experiment = assets.experiment("minicpm-pathvqa", [*SHORT, f'model="{model}"', "training.steps=1"])

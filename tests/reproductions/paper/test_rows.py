@@ -1,8 +1,8 @@
 """Several rows: after each other, beside each other on GPUs, and when some of them fail."""
 
 import json
+import multiprocessing
 import os
-import subprocess
 import sys
 import weakref
 
@@ -116,25 +116,23 @@ with open(sys.argv[1], "w") as fifo:
     signal.pause()
     print("survived", file=fifo, flush=True)
 """
-PARENT = """
-import sys
-from pathlib import Path
-from rich.console import Console
-from reproductions.paper.run import rows
 
-rows.command = lambda row, overrides, results: [sys.executable, "-c", sys.argv[1], str(results / "fifo")]
-rows.beside({"x": ["mdgd"]}, [], Path(sys.argv[2]), ["0"], Console(quiet=True))
-"""
+
+def give_out(folder):
+    """In a process of its own, where the change of `rows` stays."""
+    rows.command = lambda row, overrides, results: [sys.executable, "-c", CHILD, str(results / "fifo")]
+    rows.beside({"x": ["mdgd"]}, [], folder, ["0"], QUIET)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="what other systems lack")
 def test_rows_die_with_the_process_that_gave_them_out(tmp_path):
     os.mkfifo(tmp_path / "fifo")
-    parent = subprocess.Popen([sys.executable, "-c", PARENT, CHILD, str(tmp_path)])
+    parent = multiprocessing.get_context("fork").Process(target=give_out, args=(tmp_path,))
+    parent.start()
     with (tmp_path / "fifo").open() as fifo:
         assert fifo.readline() == "begun\n"
         parent.kill()
-        parent.wait()
+        parent.join()
         assert fifo.read() == ""
 
 

@@ -212,6 +212,14 @@ def test_workers_prepare_the_same_questions(whole, assets, tmp_path):
     row(assets, tmp_path, "mdgd", "training.workers=0", "evaluation.batch=1", "training.log_every=7")
 
 
+def test_minicpm_4_6_stands_in(assets, tmp_path):
+    for method in ("mdgd", "lora", "model-tailor"):
+        more = ("model=minicpm-v-4.6", "training.steps=1", "evaluation.examples=1")
+        folder = row(assets, tmp_path, method, *more, name="minicpm-pathvqa")
+        assert json.loads((folder / "status.json").read_text())["stage"] == "done"
+        assert folder.parent.name == "minicpm-pathvqa-minicpm-v-4.6", "not beside what was published for another model"
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("split", ["train", "val2014"])
 def test_a_broken_picture_is_named_in_a_line_whoever_reads_it(split, workers, assets, tmp_path, monkeypatch):

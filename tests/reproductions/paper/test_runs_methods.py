@@ -14,6 +14,8 @@ from reproductions.paper.run.work import Workshop
 from tests.properties import assert_same_bits
 from tests.reproductions.paper.running import CPU, EXACT, row
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 
 def changed_names(folder):
     return set(load_file(folder / NAME))
@@ -133,23 +135,3 @@ def test_fine_tuning_with_no_visual_terms_is_plain_fine_tuning(assets, tmp_path)
     off = load_file(row(assets, tmp_path, "fine-tune-lv", "methods.fine-tune-lv.align=0.0") / NAME)
     assert set(plain) == set(off)
     assert_same_bits(list(plain.values()), [off[name] for name in plain])
-
-
-@pytest.mark.parametrize("name", ["llava-okvqa", "minicpm-pathvqa"])
-def test_bfloat16_weights_with_recomputed_activations(name, assets, tmp_path):
-    """As all real runs are."""
-    methods = {"llava-okvqa": ("model-tailor", "lora", "mdgd-gm"),
-               "minicpm-pathvqa": ("fine-tune", "mdgd", "ewc", "corda", "osf")}  # fmt: skip
-    for method in methods[name]:
-        folder = row(
-            assets, tmp_path, method, "dtype=bfloat16", "training.checkpointing=true", "training.steps=2",
-            "evaluation.examples=1", "masking.steps=1", name=name,
-        )  # fmt: skip
-        assert {x.dtype for x in load_file(folder / NAME).values()} == {torch.bfloat16}
-
-
-def test_minicpm_4_6_stands_in(assets, tmp_path):
-    for method in ("mdgd", "lora", "model-tailor"):
-        folder = row(assets, tmp_path, method, "model=minicpm-v-4.6", "training.steps=1", name="minicpm-pathvqa")
-        assert json.loads((folder / "status.json").read_text())["stage"] == "done"
-        assert folder.parent.name == "minicpm-pathvqa-minicpm-v-4.6", "not beside what was published for another model"

@@ -20,6 +20,7 @@ from torch_mdgd import connector
 from torch_mdgd.storage.host import HostStorage
 
 
+@pytest.mark.usefixtures("unmeasured")
 def test_the_reference_on_the_cpu_changes_no_number(assets, tmp_path, monkeypatch):
     held, follow = [], HostStorage.follow
     monkeypatch.setattr(HostStorage, "follow", lambda self, ps: held.append(len(ps)) or follow(self, ps))

@@ -13,7 +13,8 @@ PYTHON ?= $(shell for p in $(candidates); do "$$p" -c '$(supported)' 2>/dev/null
 
 frameworks := $(notdir $(wildcard examples/frameworks/*))
 
-pip_install := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+# Python compiles what it imports, the fewest of twenty thousand files.
+pip_install := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt \
 	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .PHONY: help demo test docs lint format bench wheel clean

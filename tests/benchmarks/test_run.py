@@ -29,9 +29,11 @@ PNG = b"\x89PNG\r\n\x1a\n"
 @pytest.fixture(scope="module", params=SECTIONS)
 def section(request: pytest.FixtureRequest) -> Iterator[Section]:
     with pytest.MonkeyPatch.context() as patch:
-        # One of the two choices of what is trained, and what goals are of: test_costs.py makes a step of every way.
+        # One of the two choices of what is trained, and rounds of a step of what goals are of: test_costs.py makes a
+        # step of every way, and whole rounds.
         patch.setattr(costs, "parts", lambda model, every=costs.parts: {costs.WHOLE: every(model)[costs.WHOLE]})
-        patch.setattr(costs, "WAYS", (PLAIN, TWO_PASSES, BARE, ALIGN, LAZY, PUBLISHED, LOW))
+        few = (PLAIN, TWO_PASSES, BARE, ALIGN, LAZY, PUBLISHED, LOW)
+        patch.setattr(costs, "WAYS", tuple(replace(way, steps=1) for way in few))
         yield SECTIONS[request.param](SETTINGS)
 
 

@@ -52,8 +52,7 @@ def _of_page(page: Path) -> Iterator[tuple[Place, Ratio]]:
 
 def tables(page: Path) -> Iterator[tuple[str, dict[str, str]]]:
     """The heading and the cells, by column, of each row of a page's tables."""
-    title: str = ""
-    columns: list[str] = []
+    title, columns = "", list[str]()
     for line in page.read_text(encoding="utf-8").splitlines():
         if line.startswith("## "):
             title, columns = line[3:], []

@@ -187,6 +187,11 @@ class Experiment:
         """All that is measured, in the order of the table."""
         return (*self.pretrained, self.target)
 
+    def require_layers_of(self, weights: str, depth: int) -> None:
+        """Raise ConfigError if more layers are to be trained than these weights have."""
+        if self.layers > depth:
+            raise ConfigError(f"{self.name}: layers must be at most the {depth} of {weights}, got {self.layers}")
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as in the file."""
         return asdict(self)

@@ -49,14 +49,6 @@ class Linear:
         """Where its trained parameters stand."""
         return [i for i in (self.weight, self.bias, *(self.lora or ())) if i is not None]
 
-    def completed_by(self, other: "Linear") -> bool:
-        """Take in the other matrix of these adapters, which came in a later group; whether it is one."""
-        if self.lora is None or other.lora is None or (self.module, self.adapter) != (other.module, other.adapter):
-            return False
-        a, b = self.lora
-        self.lora = other.lora[0] if a is None else a, other.lora[1] if b is None else b
-        return True
-
     @property
     def scaling(self) -> float:
         """LoRA's s."""

@@ -149,7 +149,7 @@ class Anchor(Around):
         self._count += len(places)
         found = trained_linear_layers(self._model, places, self._text, self._parts)
         left = uncovered(self._model, places, found)
-        found = [layer for layer in found if not any(held.completed_by(layer) for held in self.layers)]
+        found = self._without_second_matrices(found)
         for layer in found:
             held = [parameters[i - self._count + len(places)] for i in (layer.weight, layer.bias) if i is not None]
             if any(p.is_shard() and p.dim for x in held for p in getattr(x, "placements", ())):
@@ -162,6 +162,19 @@ class Anchor(Around):
             raise ValueError("Anchor: the optimizer holds no linear layer of the model, plain or LoRA's")
         if left and not self._parts:
             warnings.warn(f"Anchor holds linear layers; these are trained freely: {first_of(left)}", stacklevel=4)
+
+    def _without_second_matrices(self, found: Sequence[Linear]) -> list[Linear]:
+        """The new layers. A LoRA matrix whose other one came in an earlier group joins it: their pull is of BA."""
+        held = {(layer.module, layer.adapter): layer for layer in self.layers if layer.lora is not None}
+        new = []
+        for layer in found:
+            first = held.get((layer.module, layer.adapter))
+            if first is None or first.lora is None or layer.lora is None:
+                new.append(layer)
+            else:
+                (a, b), (other_a, other_b) = first.lora, layer.lora
+                first.lora = other_a if a is None else a, other_b if b is None else b
+        return new
 
     def _empty(self, width: int, like: Tensor) -> Moments:
         """Of no inputs: one for all layers of a kind, so that those which share an input go on sharing its moments."""

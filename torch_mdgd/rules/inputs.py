@@ -149,7 +149,9 @@ class ProtectInputs(Rule):
         self._count += len(parameters)
         found = [] if self._parts == [] else self._found(places)
         for layer in found:
-            i, place = layer.key, _place(layer)
+            i, place = layer.key, layer.weight
+            # Others are left out by `_found`.
+            assert place is not None
             weight: Any = parameters[place - self._count + len(parameters)]
             if dtensor.is_sharded(weight) and any(p.is_shard() and p.dim for p in weight.placements):
                 raise ValueError(f"ProtectInputs: {layer.name} is not sharded by rows, along its first dimension")
@@ -325,12 +327,6 @@ class ProtectInputs(Rule):
             if covariance is not None and basis is not None:
                 c.copy_(covariance)
                 self.bases[i] = basis[:, : int(basis.any(0).sum())].to(c, copy=True)
-
-
-def _place(layer: Linear) -> int:
-    """Where its weight stands."""
-    assert layer.weight is not None
-    return layer.weight
 
 
 def _matrix(x: Tensor) -> Tensor:

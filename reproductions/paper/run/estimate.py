@@ -32,7 +32,6 @@ from reproductions.paper.data import DATASETS, Split
 from reproductions.paper.models import MODELS, skeleton
 from reproductions.paper.run.sparing import FOUR_BITS, PARTS, STATE, frozen, linear_layers, trains, why_not
 from reproductions.paper.run.work import splits_of
-from reproductions.shared.fields import ConfigError
 from torch_mdgd import MDGD, connector, last_decoder_layers
 from torch_mdgd.models.parts import text_decoder
 
@@ -157,11 +156,7 @@ def size_of(model: str) -> Size:
 
 def require_layers(experiment: Experiment) -> None:
     """Raise ConfigError if more layers are to be trained than the published model has."""
-    depth = size_of(experiment.model).depth
-    if experiment.layers > depth:
-        raise ConfigError(
-            f"{experiment.name}: layers must be at most the {depth} of {experiment.model}, got {experiment.layers}"
-        )
+    experiment.require_layers_of(experiment.model, size_of(experiment.model).depth)
 
 
 def count(module: nn.Module) -> int:

@@ -40,6 +40,7 @@ def require_room_to_fetch(experiments: Mapping[str, Experiment], rows: Mapping[s
     """
     # Once for all rows: what two of them need is fetched once.
     lacking = dict(one for name, methods in rows.items() for one in _lacking(experiments[name], methods))
+    # Both caches mostly lie on one disk, and share its room.
     disks = defaultdict(list)
     for what, (folder, size) in lacking.items():
         disks[_disk(folder).stat().st_dev].append((what, folder, size))

@@ -14,7 +14,6 @@ from reproductions.methods import METHODS
 from reproductions.paper.config import Experiment
 from reproductions.paper.data import DATASETS, Example
 from reproductions.paper.models import MODELS, Batch, load_model, to_device
-from reproductions.shared.fields import ConfigError
 from torch_mdgd.models.parts import decoder_layers, text_decoder
 from torch_mdgd.prompts import QUESTIONS
 
@@ -61,10 +60,8 @@ class Workshop:
         """
         e = self.experiment
         found = load_model(e.model, e.source, e.dtype, self.device, trust_remote_code=e.trust_remote_code)
-        depth = len(decoder_layers(text_decoder(found.network)))
-        if e.layers > depth:
-            where = e.source or MODELS[e.model].source
-            raise ConfigError(f"{e.name}: layers must be at most the {depth} of {where}, got {e.layers}")
+        # A folder may hold another size than the published.
+        e.require_layers_of(e.source or MODELS[e.model].source, len(decoder_layers(text_decoder(found.network))))
         return found
 
     @property

@@ -153,6 +153,27 @@ def biases_alone():
     return model
 
 
+def test_a_weight_that_is_frozen_stays_and_is_protected_once_it_is_trained():
+    model = biases_alone()
+    optimizer = wrap(model)
+    layer = model.decoder.first
+
+    def move():
+        before = [p.detach().clone() for p in (layer.weight, layer.bias)]
+        train(model, optimizer, range(1))
+        return [p.detach() - x for p, x in zip((layer.weight, layer.bias), before, strict=True)]
+
+    weight, bias = move()
+    assert not weight.any()
+    assert bias.any()
+    layer.weight.requires_grad_(True)
+    weight, bias = move()
+    (q,) = (q for i, q in optimizer.rule.bases.items() if optimizer.rule.names[i] == "decoder.first")
+    both = torch.cat([weight, bias[:, None]], dim=1)
+    assert weight.any()
+    assert (both @ q).norm() <= 1e-12 * both.norm()
+
+
 @pytest.mark.parametrize(("at", "make"), [(2, Model), (3, Model), (5, Model), (5, biases_alone)])
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(at, make):
     through, interrupted = make(), make()

@@ -84,6 +84,19 @@ def test_numbers_that_differ_in_their_last_bit(backend, device, dtype, bits, sig
         assert_same(kernels.top_k_masks([x.to(device)], k), oracle.top_k_masks([x], k), k)
 
 
+def test_every_k_beside_the_edges_of_a_bracket(monkeypatch):
+    """Such as one number below the edge, where a count that is off by one would leave a mask one short."""
+    monkeypatch.setattr(selection, "SAMPLE", 16)
+    monkeypatch.setattr(selection, "SPREAD", 0.02)
+    generator = torch.Generator().manual_seed(5)
+    with kernels.use_backend("eager"):
+        for _ in range(20):
+            x = torch.randperm(60, generator=generator).float()
+            for k in range(1, 61):
+                (mask,) = kernels.top_k_masks([x], k)
+                assert torch.equal(mask, x >= 60 - k), k
+
+
 @pytest.mark.parametrize("k", [1, 2, 150, 500, 999, 1000])
 def test_a_sample_that_misleads_costs_time_and_nothing_else(backend, device, k, monkeypatch):
     # A bracket far narrower than the sample can promise, so that the k-th largest is mostly outside.

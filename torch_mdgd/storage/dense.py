@@ -11,7 +11,7 @@ from torch_mdgd import kernels
 from torch_mdgd.kernels import Tensors
 from torch_mdgd.masks.base import Mask, restore_outside_
 from torch_mdgd.parallel import dtensor
-from torch_mdgd.rules.base import as_count, lone, require_shapes
+from torch_mdgd.rules.base import as_count, count_of, require_shapes
 from torch_mdgd.storage.base import Correct, Entries, Storage, counts, is_per_element, snapshot
 from torch_mdgd.storage.exchange import exchange_
 
@@ -234,6 +234,5 @@ class DenseStorage(Storage):
         elif "mask" in found and self.scored:
             # It was saved before a mask was chosen.
             self._hold(None)
-        age = lone(found, AGE)
-        self.age = 0 if age is None else int(age)
+        self.age = count_of(found, AGE)
         return "reference" in found

@@ -160,6 +160,24 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit():
     assert_same_bits(list(through.parameters()), list(resumed.parameters()))
 
 
+def test_what_is_held_between_measurements_is_loaded_and_without_it_begins_anew():
+    one = torch.ones(1, dtype=torch.float64)
+    w = {"align": one, "regularize": 0 * one}
+    saved, loaded = (DriftBudget(MDGD(regularize=0), 0.1, measure_every=3) for _ in range(2))
+    align(saved, 0.25, table(6.0, 2.0))
+    loaded.load_state({name: [x] for name, x in saved.state().items()}, [one])
+    assert loaded.joint(w, False) == pytest.approx(2.5**1.05 * 3.0, rel=1e-12)
+    # A step that measures nothing has the ratio of the one that did, and the third measures anew.
+    for q, pull in ((1.25, 2.5 * 1.25), (1.25, 2.5 * 1.25**2)):
+        loaded.saw_features(torch.tensor([[1.125]]), torch.tensor([[1.0]]))
+        loaded.coefficients(torch.full((1, 1, 1), math.nan, dtype=torch.float64), w, False)
+        loaded.forget()
+        assert float(loaded.strength) == pytest.approx(pull**0.05 * q * 3.0, rel=1e-12)
+    assert loaded.joint(w, False) is None
+    loaded.load_state({}, [one])
+    assert (float(loaded.pull), float(loaded.strength), float(loaded.ratio), loaded.age) == (1.0, 0.0, 0.0, 0)
+
+
 def test_a_state_dict_does_not_change_when_training_goes_on():
     model = network()
     optimizer = wrap(model)

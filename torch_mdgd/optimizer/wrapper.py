@@ -244,10 +244,6 @@ class MDGDOptimizer(Around):
         self.discard()
         self.base.zero_grad(set_to_none=set_to_none)
 
-    def _switch(self, name: str) -> None:
-        base: Any = self.base
-        self._storage.switch(base, self._idle(name), getattr(base, name))
-
     # --------------------------------------------------------------------------------------------------------------
     # The reference.
 
@@ -524,3 +520,7 @@ class MDGDOptimizer(Around):
     def record(self, **values: Tensor) -> None:
         """Show these scalars in :attr:`diagnostics` too, read from the device only when asked for."""
         self._recorded.update({name: value.detach() for name, value in values.items()})
+
+    def _switch(self, name: str) -> None:
+        base: Any = self.base
+        self._storage.switch(base, self._idle(name), getattr(base, name))

@@ -260,7 +260,7 @@ def _of_rule(rule: Rule) -> allocation.Storages:
             todo += x.values()
         elif isinstance(x, list | tuple):
             todo += x
-        elif type(x).__module__ == "torch_mdgd.rules.moments":
+        elif type(x).__module__.startswith("torch_mdgd.rules."):
             todo += vars(x).values()
         seen.add(id(x))
     return allocation.storages(found)

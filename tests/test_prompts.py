@@ -2,8 +2,12 @@
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
+from tests.report import folders
 from torch_mdgd.prompts import QUESTIONS, question_batches, random_words
+from torch_mdgd.report import drawn_probes
+from torch_mdgd.report.answers import ask
 
 
 class Tokenizer:
@@ -75,3 +79,24 @@ def test_random_words_are_words():
 
 def test_the_questions_are_many_and_different():
     assert len(set(QUESTIONS)) == len(QUESTIONS) >= 60
+
+
+def test_a_text_begins_once_though_its_template_and_its_tokenizer_both_begin_it():
+    processor, (probe, *_) = folders.processor(), drawn_probes(1)
+    processor.tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    content = [{"type": "image", "image": probe.image()}, {"type": "text", "text": probe.question}]
+    wanted = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        tokenize=True,
+        add_generation_prompt=True,
+        return_dict=True,
+        return_tensors="pt",
+    )["input_ids"]
+    assert (wanted == 1).sum() == 1
+    (batch,) = question_batches(processor, [probe.image()], [probe.question])
+    for ids in (batch["input_ids"], ask(processor, [probe], folders.model())["input_ids"]):
+        assert torch.equal(ids, wanted)
+    # A template that leaves it to the tokenizer.
+    processor.chat_template = processor.chat_template.replace("<s> ", "")
+    (batch,) = question_batches(processor, [probe.image()], [probe.question])
+    assert torch.equal(batch["input_ids"], wanted)

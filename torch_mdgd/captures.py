@@ -40,6 +40,18 @@ class Step:
     d: list[Tensor | None]
     scale: float
 
+    def products(self, measured: bool) -> Tensor:
+        """Inner products of the R gradients that are there, float64, shape (T, R, R).
+
+        Args:
+            measured: whether ⟨g, g⟩ is read where g is the only one; else NaN stands for it, which saves a pass over g.
+        """
+        if len(self.gradients) > 1 or measured:
+            return kernels.inner_products(self.gradients)
+        first = next((x for x in self.task if x is not None), None)
+        device = torch.device("cpu") if first is None else first.device
+        return torch.full((len(self.task), 1, 1), float("nan"), dtype=torch.float64, device=device)
+
 
 class Captures:
     """One gradient per kind and parameter; a kind adds up over its captures (micro-batches)."""
@@ -176,6 +188,25 @@ class Captures:
             held = self.gradients.get(kind) or [None] * len(parameters)
             self.gradients[kind] = [_sum(x, y) for x, y in zip(held, gradients, strict=True)]
 
+    def reduce_reference(self, parameters: Sequence[Tensor], drift: Callable[[Tensor], Tensor]) -> None:
+        """Form g̃₀ (7) of g₀ and v₀, which are held no longer, unless it is formed already.
+
+        Args:
+            parameters: T parameters.
+            drift: the rule's, of the table of inner products of (g₀, v₀).
+        """
+        if REFERENCE in self.gradients:
+            return
+        self.require(KINDS[2:])
+        g0, v0 = self.take(KINDS[2:], parameters)
+        # g̃₀ is formed before anything is multiplied with it: ⟨g̃₀, g̃₀⟩ from the expanded square would lose every digit
+        # when g₀ is nearly parallel to v₀.
+        out = [x if x is not None else y for x, y in zip(g0, v0, strict=True)]
+        along = kernels.inner_products([g0, v0], [v0])
+        b = drift(torch.cat([torch.zeros_like(along), along], dim=2))
+        kernels.combine_(out, [g0, v0], torch.stack([torch.ones_like(b), -b], dim=1))
+        self.gradients[REFERENCE] = out
+
     def _open(self, kind: str, parameters: Sequence[Tensor]) -> None:
         if kind in KINDS[2:] and REFERENCE in self.gradients:
             raise RuntimeError(f"capture of {kind}: reduce_reference() has formed g̃₀ of this step already")
@@ -215,6 +246,12 @@ def assign(parameters: Sequence[Tensor], gradients: Tensors) -> None:
     """Put each gradient in its parameter's ``.grad``."""
     for p, x in zip(parameters, gradients, strict=True):
         p.grad = x
+
+
+def as_grad(gradient: Tensor | None, parameter: Any) -> Tensor | None:
+    """What the parameter's ``.grad`` takes: its dtype unless it says otherwise."""
+    dtype: torch.dtype = getattr(parameter, "grad_dtype", None) or parameter.dtype
+    return gradient if gradient is None or gradient.dtype == dtype else gradient.to(dtype)
 
 
 def _destination(gradients: Tensors, parameter: Tensor) -> Tensor | None:

@@ -133,9 +133,33 @@ def question_batches(
     draw = random.Random(seed)
     for start in range(0, len(pictures), batch_size):
         chosen = list(pictures[start : start + batch_size])
-        texts = [prompt(processor, draw.choice(questions)) for _ in chosen]
-        batch = processor(images=[[x] for x in chosen], text=texts, return_tensors="pt", padding=True)
+        batch = processed(processor, chosen, [draw.choice(questions) for _ in chosen])
         yield {name: x.to(device) if device is not None and hasattr(x, "to") else x for name, x in batch.items()}
+
+
+def processed(processor: Any, pictures: Sequence[Any], questions: Sequence[str], **options: Any) -> Mapping[str, Any]:
+    """A batch of pictures, each under its question.
+
+    Where the chat template writes the token that begins a text, the tokenizer adds no second one, as when transformers
+    applies the template and tokenizes at once.
+
+    Args:
+        processor: as of :func:`question_batches`.
+        pictures: as the processor takes them.
+        questions: as many.
+        **options: of the processor.
+
+    Raises:
+        ValueError: the processor has neither a chat template nor an image token.
+    """
+    texts = [prompt(processor, question) for question in questions]
+    first = getattr(getattr(processor, "tokenizer", None), "bos_token", None)
+    if first and texts[0].startswith(first):
+        options["add_special_tokens"] = False
+    batch: Mapping[str, Any] = processor(
+        images=[[x] for x in pictures], text=texts, return_tensors="pt", padding=True, **options
+    )
+    return batch
 
 
 def prompt(processor: Any, question: str) -> str:

@@ -141,6 +141,7 @@ def study(
     sequence: Annotated[
         bool, typer.Option("--sequence", help="One target after another with AdamW, in place of one target.")
     ] = False,
+    long: Annotated[bool, typer.Option("--long", help="900 steps of captions with AdamW, in place of 300.")] = False,
     architecture: Annotated[
         Literal["llava", "smolvlm", "llava-10m"], typer.Option(help="The pre-trained models that the runs begin with.")
     ] = "llava",
@@ -161,7 +162,9 @@ def study(
 
     names, wanted = systems.split(",") if systems else [], stages.split(",")
     with _refused():
-        cells = cells_of(architecture, sequence, target, optimizer)
+        if long and steps:
+            raise ValueError("--long has a number of steps of its own: leave out --steps")
+        cells = cells_of(architecture, sequence, target, optimizer, long)
         studying.require_checkpoints(cells)
         studying.require_known("system", names, SYSTEMS)
         studying.require_known("stage", wanted, studying.STAGES)
@@ -288,7 +291,7 @@ def figures(
 
     _require(results)
     console, cells = _console(), load(results)
-    single = [c for c in cells if not c.cell.first]
+    single = [c for c in cells if not c.cell.first and not c.cell.long]
     wanted = [c for c in single if target in (None, c.cell.target) and optimizer == c.cell.base]
     # The model is too small to share among threads, which wait for each other where the machine has other work.
     torch.set_num_threads(1)

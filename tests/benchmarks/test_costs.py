@@ -68,7 +68,7 @@ def test_memory_is_that_of_the_parts():
     optimizer = training.optimizer
     assert isinstance(optimizer, MDGDOptimizer)
     assert isinstance(optimizer.rule, Anchor)
-    rows = {id(m): m.sums.nbytes for m in optimizer.rule.moments.values()}
+    rows = {id(m): m.sums.nbytes for m in optimizer.rule.covariances.moments.values()}
     found = costs.measure(LOW, SETTINGS, WHOLE)
     assert found.reference == sum(p.nbytes for p in optimizer.trained)
     assert found.state == pytest.approx(2 * found.reference, rel=0.01)

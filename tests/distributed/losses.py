@@ -57,7 +57,7 @@ def low_rank(rank: int = 0, world: int = 1) -> list[Tensor]:
     group = dist.group.WORLD if world > 1 else None
     anchor = Anchor(net, rank=2).calibrate(prompts(rank, world, 3), group=group)
     MDGDOptimizer(torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.1), anchor)
-    found = [anchor._covariance(layer) for layer in anchor.layers]
+    found = [anchor.covariances.of(layer) for layer in anchor.layers]
     return [c.after([torch.eye(c.matrix.shape[1], dtype=c.matrix.dtype)])[0] for c in found]
 
 

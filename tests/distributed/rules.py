@@ -142,11 +142,11 @@ def held(rule: Any) -> dict[str, list[Tensor]]:
     found += [torch.tensor(inner.age % inner.every)] if isinstance(inner, MDGD) else []
     if not isinstance(rule, Anchor):
         return {"sums": found, "spans": []}
-    covariances = [rule._covariance(layer) for layer in rule.layers]
+    covariances = [rule.covariances.of(layer) for layer in rule.layers]
     # Rows of a low rank may be turned: what they make of a matrix is compared.
     spans = [c.after([torch.eye(c.matrix.shape[1], dtype=c.matrix.dtype)])[0] for c in covariances]
-    sizes = [x for key in rule.moments for x in (rule.moments[key].size, rule.answers[key])]
-    return {"sums": [*found, *sizes, torch.tensor([rule.seen, rule.steps])], "spans": spans}
+    sizes = [x for key, held in rule.covariances.moments.items() for x in (held.size, rule.covariances.answers[key])]
+    return {"sums": [*found, *sizes, torch.tensor([rule.covariances.seen, rule.steps])], "spans": spans}
 
 
 def whole(kind: str, form: str, folder: Path) -> dict[str, Any]:

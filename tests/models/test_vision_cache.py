@@ -5,11 +5,12 @@ import types
 import pytest
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from tests.models.families import FAMILIES, make_batch, make_model
 from tests.properties import assert_near, assert_same_bits
 from tests.tiny_models import llava, llava_batch
-from torch_mdgd import MDGDOptimizer, connector, freeze_all_but, last_decoder_layers, mdgd_backward
+from torch_mdgd import MDGD, MDGDOptimizer, connector, freeze_all_but, last_decoder_layers, mdgd_backward
 from torch_mdgd.models.parts import unwrap
 from torch_mdgd.models.vision_cache import frozen_vision_parts, reuse_frozen_parts
 
@@ -54,6 +55,27 @@ def test_every_family_gets_the_same_gradients_from_one_run_of_its_tower(name):
     assert_near(*outcomes)
 
 
+def test_the_loss_of_routers_counts_those_of_frozen_layers_too():
+    # Hooks of transformers inside of each layer collect what its router says.
+    family = FAMILIES["qwen3_vl"].config
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+    text = {**family["text_config"], **experts, "output_router_logits": True, "router_aux_loss_coef": 1.0}
+    config = AutoConfig.for_model("qwen3_vl_moe", **{**family, "text_config": text})
+    model = AutoModelForImageTextToText.from_config(config)
+    freeze_all_but(model, last_decoder_layers(model, 1))
+    batch = make_batch("qwen3_vl")
+    wanted = model(**batch)
+    assert len(wanted.router_logits) == 3
+    wanted.loss.backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    gradients = [p.grad for p in trained]
+    model.zero_grad()
+    optimizer = MDGDOptimizer(torch.optim.SGD(trained, lr=0.1), MDGD(regularize=0))
+    loss = mdgd_backward(model, optimizer, batch)
+    # At φ there is no visual gradient.
+    assert_near([loss, *(p.grad for p in trained)], [wanted.loss.detach(), *gradients])
+
+
 def test_another_batch_is_computed_anew():
     model = llava()
     model.requires_grad_(False)
@@ -70,7 +92,7 @@ class Boxed(nn.Module):
         return types.SimpleNamespace(features=x)
 
 
-@pytest.mark.parametrize("change", ["dropout", "trained", "batch norm", "graph", "unknown output"])
+@pytest.mark.parametrize("change", ["dropout", "trained", "batch norm", "graph", "unknown output", "listener"])
 def test_a_tower_that_is_more_than_a_function_of_its_inputs_is_run_every_time(change):
     tower = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).train()
     tower.requires_grad_(False)
@@ -83,6 +105,8 @@ def test_a_tower_that_is_more_than_a_function_of_its_inputs_is_run_every_time(ch
     model = nn.ModuleDict({"vision_tower": tower})
     if change == "unknown output":
         tower.append(Boxed())
+    if change == "listener":
+        tower[1].register_forward_hook(lambda *_: None)
     x = torch.randn(3, 4, requires_grad=change == "graph")
     runs = []
     original = tower[0].forward

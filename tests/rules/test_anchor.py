@@ -118,8 +118,8 @@ def test_which_tokens_count(tokens):
     optimizer = MDGDOptimizer(sgd(parameters), anchor)
     key = next(layer.key for layer in anchor.layers if layer.name == name)
     assert optimizer.parameters[key] is dict(model.named_modules())[name].weight
-    assert anchor.moments[key].size[1] == len(x)
-    assert torch.allclose(anchor.moments[key].sums, x.T @ x, rtol=1e-12, atol=1e-12)
+    assert anchor.covariances.moments[key].size[1] == len(x)
+    assert torch.allclose(anchor.covariances.moments[key].sums, x.T @ x, rtol=1e-12, atol=1e-12)
 
 
 def test_without_calibration_the_first_steps_make_c_and_no_later_one():
@@ -134,14 +134,14 @@ def test_without_calibration_the_first_steps_make_c_and_no_later_one():
     name = "model.language_model.layers.1.mlp.down_proj"
     x, _ = inputs_and_answers(model, name, [batch(seed=s) for s in range(4)])
     key = next(layer.key for layer in anchor.layers if layer.name == name)
-    assert torch.allclose(anchor.moments[key].sums, x.T @ x, rtol=1e-12, atol=1e-12)
+    assert torch.allclose(anchor.covariances.moments[key].sums, x.T @ x, rtol=1e-12, atol=1e-12)
 
 
 def test_layers_that_share_an_input_share_its_moments():
     model, parameters = full()
     anchor = Anchor(model).calibrate(BATCHES)
     MDGDOptimizer(sgd(parameters), anchor)
-    held = {layer.name.rpartition(".")[2]: anchor.moments[layer.key] for layer in anchor.layers}
+    held = {layer.name.rpartition(".")[2]: anchor.covariances.moments[layer.key] for layer in anchor.layers}
     assert held["q_proj"] is held["k_proj"] is held["v_proj"]
     assert held["gate_proj"] is held["up_proj"]
     assert held["q_proj"] is not held["o_proj"]
@@ -149,7 +149,7 @@ def test_layers_that_share_an_input_share_its_moments():
 
 def memory(anchor):
     """Numbers in the storages under everything of matrix size that it holds."""
-    held = [*anchor.moments.values(), *anchor._covariances.values()]
+    held = [*anchor.covariances.moments.values(), *anchor.covariances._reduced.values()]
     found = [x for one in held for x in vars(one).values() if isinstance(x, torch.Tensor) and x.dim() == 2]
     return sum({x.data_ptr(): x.untyped_storage().nbytes() // x.element_size() for x in found}.values())
 
@@ -158,12 +158,12 @@ def test_what_is_held_is_two_ranks_of_rows_for_each_distinct_input():
     model, parameters = full()
     anchor = Anchor(model, 0.5, rank=2).calibrate(BATCHES)
     optimizer = MDGDOptimizer(sgd(parameters), anchor)
-    widths = {id(anchor.moments[layer.key]): layer.width for layer in anchor.layers}
+    widths = {id(anchor.covariances.moments[layer.key]): layer.width for layer in anchor.layers}
     for s in range(2):
         mdgd_backward(model, optimizer, batch(seed=s))
         optimizer.step()
         optimizer.zero_grad()
-    assert len(anchor._covariances) == len(anchor.layers)
+    assert len(anchor.covariances._reduced) == len(anchor.layers)
     assert memory(anchor) == 2 * 2 * sum(widths.values())
     # Layers that share their moments share them after a checkpoint too.
     again, others = full()

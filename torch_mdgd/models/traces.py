@@ -96,12 +96,15 @@ class _Changing:
     """Which buffers of a model its passes change, as far as it is known.
 
     Attributes:
-        modes: the modules' training flags at the last look, at which every buffer was compared.
+        modes: the modules' training flags.
+        run: the names of modules that were run in these modes while their buffers were compared. A text alone does not
+            run the vision tower.
         places: the buffers that were seen to change: the names of module and buffer.
     """
 
     def __init__(self) -> None:
-        self.modes: tuple[bool, ...] | None = None
+        self.modes: tuple[bool, ...] = ()
+        self.run: set[str] = set()
         self.places: set[tuple[str, str]] = set()
 
 
@@ -112,15 +115,19 @@ _CHANGING: WeakKeyDictionary[nn.Module, _Changing] = WeakKeyDictionary()
 def keeping_buffers(model: nn.Module) -> Iterator[None]:
     """What passes inside change in a model's buffers is undone, with the numbers that modules keep beside them.
 
-    At first, and whenever modules have gone between training and evaluation, all buffers are copied and compared. From
-    then on only those are copied that were seen to change.
+    The buffers of a module are copied and compared until it has been run, and anew whenever modules have gone between
+    training and evaluation. From then on only those are copied that were seen to change.
     """
     owners = [(name, module) for name, module in model.named_modules() if module._buffers]
     known = _CHANGING.setdefault(model, _Changing())
     modes = tuple(module.training for _, module in owners)
-    looking = known.modes != modes
+    if known.modes != modes:
+        known.modes, known.run = modes, set()
+    unknown = [(name, module) for name, module in owners if name not in known.run]
+    looking, run = {name for name, _ in unknown}, set[str]()
+    handles = [module.register_forward_pre_hook(lambda *_, name=name: run.add(name)) for name, module in unknown]
     kept = [
-        _Kept(module, key, (name, key), x, looking or (name, key) in known.places)
+        _Kept(module, key, (name, key), x, name in looking or (name, key) in known.places)
         for name, module in owners
         for key, x in module._buffers.items()
         if x is not None and x.device.type != "meta"
@@ -129,8 +136,10 @@ def keeping_buffers(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        for handle in handles:
+            handle.remove()
+        known.run |= run
         known.places |= {one.place for one in kept if one.undo(one.place in known.places)}
-        known.modes = modes
         for module, held in numbers:
             # Such as for what length the frequencies in a buffer were made.
             vars(module).update(held)

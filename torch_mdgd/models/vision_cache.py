@@ -20,10 +20,11 @@ def reuse_frozen_parts(model: nn.Module, exchanged: Collection[Tensor] = ()) -> 
 
     Those are the frozen parts of the vision tower, and the frozen layers at the beginning of the text decoder. For
     passes over one batch: same inputs, bit for bit, same mode of modules and autocast. A part is run as ever if one of
-    its parameters is trained or exchanged, if its inputs or its output carry a graph, or if it draws random numbers or
-    changes its buffers, as dropout and batch normalisation in training mode do. So results are those without this, bit
-    for bit. What it keeps until it ends is the output of each such part: of the tower, or of each of its blocks if its
-    connector inside is trained (Qwen-VL), and of each decoder layer.
+    its parameters is trained or exchanged, if its inputs or its output carry a graph, if it draws random numbers or
+    changes its buffers, as dropout and batch normalisation in training mode do, or if a hook listens to a module
+    inside, as what collects the logits of routers does. So results are those without this, bit for bit. What it keeps
+    until it ends is the output of each such part: of the tower, or of each of its blocks if its connector inside is
+    trained (Qwen-VL), and of each decoder layer.
 
     Args:
         model: any module; one without such parts is left alone.
@@ -106,12 +107,12 @@ class _Remembered:
         if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
             # What is remembered has no graph, and this pass may need one.
             return self.forward(*args, **kwargs)
-        if self.spec is not None and _unchanged(self.outputs) and self._saw(inputs):
+        if self.spec is not None and _unchanged(self.outputs) and self._saw(inputs) and not _is_heard(self.module):
             return tree_unflatten([x for x, _ in self.outputs], self.spec)
         before = self._fingerprint(inputs)
         output = self.forward(*args, **kwargs)
         leaves, spec = tree_flatten(output)
-        pure = before == self._fingerprint(inputs) and all(_is_plain(x) for x in leaves)
+        pure = before == self._fingerprint(inputs) and all(_is_plain(x) for x in leaves) and _can_be_made_again(spec)
         self.inputs, self.outputs, self.spec = [], [], None
         if pure:
             self.inputs = [(x, _version(x)) for x in inputs]
@@ -126,6 +127,29 @@ class _Remembered:
         """What a forward pass changes if it is more than a function of its inputs."""
         devices = {x.device for x in inputs if isinstance(x, Tensor)}
         return Randomness(devices).bits(), [x._version for x in self.module.buffers()]
+
+
+def _is_heard(module: nn.Module, collects: bool = False) -> bool:
+    """Whether a hook listens to a module inside, but those of torch itself, as ``fully_shard`` has.
+
+    What hooks of transformers collect inside one of its models, that model returns.
+    """
+    collects = collects or hasattr(module, "_can_record_outputs")
+    quiet = {"torch", "transformers"} if collects else {"torch"}
+    for child in module.children():
+        hooks = [*child._forward_pre_hooks.values(), *child._forward_hooks.values()]
+        if any(str(hook.__module__).partition(".")[0] not in quiet for hook in hooks) or _is_heard(child, collects):
+            return True
+    return False
+
+
+def _can_be_made_again(spec: TreeSpec) -> bool:
+    """Not an output of transformers that has been given more keys than its class declares."""
+    try:
+        tree_unflatten([None] * spec.num_leaves, spec)
+    except TypeError:
+        return False
+    return True
 
 
 def _is_plain(x: Any) -> bool:

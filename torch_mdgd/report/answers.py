@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from torch_mdgd.models.folders import transformers
 from torch_mdgd.models.parts import unwrap
-from torch_mdgd.prompts import prompt
+from torch_mdgd.prompts import processed, prompt
 from torch_mdgd.report.probes import Probe
 
 
@@ -33,9 +33,8 @@ class Generated:
 def ask(processor: Any, probes: Sequence[Probe], model: nn.Module) -> dict[str, Any]:
     """Pictures and questions as a batch on the model's device, padded on the left; numbers in the model's dtype."""
     inner: Any = unwrap(model)
-    texts = [prompt(processor, probe.question) for probe in probes]
-    pictures = [[probe.image()] for probe in probes]
-    batch = processor(images=pictures, text=texts, return_tensors="pt", padding=True, padding_side="left")
+    pictures, questions = [probe.image() for probe in probes], [probe.question for probe in probes]
+    batch: Any = processed(processor, pictures, questions, padding_side="left")
     moved = batch.to(inner.device, inner.dtype)
     # What PaliGemma's processor adds for training says nothing of these prompts.
     return {name: x for name, x in moved.items() if name != "labels"}

@@ -238,6 +238,12 @@ def lone(found: Mapping[str, Tensors], name: str) -> Tensor | None:
     return next((x for x in found.get(name, ()) if x is not None), None)
 
 
+def count_of(found: Mapping[str, Tensors], name: str) -> int:
+    """A number of steps that was saved once for all parameters; 0 if it is not there."""
+    n = lone(found, name)
+    return 0 if n is None else int(n)
+
+
 def require_shapes(name: str, tensors: Tensors, shapes: Sequence[Sequence[int]]) -> None:
     """Raise a ValueError that names the first parameter whose loaded tensor has another shape than it needs."""
     for i, (x, shape) in enumerate(zip(tensors, shapes, strict=True)):

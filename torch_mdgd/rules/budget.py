@@ -20,7 +20,7 @@ from torch import Tensor
 from torch_mdgd.checks import require_number, require_whole
 from torch_mdgd.kernels import Tensors, ratio
 from torch_mdgd.rules.around import Around
-from torch_mdgd.rules.base import Rule, Weights, as_count, lone
+from torch_mdgd.rules.base import Rule, Weights, as_count, count_of, lone
 
 PULL, STRENGTH, RATIO, AGE = "drift_pull", "drift_strength", "drift_ratio", "drift_age"
 SPAN = 4.0
@@ -131,8 +131,7 @@ class DriftBudget(Around):
             value = lone(found, name)
             if value is not None:
                 setattr(self, attribute, value.clone())
-        age = lone(found, AGE)
-        self.age = 0 if age is None else int(age)
+        self.age = count_of(found, AGE)
         super().load_state(found, parameters)
 
     def diagnostics(self) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ from torch_mdgd.kernels.exact import exact
 from torch_mdgd.models.linear import Linear, is_routed, rows, trained_linear_layers, watching
 from torch_mdgd.models.parts import text_decoder
 from torch_mdgd.parallel import dtensor
-from torch_mdgd.rules.base import KINDS, Rule, Weights, as_count, lone, nothing, require_shapes, task_alone
+from torch_mdgd.rules.base import KINDS, Rule, Weights, as_count, count_of, nothing, require_shapes, task_alone
 
 AGE, COVARIANCE, BASIS = "inputs_age", "covariance", "basis"
 # How many numbers of covariances are decomposed together.
@@ -318,8 +318,7 @@ class ProtectInputs(Rule):
     def load_state(self, found: Mapping[str, Tensors], parameters: Sequence[Tensor]) -> None:
         """The opposite of :meth:`state`; without it, nothing is known of inputs."""
         self.forget()
-        age = lone(found, AGE)
-        self.age = 0 if age is None else int(age)
+        self.age = count_of(found, AGE)
         for i, c in self.covariances.items():
             c.zero_()
             self.bases[i] = c[:, :0]

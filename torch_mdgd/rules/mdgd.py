@@ -23,7 +23,7 @@ from torch import Tensor
 
 from torch_mdgd.checks import require_whole
 from torch_mdgd.kernels import Tensors
-from torch_mdgd.rules.base import KINDS, Rule, Weights, agreement, as_count, checked, lone, task_alone
+from torch_mdgd.rules.base import KINDS, Rule, Weights, agreement, as_count, checked, count_of, task_alone
 
 AGE = "lazy_age"
 
@@ -87,5 +87,4 @@ class MDGD(Rule):
 
     def load_state(self, found: Mapping[str, Tensors], parameters: Sequence[Tensor]) -> None:
         """The opposite of :meth:`state`."""
-        age = lone(found, AGE)
-        self.age = 0 if age is None else int(age)
+        self.age = count_of(found, AGE)

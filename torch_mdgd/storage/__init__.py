@@ -6,12 +6,12 @@ from torch import Tensor
 from torch.optim import ASGD, Optimizer, Rprop
 
 from torch_mdgd.masks.base import Mask
-from torch_mdgd.storage.base import Storage, among_trained
+from torch_mdgd.storage.base import Storage
 from torch_mdgd.storage.compact import CompactStorage
 from torch_mdgd.storage.dense import DenseStorage
 from torch_mdgd.storage.host import HostStorage
 
-__all__ = ["Storage", "among_trained", "storage_for"]
+__all__ = ["Storage", "storage_for"]
 
 
 def storage_for(
@@ -46,6 +46,5 @@ def storage_for(
     else:
         storage = CompactStorage(parameters, mask, base)
     if mask is not None and not mask.scored:
-        masks = mask.choose([p for p in parameters if p.requires_grad], None)
-        storage.choose(among_trained(masks, storage.trained), base, parameters)
+        storage.choose(None, base, parameters)
     return storage

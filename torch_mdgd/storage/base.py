@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from torch_mdgd.kernels import Tensors
-from torch_mdgd.masks.base import Mask
+from torch_mdgd.masks.base import Mask, ScoreInputs
 from torch_mdgd.parallel import dtensor
 
 Correct: TypeAlias = Callable[[Tensors, Tensors], None]
@@ -33,15 +33,14 @@ class Storage(ABC):
         mask: what chooses the mask, at some time; None for no mask.
 
     Attributes:
-        chooses: whether there is a mask at some time.
-        scored: whether it is chosen in a step, so that in a state dict from before that there is none.
+        mask: the same.
         trained: T times whether the parameter has required gradients.
         swapped: whether φ is in the parameters.
         age: how many steps were combined since the mask was chosen.
     """
 
     def __init__(self, parameters: Sequence[Tensor], mask: Mask | None) -> None:
-        self.chooses, self.scored = mask is not None, mask is not None and mask.scored
+        self.mask = mask
         self.trained = [False] * len(parameters)
         self.swapped = False
         self.age = 0
@@ -53,6 +52,16 @@ class Storage(ABC):
     @abstractmethod
     def masked(self) -> bool:
         """Whether a mask has been chosen."""
+
+    @property
+    def scored(self) -> bool:
+        """Whether the mask is chosen in a step, so that in a state dict from before that there is none."""
+        return self.mask is not None and self.mask.scored
+
+    def mask_is_due(self) -> bool:
+        """Whether the mask is to be chosen, first or anew, by the gradients of the step under way."""
+        refresh = None if self.mask is None else self.mask.refresh
+        return self.scored and (not self.masked or (refresh is not None and self.age >= refresh))
 
     @abstractmethod
     def kept(self, parameters: Sequence[Tensor]) -> tuple[int, int]:
@@ -90,8 +99,30 @@ class Storage(ABC):
     def has_moved(self, parameters: Sequence[Tensor], t: int) -> bool:
         """Whether a trained parameter differs from φ; of a sharded one, this process's shard. It takes no buffer."""
 
+    @torch.no_grad()
+    def first_moved(self, parameters: Sequence[Tensor]) -> int | None:
+        """The first trained parameter that differs from φ; None if none does, as on the meta device."""
+        trained = (t for t, one in enumerate(self.trained) if one and parameters[t].device.type != "meta")
+        return next((t for t in trained if self.has_moved(parameters, t)), None)
+
+    def choose(self, gradients: ScoreInputs | None, base: Optimizer, parameters: Sequence[Tensor]) -> None:
+        """Let the mask choose: only the elements inside it move from now on.
+
+        Args:
+            gradients: of the step, for T parameters; None for a mask that is not scored.
+            base: the wrapped optimizer.
+            parameters: T parameters.
+        """
+        assert self.mask is not None
+        trained = [t for t, one in enumerate(self.trained) if one]
+        if gradients is not None:
+            g, v, g0_tilde = ([xs[t] for t in trained] for xs in (gradients.g, gradients.v, gradients.g0_tilde))
+            gradients = ScoreInputs(g, v, g0_tilde, gradients.a[trained])
+        masks = dict(zip(trained, self.mask.choose([parameters[t] for t in trained], gradients), strict=True))
+        self.confine([masks.get(t) for t in range(len(self))], base, parameters)
+
     @abstractmethod
-    def choose(self, masks: Tensors, base: Optimizer, parameters: Sequence[Tensor]) -> None:
+    def confine(self, masks: Tensors, base: Optimizer, parameters: Sequence[Tensor]) -> None:
         """Let only the elements inside these masks move from now on; None for a parameter that is not trained.
 
         The state of an element that comes in anew begins at zero.
@@ -132,12 +163,6 @@ class Storage(ABC):
         Raises:
             ValueError: it was saved by another kind of storage or from other parameters; nothing was changed.
         """
-
-
-def among_trained(masks: Sequence[Tensor], trained: Sequence[bool]) -> list[Tensor | None]:
-    """Masks of the trained parameters as a list for all parameters."""
-    left = iter(masks)
-    return [next(left) if one else None for one in trained]
 
 
 def is_per_element(name: str, value: Any, shape: Sequence[int]) -> bool:

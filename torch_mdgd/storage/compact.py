@@ -118,8 +118,8 @@ class CompactStorage(Storage):
             self.reference = renewed
 
     @torch.no_grad()
-    def choose(self, masks: Tensors, base: Optimizer, parameters: Sequence[Tensor]) -> None:
-        """Choose the mask, once. State that the wrapped optimizer holds of other elements is dropped."""
+    def confine(self, masks: Tensors, base: Optimizer, parameters: Sequence[Tensor]) -> None:
+        """Once. State that the wrapped optimizer holds of other elements is dropped."""
         parts = self._parts(parameters)
         self.positions = [
             _nowhere(p.device) if mask is None else _positions(mask)

@@ -11,11 +11,11 @@ from torch_mdgd import kernels
 from torch_mdgd.kernels import Tensors
 from torch_mdgd.masks.base import Mask, restore_outside_
 from torch_mdgd.parallel import dtensor
-from torch_mdgd.rules.base import as_count, require_shapes
+from torch_mdgd.rules.base import as_count, count_of, require_shapes
 from torch_mdgd.storage.base import Correct, Entries, Storage, counts, is_per_element, snapshot
 from torch_mdgd.storage.exchange import exchange_
 
-DROPPED = "dropped"
+AGE, DROPPED = "mask_age", "dropped"
 CODES = (None, True, False)
 """What is saved of a parameter whose φ is held, is zero, and is the present value, by number."""
 
@@ -83,7 +83,7 @@ class DenseStorage(Storage):
 
     def drop(self, zero: Sequence[bool | None]) -> bool:
         """Not under a mask, which is chosen by gradients at φ or lies in a checkpoint with it."""
-        if self.chooses:
+        if self.mask is not None:
             return False
         self.zero = list(zero)
         self.reference = [x if one is None else None for x, one in zip(self.reference, zero, strict=True)]
@@ -133,7 +133,7 @@ class DenseStorage(Storage):
             if self.trained[t]:
                 self.reference[t] = self._snapshot(p) if values is None else self._copy(values[t], p)
 
-    def choose(self, masks: Tensors, base: Optimizer, parameters: Sequence[Tensor]) -> None:
+    def confine(self, masks: Tensors, base: Optimizer, parameters: Sequence[Tensor]) -> None:
         """Hold the masks; state of an element that an earlier mask held still begins anew."""
         for p, old, new in zip(parameters, self.masks or (), masks, strict=False):
             for name, value in base.state.get(p, {}).items():
@@ -184,7 +184,7 @@ class DenseStorage(Storage):
             restore_outside_(*zip(*held, strict=True))
 
     def save(self, base: Optimizer) -> tuple[dict[str, Any], dict[str, Tensors]]:
-        """φ and the mask, or a place for it."""
+        """φ and the mask, or a place for it, and how old it is if it is chosen anew."""
         self.follow([p for group in base.param_groups for p in group["params"]])
         own: dict[str, Tensors] = {"reference": self.reference}
         if any(zero is not None for zero in self.zero):
@@ -198,9 +198,11 @@ class DenseStorage(Storage):
             ]
         if self.masks is not None:
             own["mask"] = self.masks
-        elif self.chooses:
+        elif self.mask is not None:
             # torch.distributed.checkpoint loads what a fresh optimizer has, and nothing else.
             own["mask"] = [None if x is None else torch.zeros_like(x, dtype=torch.bool) for x in self.reference]
+        if self.mask is not None and self.mask.refresh is not None:
+            own[AGE] = [as_count(self.age) if one else None for one in self.trained]
         return base.state_dict(), own
 
     def load(self, inner: dict[str, Any], found: Entries, base: Optimizer, parameters: Sequence[Tensor]) -> bool:
@@ -217,7 +219,7 @@ class DenseStorage(Storage):
                 )
         masks: Tensors = found.get("mask", [])
         chosen = any(counts(masks))
-        if chosen and not self.chooses:
+        if chosen and self.mask is None:
             raise ValueError("the state dict was saved with a mask: build the MDGDOptimizer with it, too")
         base.load_state_dict(inner)
         for t, (x, p) in enumerate(zip(found.get("reference", ()), parameters, strict=False)):
@@ -232,4 +234,5 @@ class DenseStorage(Storage):
         elif "mask" in found and self.scored:
             # It was saved before a mask was chosen.
             self._hold(None)
+        self.age = count_of(found, AGE)
         return "reference" in found

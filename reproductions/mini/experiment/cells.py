@@ -31,13 +31,19 @@ class Cell:
     @property
     def name(self) -> str:
         others = (self.reference, "renewed"), (self.architecture, "llava")
-        return "-".join([*self.first, self.target, self.base, *(own for own, usual in others if own != usual)])
+        long = ["long"] if self.long else []
+        return "-".join([*self.first, self.target, self.base, *long, *(own for own, usual in others if own != usual)])
+
+    @property
+    def long(self) -> bool:
+        """Whether its trainings are long, and its results apart from those of the same target."""
+        return self.steps == LONG
 
     @property
     def title(self) -> str:
         """What tables and figures call it."""
         targets = " then ".join(_TITLES[target] for target in (*self.first, self.target))
-        kept = ("φ kept",) if self.reference == "kept" else ()
+        kept = (*((f"{LONG} steps",) if self.long else ()), *(("φ kept",) if self.reference == "kept" else ()))
         own = () if self.architecture == "llava" else (ARCHITECTURES.get(self.architecture, self.architecture),)
         return ", ".join((targets, "AdamW" if self.base == "adamw" else "SGD", *kept, *own))
 
@@ -46,6 +52,7 @@ _TITLES = {"digits": "digits", "caption": "captions", "tiles": "tiles"}
 ARCHITECTURES = {"llava": "LLaVA", "llava-10m": "LLaVA, 10 M", "smolvlm": "SmolVLM", "all": "all models"}
 """What tables call them."""
 
+LONG = 900
 
 CELLS: tuple[Cell, ...] = (
     Cell("digits", "adamw", 200),
@@ -66,15 +73,16 @@ WIDER: tuple[Cell, ...] = (
     Cell("digits", "adamw", 200, architecture="smolvlm"),
     Cell("caption", "adamw", 300, rate=2, architecture="smolvlm"),
     Cell("digits", "adamw", 200, architecture="llava-10m"),
+    Cell("caption", "adamw", LONG, rate=2),
 )
-"""A third target, another architecture, a larger model: whether what the other cells show is theirs alone."""
+"""A third target, another architecture, a larger model, a longer training: whether what others show is theirs alone."""
 
 ALL_CELLS: tuple[Cell, ...] = (*CELLS, *SEQUENCES, *WIDER)
 TITLES = {cell.name: cell.title for cell in ALL_CELLS}
 
 
-def cells_of(architecture: str, sequence: bool, target: str | None, base: str | None) -> list[Cell]:
-    """The cells of an architecture, sequences or single targets, with this target and base optimizer.
+def cells_of(architecture: str, sequence: bool, target: str | None, base: str | None, long: bool = False) -> list[Cell]:
+    """The cells of an architecture, sequences or single targets, long or not, with this target and base optimizer.
 
     Without a target these are digits and captions, and of sequences all.
 
@@ -86,7 +94,7 @@ def cells_of(architecture: str, sequence: bool, target: str | None, base: str | 
         cell
         for cell in ALL_CELLS
         if cell.architecture == architecture
-        and bool(cell.first) == sequence
+        and (bool(cell.first), cell.long) == (sequence, long)
         and cell.target in wanted
         and base in (None, cell.base)
     ]

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 
 from reproductions.mini.experiment import study
-from reproductions.mini.experiment.cells import ALL_CELLS, Cell
+from reproductions.mini.experiment.cells import ALL_CELLS, LONG, Cell
 from reproductions.mini.experiment.costs import read_costs
 from reproductions.mini.experiment.methods import Method
 from reproductions.mini.experiment.run import Run
@@ -203,7 +203,8 @@ def _of(key: Mapping, cell: Cell) -> bool:
         key.get("reference", "renewed"),
     )
     begun = key.get("checkpoint", CHECKPOINT.name) in (path.name for path in CHECKPOINTS[cell.architecture])
-    return begun and named == (cell.target, cell.base, cell.first, cell.reference)
+    own = cell.target, cell.base, cell.first, cell.reference
+    return begun and named == own and (key.get("steps") == LONG) == cell.long
 
 
 def _commonest(values: Iterable[int], default: int) -> int:

@@ -51,6 +51,8 @@ _FAMILIES = {
 FAMILY_COLOURS = {name: colour for colour, names in _FAMILIES.values() for name in names}
 _FAR = 12.0
 """Systems whose H lies so many points below the best's are named beside the frontier, which they would flatten."""
+_BASELINE = "fine-tune-low"
+"""What the others are held against is shown however far it is."""
 
 
 def draw_frontier(cell: CellOutcomes) -> Figure | None:
@@ -63,10 +65,17 @@ def draw_frontier(cell: CellOutcomes) -> Figure | None:
     curves, source = _varied(cell)
     if not points and not curves:
         return None
-    figure, (left, right) = plt.subplots(1, 2, figsize=(14, 6.6))
-    figure.subplots_adjust(left=0.055, right=0.985, top=0.865, bottom=0.17, wspace=0.13)
     best = max((_h(T.mean, P.mean) for T, P in points.values()), default=0.0)
-    near = {name: pair for name, pair in points.items() if _h(pair[0].mean, pair[1].mean) > best - _FAR}
+    near = {
+        name: pair for name, pair in points.items() if name == _BASELINE or _h(pair[0].mean, pair[1].mean) > best - _FAR
+    }
+    far = [f"{SYSTEMS[n].marked} ({T.mean:.0f}, {P.mean:.0f})" for n, (T, P) in points.items() if n not in near]
+    outside = textwrap.wrap(f"outside (T, P): {', '.join(far)}", 200, break_on_hyphens=False) if far else []
+    # In inches, so that the names below have room however many they are.
+    below, height, above = 0.95 + 0.15 * len(outside), 4.6, 0.9
+    whole = below + height + above
+    figure, (left, right) = plt.subplots(1, 2, figsize=(14, whole))
+    figure.subplots_adjust(left=0.055, right=0.985, top=1 - above / whole, bottom=below / whole, wspace=0.13)
     for name, (T, P) in near.items():
         # Of two seeds the interval is wider than the figure, and says no more than that they are two.
         halves = {"xerr": T.half, "yerr": P.half} if P.n >= FEWEST_SEEDS else {}
@@ -79,7 +88,6 @@ def draw_frontier(cell: CellOutcomes) -> Figure | None:
             *zip(*line, strict=True), linestyle=style, marker="osD^vP"[i % 6], color=FAMILY_COLOURS[name],
             markersize=4.5, linewidth=1.2, alpha=0.85,
         )  # fmt: skip
-    far = [f"{SYSTEMS[n].marked} ({T.mean:.0f}, {P.mean:.0f})" for n, (T, P) in points.items() if n not in near]
     sure = [(T, P) for T, P in near.values() if P.n >= FEWEST_SEEDS]
     ends = [(T.mean + side * T.half, P.mean + side * P.half) for T, P in sure for side in (-1, 1)]
     means = [(T.mean, P.mean) for T, P in near.values()]
@@ -91,9 +99,7 @@ def draw_frontier(cell: CellOutcomes) -> Figure | None:
                  for family, (colour, names) in _FAMILIES.items() if set(names) & {*points, *curves}],
         ncols=7, loc="lower left", bbox_to_anchor=(0, -0.18), frameon=False, fontsize=9, handletextpad=0.2,
     )  # fmt: skip
-    if far:
-        outside = textwrap.fill(f"outside (T, P): {', '.join(far)}", 200, break_on_hyphens=False)
-        figure.text(0.055, 0.012, outside, fontsize=8, color="0.35", linespacing=1.1)
+    figure.text(0.055, 0.08 / whole, "\n".join(outside), fontsize=8, color="0.35", linespacing=1.1)
     figure.suptitle(f"Learned against kept: {cell.title}")
     figure.canvas.draw()
     label_points(

@@ -14,7 +14,7 @@ ALL = "all"
 def by_architecture(cells: Sequence[CellOutcomes]) -> dict[str, list[CellOutcomes]]:
     """Cells with results by the title of their architecture, and last, if there are several, over all of them.
 
-    Other targets than those of `CELLS`, and sequences, stand by themselves.
+    Other targets than those of `CELLS`, sequences and long trainings stand by themselves.
     """
     found: dict[str, list[CellOutcomes]] = {}
     for cell in (cell for cell in cells if cell.systems):
@@ -25,8 +25,8 @@ def by_architecture(cells: Sequence[CellOutcomes]) -> dict[str, list[CellOutcome
 
 def _group(cell: Cell) -> str:
     title = ARCHITECTURES.get(cell.architecture, cell.architecture)
-    usual = not cell.first and cell.target in {c.target for c in CELLS}
-    return title if usual else f"{title}, other targets"
+    usual = not cell.first and not cell.long and cell.target in {c.target for c in CELLS}
+    return title if usual else f"{title}, other cells"
 
 
 def pooled(cells: Sequence[CellOutcomes]) -> list[CellOutcomes]:
@@ -36,7 +36,7 @@ def pooled(cells: Sequence[CellOutcomes]) -> list[CellOutcomes]:
     """
     groups: dict[Cell, list[CellOutcomes]] = {}
     for cell in (cell for cell in cells if cell.systems):
-        groups.setdefault(replace(cell.cell, architecture=ALL, steps=0, rate=1.0), []).append(cell)
+        groups.setdefault(replace(cell.cell, architecture=ALL, rate=1.0), []).append(cell)
     return [_merged(place, own) for place, own in groups.items() if len({x.cell.architecture for x in own}) > 1]
 
 

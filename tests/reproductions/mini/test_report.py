@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from reproductions.mini.commands import app
 from reproductions.mini.experiment import masking, study
-from reproductions.mini.experiment.cells import CELLS
+from reproductions.mini.experiment.cells import CELLS, cells_of
 from reproductions.mini.experiment.outcomes import load
 from reproductions.mini.experiment.systems import SYSTEMS
 from reproductions.mini.report import rerun
@@ -205,8 +205,8 @@ def test_architectures_stand_apart_and_together_where_models_are_the_unit(tmp_pa
     few = replace(cells[0], cell=replace(cells[0].cell, target="tiles"))
     few = replace(few, systems={name: few.systems[name] for name in ("fine-tune", "fine-tune-low", "align")})
     judged = judge([cells[0], few, cells[1]])
-    assert list(judged) == ["LLaVA", "LLaVA, other targets", "SmolVLM", "all models"]
-    texts = [verdict.claim.text for verdict in judged["LLaVA, other targets"][0][1]]
+    assert list(judged) == ["LLaVA", "LLaVA, other cells", "SmolVLM", "all models"]
+    texts = [verdict.claim.text for verdict in judged["LLaVA, other cells"][0][1]]
     assert any(text.startswith("αv alone keeps more") for text in texts)
     assert not any(text.startswith("MDGD keeps more") for text in texts), "MDGD was not run there"
 
@@ -319,6 +319,16 @@ def test_results_are_found_by_settings_and_size(tmp_path):
     assert SYSTEMS["lora"].label in cell.untested
     notes = " ".join(difference_table(cell, "fine-tune-low").notes)
     assert "same settings, and so is the same: Fine-tune" in notes
+
+
+def test_long_trainings_stand_apart_from_those_of_the_same_target(tmp_path):
+    short, long = (cells_of("llava", False, "caption", "adamw", long=kind)[0] for kind in (False, True))
+    runs = [run for cell in (short, long) for run in study.test_runs(cell, [SYSTEMS["zero-shot"]], (0, 1), SIZE, {})]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(result(run, 0, 99, 70)) + "\n" for run in runs))
+    found = {cell.title: cell.systems["zero-shot"].missing for cell in load(tmp_path) if cell.systems}
+    assert found == {"captions, AdamW": (), "captions, AdamW, 900 steps": ()}
+    (tmp_path / "test.jsonl").write_text(json.dumps(result(runs[-1], 0, 99, 70)) + "\n")
+    assert [cell.title for cell in load(tmp_path) if cell.systems] == ["captions, AdamW, 900 steps"]
 
 
 def test_a_system_that_the_folder_knows_nothing_of_does_not_appear(tmp_path):

@@ -130,7 +130,7 @@ def test_the_anchor_that_settings_tell(name, rule):
     assert repr(optimizer.rule) == rule
     assert optimizer.rule.relative
     assert len(optimizer.rule.layers) == (4 * 7 + 2 if method.lora else 2 * 7 + 2)
-    assert optimizer.rule.seen == (0 if name == "anchor-running" else optimizer.rule.warmup)
+    assert optimizer.rule.covariances.seen == (0 if name == "anchor-running" else optimizer.rule.warmup)
     assert bool(drawn) == (name != "anchor-running")
     if name == "anchor-lazy":
         assert optimizer.rule.rule.every == 8

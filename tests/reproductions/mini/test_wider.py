@@ -248,6 +248,7 @@ def test_cells_are_found_by_what_they_are():
     assert cells_of("llava", sequence=True, target=None, base=None) == list(SEQUENCES)
     assert [c.name for c in cells_of("smolvlm", False, None, None)] == ["digits-adamw-smolvlm", "caption-adamw-smolvlm"]
     assert [c.title for c in cells_of("llava", False, "tiles", None)] == ["tiles, AdamW"]
+    assert [c.title for c in cells_of("llava", False, "caption", None, long=True)] == ["captions, AdamW, 900 steps"]
     assert len({cell.name for cell in ALL_CELLS}) == len({cell.title for cell in ALL_CELLS}) == len(ALL_CELLS)
     with pytest.raises(ValueError, match="no cell of smolvlm"):
         cells_of("smolvlm", False, "tiles", None)

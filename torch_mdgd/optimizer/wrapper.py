@@ -1,6 +1,5 @@
 """``MDGDOptimizer``: wrap any ``torch.optim`` optimizer; capture gradients, combine them by a rule, step."""
 
-import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -12,43 +11,33 @@ from torch import Tensor, nn
 
 # What torch's optimizers use: torch.compiler.disable would import all of dynamo together with this package.
 from torch._compile import _disable_dynamo
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 
-from torch_mdgd import kernels
-from torch_mdgd.captures import JOINT, REFERENCE, Captures, Step, assign, refuse_stray
-from torch_mdgd.checks import require_number
+from torch_mdgd.captures import JOINT, Captures, as_grad, assign, refuse_stray
 from torch_mdgd.diagnostics import gradient_diagnostics
 from torch_mdgd.kernels import Tensors
 from torch_mdgd.kernels.exact import exact
 from torch_mdgd.masks.base import Mask, ScoreInputs
 from torch_mdgd.models.adapters import can_be_left_out, matrices_from_nothing, without_adapters
+from torch_mdgd.optimizer import groups
+from torch_mdgd.optimizer.around import Around, refuse
+from torch_mdgd.optimizer.groups import COMPACT, Group
+from torch_mdgd.optimizer.made import Made, why_no_mask
 from torch_mdgd.parallel import ranks
 from torch_mdgd.parallel.dtensor import is_sharded
-from torch_mdgd.rules.base import KINDS, PREFIX, Rule
+from torch_mdgd.rules.base import KINDS, Rule
 from torch_mdgd.rules.mdgd import MDGD
-from torch_mdgd.storage import among_trained, storage_for
+from torch_mdgd.storage import storage_for
 from torch_mdgd.storage.entries import pack, unpack
 
-Group = dict[str, Any]
-
-RULE, COMPACT = f"{PREFIX}rule", f"{PREFIX}compact"
-AGE = "mask_age"
 NO_REFERENCE = "the state dict holds no reference: it stays at the wrapped weights: right if training began there"
 NO_COPY = (
     "no copy of it is held, since it is the model without its adapters. Begin training with a rule that needs one, as "
     "with regularize above 0"
 )
-NOT_CHOSEN = (
-    "a gradient holds NaN or Inf at the step that chooses the mask; nothing was changed. zero_grad() and go on with "
-    "another batch, or train under a gradient scaler, which skips such steps"
-)
-NOTHING_TO_CHOOSE_FROM = (
-    "the task gradient is zero at the step that chooses the mask, as of a batch whose labels are all -100: every score "
-    "would tie; nothing was changed. zero_grad() and go on with another batch"
-)
 
 
-class MDGDOptimizer(Optimizer):
+class MDGDOptimizer(Around):
     """Modality-decoupled gradient descent around any optimizer of ``torch.optim``.
 
     Two gradients are captured at the current weights θ, task g and visual v, and, for the published update, the same
@@ -78,8 +67,6 @@ class MDGDOptimizer(Optimizer):
             ``base`` stays as it was.
     """
 
-    base: Optimizer
-
     def __init__(
         self,
         base: Optimizer,
@@ -89,66 +76,28 @@ class MDGDOptimizer(Optimizer):
         compact: bool = False,
         offload: bool = False,
     ) -> None:
-        _refuse(base)
+        refuse(base)
         rule = MDGD() if rule is None else rule
         if not isinstance(rule, Rule):
             raise TypeError(f"rule must be a Rule such as MDGD(), or None, got {rule!r}")
-        groups = [_settings(group, rule, compact=bool(compact)) for group in base.param_groups]
+        settings = [groups.settings(group, rule, compact=bool(compact)) for group in base.param_groups]
         parameters = [p for group in base.param_groups for p in group["params"]]
         storage = storage_for(parameters, base, mask, compact, offload)
         rule.attach(parameters, mask is not None)
-        # Not Optimizer.__init__, which would make a second set of groups; this installs the hooks and patches step.
-        Optimizer.__setstate__(self, {"base": base})
-        self.rule, self.mask = rule, mask
-        self._storage = storage
+        super().__init__(base)
+        self.rule, self._storage = rule, storage
         # Changed in place and never assigned anew: a framework's stand-in may share them and have our methods.
         self._captures = Captures()
-        self._made = _Made()
+        self._made = Made()
         self._recorded: dict[str, Tensor] = {}
-        for group, settings in zip(base.param_groups, groups, strict=True):
+        for group, new in zip(base.param_groups, settings, strict=True):
             for p in group["params"] if group.get(COMPACT) else ():
                 # Of the elements inside an earlier wrapping's mask.
                 base.state.pop(p, None)
-            _replace(group, settings)
+            groups.replace(group, new)
 
     # --------------------------------------------------------------------------------------------------------------
-    # The wrapped optimizer's own. Nothing of it is cached: loading a state dict rebuilds its groups, and sharding
-    # replaces the parameters in them. Nothing else shows through: a fused base claims to unscale gradients by itself,
-    # and a gradient scaler that believes this of the wrapper applies steps a thousand times too large.
-
-    @property
-    def param_groups(self) -> list[Group]:
-        """The wrapped optimizer's parameter groups."""
-        return self.base.param_groups
-
-    @param_groups.setter
-    def param_groups(self, value: list[Group]) -> None:
-        self.base.param_groups = value
-
-    @property
-    def state(self) -> Any:
-        """The wrapped optimizer's state, per parameter."""
-        return self.base.state
-
-    @state.setter
-    def state(self, value: Any) -> None:
-        self.base.state = value
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The wrapped optimizer's default hyper-parameters."""
-        return self.base.defaults
-
-    @defaults.setter
-    def defaults(self, value: dict[str, Any]) -> None:
-        self.base.defaults = value
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Hooks stay behind, as in torch; so does the bound step that a scheduler put on the instance.
-        return {k: v for k, v in self.__dict__.items() if "_hooks" not in k and k != "step"}
-
-    # --------------------------------------------------------------------------------------------------------------
-    # Capture.
+    # What a step needs.
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -157,22 +106,17 @@ class MDGDOptimizer(Optimizer):
         Raises:
             RuntimeError: a group was added to ``base`` behind this optimizer's back.
         """
-        return [p for group in self._known_groups() for p in group["params"]]
+        return [p for group in self._groups() for p in group["params"]]
+
+    @property
+    def mask(self) -> Mask | None:
+        """What chooses the mask; None without."""
+        return self._storage.mask
 
     @property
     def trained(self) -> list[Tensor]:
         """The parameters that are trained or have been, in order: those whose φ is held."""
         return [p for p, one in zip(self.parameters, self._storage.trained, strict=True) if one]
-
-    @property
-    def holds_reference(self) -> bool:
-        """Whether φ is held as numbers: False after :meth:`drop_reference`."""
-        return not self._storage.dropped
-
-    def is_at_reference(self) -> bool:
-        """Whether no trained parameter has left φ, as before the first step; it reads all of them."""
-        parameters, trained = self.parameters, self._storage.trained
-        return not any(self._storage.has_moved(parameters, i) for i, one in enumerate(trained) if one)
 
     def needs(self, pictures: bool = True) -> tuple[str, ...]:
         """The gradients that the next combine needs: "task", "visual", "reference_task", "reference_visual", in order.
@@ -183,7 +127,7 @@ class MDGDOptimizer(Optimizer):
         Raises:
             RuntimeError: it needs gradients at φ, after :meth:`drop_reference`.
         """
-        if self._mask_is_due():
+        if self._storage.mask_is_due():
             return KINDS
         needs = self.rule.needs(self._weights(), self.mask is not None)
         if self._storage.dropped and KINDS[2] in needs:
@@ -197,9 +141,26 @@ class MDGDOptimizer(Optimizer):
             measure_every: None where so many steps have passed since g and v were last taken apart, or where they never
                 were, so that they are now, for the diagnostics.
         """
-        if self._mask_is_due() or (measure_every is not None and self._made.since >= measure_every):
+        if self._storage.mask_is_due() or (measure_every is not None and self._made.since >= measure_every):
             return None
         return self.rule.joint(self._weights(), self.mask is not None)
+
+    def _weights(self) -> dict[str, Tensor]:
+        """The rule's weights by parameter: float64, shape (T,), on the CPU."""
+        return groups.weights(self._groups(), self.rule)
+
+    def _groups(self) -> list[Group]:
+        """The parameter groups, all of which this optimizer knows."""
+        return groups.known(self.param_groups, len(self._storage))
+
+    def _idle(self, verb: str) -> list[Tensor]:
+        """The parameters, for what must not happen while ``.grad`` or the parameters hold something else."""
+        if self._captures.recording or self._storage.swapped:
+            raise RuntimeError(f"{verb}: leave capture() and reference() first")
+        return self.parameters
+
+    # --------------------------------------------------------------------------------------------------------------
+    # Capture.
 
     @property
     def captured(self) -> dict[str, list[Tensor | None]]:
@@ -230,8 +191,74 @@ class MDGDOptimizer(Optimizer):
         self._made.clear()
         name = f"reference_{kind}" if self._storage.swapped else kind
         # While θ is φ v is zero, and would stand beside all else that a step takes which chooses the mask.
-        drop_zeros = kind == "visual" and self._mask_is_due()
+        drop_zeros = kind == "visual" and self._storage.mask_is_due()
         return self._captures.record(name, self.parameters, scale, drop_zeros=drop_zeros)
+
+    @torch.no_grad()
+    def set_gradients(
+        self,
+        *,
+        task: Tensors | None = None,
+        visual: Tensors | None = None,
+        reference_task: Tensors | None = None,
+        reference_visual: Tensors | None = None,
+    ) -> None:
+        """Capture gradients computed elsewhere: copied, and added to those captured already.
+
+        Each argument is a sequence in parameter order of tensors of the parameters' shapes, with None for a missing
+        gradient, which counts as zero.
+
+        Raises:
+            ValueError: a sequence or a tensor of the wrong size, naming kind and parameter; nothing was captured.
+        """
+        self._made.clear()
+        given = zip(KINDS, (task, visual, reference_task, reference_visual), strict=True)
+        self._captures.add({kind: x for kind, x in given if x is not None}, self.parameters)
+
+    @torch.no_grad()
+    def reduce_reference(self) -> None:
+        """Form g̃₀ (7) now, which frees one gradient-sized buffer; no captures at φ may follow in this step."""
+        self._captures.reduce_reference(self.parameters, self.rule.drift)
+
+    def average_over(self, group: ranks.Group | None) -> None:
+        """From now on, average captures over these processes before combining; FSDP2, which sums, needs no group.
+
+        Args:
+            group: a process group, such as ``ddp.process_group``; None for this process alone.
+        """
+        self._captures.group = group
+
+    @property
+    def averaged_over(self) -> ranks.Group | None:
+        """The processes that :meth:`average_over` was given; None without."""
+        return self._captures.group
+
+    def discard(self) -> None:
+        """Forget what was captured, seen or combined since the last step; ``.grad`` stays as it is."""
+        self._captures.clear()
+        self._made.clear()
+        self.rule.forget()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear ``.grad`` and all that was captured since the last step."""
+        self.discard()
+        self.base.zero_grad(set_to_none=set_to_none)
+
+    def _switch(self, name: str) -> None:
+        base: Any = self.base
+        self._storage.switch(base, self._idle(name), getattr(base, name))
+
+    # --------------------------------------------------------------------------------------------------------------
+    # The reference.
+
+    @property
+    def holds_reference(self) -> bool:
+        """Whether φ is held as numbers: False after :meth:`drop_reference`."""
+        return not self._storage.dropped
+
+    def is_at_reference(self) -> bool:
+        """Whether no trained parameter has left φ, as before the first step; it reads all of them."""
+        return self._storage.first_moved(self.parameters) is None
 
     @contextmanager
     def reference(self, model: nn.Module | None = None, *, places: bool = False) -> Iterator[None]:
@@ -265,6 +292,20 @@ class MDGDOptimizer(Optimizer):
                 yield
             finally:
                 self._storage.exchange_(parameters, places)
+
+    def _warn_of_moved(self, parameters: list[Tensor]) -> None:
+        """Before the first step θ is φ, or φ is not what was meant."""
+        if not self._made.began:
+            self._made.began = True
+            self._storage.follow(parameters)
+            moved = self._storage.first_moved(parameters)
+            if moved is not None:
+                warnings.warn(
+                    f"parameter {moved} has changed since the optimizer was wrapped, and no step was made: the "
+                    "reference is not what training begins with. If weights were loaded after wrapping, call "
+                    "set_reference()",
+                    stacklevel=5,
+                )
 
     def drop_reference(self, model: nn.Module) -> bool:
         """Hold no copy of φ where it is the model without its adapters. :func:`mdgd_backward` does this by itself.
@@ -314,71 +355,6 @@ class MDGDOptimizer(Optimizer):
         self._storage.renew(parameters, values)
         self._made.began = True
 
-    def __getattr__(self, name: str) -> Any:
-        # The modes of schedule-free optimizers, which change the parameters; there only where base has them.
-        base: Any = vars(self).get("base")
-        if name in ("train", "eval") and callable(getattr(base, name, None)):
-            return partial(self._switch, name)
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-
-    def _switch(self, name: str) -> None:
-        base: Any = self.base
-        self._storage.switch(base, self._idle(name), getattr(base, name))
-
-    @torch.no_grad()
-    def set_gradients(
-        self,
-        *,
-        task: Tensors | None = None,
-        visual: Tensors | None = None,
-        reference_task: Tensors | None = None,
-        reference_visual: Tensors | None = None,
-    ) -> None:
-        """Capture gradients computed elsewhere: copied, and added to those captured already.
-
-        Each argument is a sequence in parameter order of tensors of the parameters' shapes, with None for a missing
-        gradient, which counts as zero.
-
-        Raises:
-            ValueError: a sequence or a tensor of the wrong size, naming kind and parameter; nothing was captured.
-        """
-        self._made.clear()
-        given = zip(KINDS, (task, visual, reference_task, reference_visual), strict=True)
-        self._captures.add({kind: x for kind, x in given if x is not None}, self.parameters)
-
-    @torch.no_grad()
-    def reduce_reference(self) -> None:
-        """Form g̃₀ (7) now, which frees one gradient-sized buffer; no captures at φ may follow in this step."""
-        if REFERENCE not in self._captures.gradients:
-            self._captures.require(KINDS[2:])
-            g0, v0 = self._captures.take(KINDS[2:], self.parameters)
-            # g̃₀ is formed before anything is multiplied with it: ⟨g̃₀, g̃₀⟩ from the expanded square would lose every
-            # digit when g₀ is nearly parallel to v₀.
-            out = [x if x is not None else y for x, y in zip(g0, v0, strict=True)]
-            along = kernels.inner_products([g0, v0], [v0])
-            b = self.rule.drift(torch.cat([torch.zeros_like(along), along], dim=2))
-            kernels.combine_(out, [g0, v0], torch.stack([torch.ones_like(b), -b], dim=1))
-            self._captures.gradients[REFERENCE] = out
-
-    def average_over(self, group: ranks.Group | None) -> None:
-        """From now on, average captures over these processes before combining; FSDP2, which sums, needs no group.
-
-        Args:
-            group: a process group, such as ``ddp.process_group``; None for this process alone.
-        """
-        self._captures.group = group
-
-    @property
-    def averaged_over(self) -> ranks.Group | None:
-        """The processes that :meth:`average_over` was given; None without."""
-        return self._captures.group
-
-    def discard(self) -> None:
-        """Forget what was captured, seen or combined since the last step; ``.grad`` stays as it is."""
-        self._captures.clear()
-        self._made.clear()
-        self.rule.forget()
-
     # --------------------------------------------------------------------------------------------------------------
     # Combine and step.
 
@@ -403,11 +379,17 @@ class MDGDOptimizer(Optimizer):
             self.reduce_reference()
         joint = JOINT in self._captures.gradients
         step = self._captures.close(parameters)
-        self._warn_of_idle_groups(step)
-        products = self._products(step)
+        if len(step.gradients) > 1:
+            groups.warn_of_idle(self.param_groups, step.d)
+        products = step.products(self.rule.measures_one or self._storage.mask_is_due())
         self._made.begin(None if joint else products)
-        if self._mask_is_due():
-            self._choose_mask(parameters, step, products)
+        if self._storage.mask_is_due():
+            self._made.refused = why_no_mask(products)
+            if self._made.refused is None:
+                # No pass follows at these weights, so that autocast's copies of them need not stand beside the choice.
+                torch.clear_autocast_cache()
+                scores = ScoreInputs(step.task, step.visual, step.reference, self.rule.drift(products))
+                self._storage.choose(scores, self.base, parameters)
         if self.rule.corrects:
             self._made.visual = self._storage.restrict_(step.visual)
         w = self._weights()
@@ -416,16 +398,8 @@ class MDGDOptimizer(Optimizer):
         w = {name: x.to(products.device) for name, x in w.items()}
         coefficients = self.rule.coefficients(products, w, self._storage.masked)
         self._storage.combine_(step.d, step.gradients, coefficients)
-        self._made.d = [_as_grad(x, p) for p, x in zip(parameters, step.d, strict=True)]
+        self._made.d = [as_grad(x, p) for p, x in zip(parameters, step.d, strict=True)]
         assign(parameters, self._made.d)
-
-    def _products(self, step: Step) -> Tensor:
-        """The table of inner products; NaN for a lone gradient, where neither the rule nor a mask reads it."""
-        if len(step.gradients) > 1 or self.rule.measures_one or self._mask_is_due():
-            return kernels.inner_products(step.gradients)
-        first = next((x for x in step.task if x is not None), None)
-        device = torch.device("cpu") if first is None else first.device
-        return torch.full((len(step.task), 1, 1), float("nan"), dtype=torch.float64, device=device)
 
     @_disable_dynamo
     @torch.no_grad()
@@ -455,61 +429,6 @@ class MDGDOptimizer(Optimizer):
         self.discard()
         return loss
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear ``.grad`` and all that was captured since the last step."""
-        self.discard()
-        self.base.zero_grad(set_to_none=set_to_none)
-
-    def _idle(self, verb: str) -> list[Tensor]:
-        """The parameters, for what must not happen while ``.grad`` or the parameters hold something else."""
-        if self._captures.recording or self._storage.swapped:
-            raise RuntimeError(f"{verb}: leave capture() and reference() first")
-        return self.parameters
-
-    def _known_groups(self) -> list[Group]:
-        """The parameter groups; a RuntimeError if ``base`` holds parameters that this optimizer was not told of."""
-        count = sum(len(group["params"]) for group in self.param_groups)
-        if count != len(self._storage):
-            raise RuntimeError(
-                f"{count} parameters, but a reference for {len(self._storage)}: "
-                "call add_param_group on the MDGDOptimizer, not on its base"
-            )
-        return self.param_groups
-
-    def _weights(self) -> dict[str, Tensor]:
-        """The rule's weights by parameter: float64, shape (T,), on the CPU."""
-        groups = self._known_groups()
-        sizes = torch.tensor([len(group["params"]) for group in groups], dtype=torch.int64, device="cpu")
-        values = {name: [group[PREFIX + name] for group in groups] for name in self.rule.weights}
-        return {
-            name: torch.tensor(x, dtype=torch.float64, device="cpu").repeat_interleave(sizes)
-            for name, x in values.items()
-        }
-
-    def _mask_is_due(self) -> bool:
-        """Whether the next combine chooses a mask."""
-        if self.mask is None or not self.mask.scored:
-            return False
-        refresh = self.mask.refresh
-        return not self._storage.masked or (refresh is not None and self._storage.age >= refresh)
-
-    def _choose_mask(self, parameters: list[Tensor], step: Step, products: Tensor) -> None:
-        assert self.mask is not None
-        if not bool(products.isfinite().all()):
-            # d will hold it too, and a gradient scaler that skips the step leaves the choice to the next one.
-            self._made.refused = NOT_CHOSEN
-            return
-        if not bool(products[:, 0, 0].any()):
-            self._made.refused = NOTHING_TO_CHOOSE_FROM
-            return
-        # No pass follows at these weights, so that autocast's copies of them need not stand beside the choice.
-        torch.clear_autocast_cache()
-        t = [t for t, one in enumerate(self._storage.trained) if one]
-        g, v, g0_tilde = ([xs[i] for i in t] for xs in (step.task, step.visual, step.reference))
-        inputs = ScoreInputs(g, v, g0_tilde, self.rule.drift(products)[t])
-        masks = self.mask.choose([parameters[i] for i in t], inputs)
-        self._storage.choose(among_trained(masks, self._storage.trained), self.base, parameters)
-
     def _correction(self, parameters: list[Tensor]) -> Callable[[Tensors, Tensors], None] | None:
         """The rule's correction of this step's moves. One by visual gradients needs those of this very step."""
         visual = self._made.visual_for(parameters)
@@ -524,35 +443,6 @@ class MDGDOptimizer(Optimizer):
                 self.rule.correct_(after, before, visual, w)
 
         return correct_
-
-    def _warn_of_moved(self, parameters: list[Tensor]) -> None:
-        """Before the first step θ is φ, or φ is not what was meant."""
-        if not self._made.began:
-            self._made.began = True
-            self._storage.follow(parameters)
-            trained = [t for t, one in enumerate(self._storage.trained) if one and parameters[t].device.type != "meta"]
-            with torch.no_grad():
-                moved = next((t for t in trained if self._storage.has_moved(parameters, t)), None)
-            if moved is not None:
-                warnings.warn(
-                    f"parameter {moved} has changed since the optimizer was wrapped, and no step was made: the "
-                    "reference is not what training begins with. If weights were loaded after wrapping, call "
-                    "set_reference()",
-                    stacklevel=5,
-                )
-
-    def _warn_of_idle_groups(self, step: Step) -> None:
-        """Not an error: some groups are of modules that not every batch runs."""
-        d = iter(step.d)
-        for i, group in enumerate(self.param_groups):
-            idle = all([next(d) is None for _ in group["params"]])
-            if idle and len(step.gradients) > 1 and any(p.requires_grad for p in group["params"]):
-                warnings.warn(
-                    f"combine: no parameter of group {i} received a gradient of any kind, so none moves. Is the group "
-                    "used in the losses? (Reentrant gradient checkpointing can drop gradients: use_reentrant=False "
-                    "does not.)",
-                    stacklevel=6,
-                )
 
     # --------------------------------------------------------------------------------------------------------------
     # Groups, checkpoints, diagnostics.
@@ -570,11 +460,12 @@ class MDGDOptimizer(Optimizer):
         if self._captures or self._made.d is not None or self._storage.masked:
             why = "the mask has been chosen" if self._storage.masked else "gradients are captured for this step"
             raise RuntimeError(f"add_param_group: {why}; add groups before")
-        _replace(param_group, _settings(param_group, self.rule, compact=COMPACT in self.param_groups[0]))
+        new = groups.settings(param_group, self.rule, compact=COMPACT in self.param_groups[0])
+        groups.replace(param_group, new)
         self.base.add_param_group(param_group)
-        new = self.base.param_groups[-1]["params"]
-        self._storage.extend(new)
-        self.rule.extend(new)
+        added = self.base.param_groups[-1]["params"]
+        self._storage.extend(added)
+        self.rule.extend(added)
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state dict; φ, the mask and the rule's state lie in each parameter's state."""
@@ -582,10 +473,7 @@ class MDGDOptimizer(Optimizer):
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
         inner, own = self._storage.save(self.base)
-        state = dict(self.rule.state())
-        if self.mask is not None and self.mask.refresh is not None:
-            state[AGE] = torch.tensor(self._storage.age, dtype=torch.int64, device="cpu")
-        for name, x in state.items():
+        for name, x in self.rule.state().items():
             each = [x] * len(self._storage) if isinstance(x, Tensor) else x
             own[name] = [x if one else None for x, one in zip(each, self._storage.trained, strict=True)]
         packed = pack(inner, own)
@@ -604,13 +492,12 @@ class MDGDOptimizer(Optimizer):
         state_dict = dict(state_dict)
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = before(self, state_dict) or state_dict
-        state_dict["param_groups"] = _loaded(state_dict["param_groups"], self.param_groups, self.rule)
+        state_dict["param_groups"] = groups.loaded(state_dict["param_groups"], self.param_groups, self.rule)
         inner, found = unpack(state_dict, parameters)
         self.rule.check_state(found, parameters)
         if not self._storage.load(inner, found, self.base, parameters):
             warnings.warn(NO_REFERENCE, stacklevel=2)
         self.rule.load_state(found, parameters)
-        self._storage.age = next((int(x) for x in found.get(AGE, ()) if x is not None), 0)
         self._made.began = True
         self.discard()
         for after in self._optimizer_load_state_dict_post_hooks.values():
@@ -637,130 +524,3 @@ class MDGDOptimizer(Optimizer):
     def record(self, **values: Tensor) -> None:
         """Show these scalars in :attr:`diagnostics` too, read from the device only when asked for."""
         self._recorded.update({name: value.detach() for name, value in values.items()})
-
-
-class _Made:
-    """What combine has made for the step: d, v for the rule's correction, and whether a mask was refused."""
-
-    products: Tensor | None = None
-    # Whether a step was made, or φ said to be right.
-    began = False
-    # How many steps ago g and v were taken apart.
-    since = math.inf
-
-    def __init__(self) -> None:
-        self.clear()
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Gradients stay behind when parameters are copied.
-        return {**vars(self), "d": None}
-
-    def clear(self) -> None:
-        self.d: list[Tensor | None] | None = None
-        self.visual: list[Tensor | None] | None = None
-        self.refused: str | None = None
-
-    def begin(self, products: Tensor | None) -> None:
-        self.clear()
-        self.products = products
-        self.since = 1 if products is not None and products.shape[-1] > 1 else self.since + 1
-
-    def visual_for(self, parameters: Sequence[Tensor]) -> list[Tensor | None] | None:
-        """This step's v; None if every ``.grad`` was replaced since combine, e.g. by ``model.zero_grad()``.
-
-        So it is after a gradient scaler has skipped a step. A warning says so if other gradients are there.
-        """
-        d = self.d
-        if self.visual is None or d is None:
-            return self.visual
-        if any(x is not None and x is p.grad for x, p in zip(d, parameters, strict=True)):
-            return self.visual
-        if any(p.grad is not None for p in parameters):
-            warnings.warn(
-                "step: .grad was replaced since combine(), so this is a step of the wrapped optimizer alone; change "
-                "gradients in place, and after a step that was skipped call zero_grad() of the MDGDOptimizer",
-                stacklevel=4,
-            )
-        return None
-
-
-def _refuse(base: Any) -> None:
-    if not isinstance(base, Optimizer):
-        raise TypeError(f"base must be a torch.optim.Optimizer, got {type(base).__name__}")
-    if isinstance(base, MDGDOptimizer):
-        raise TypeError(f"base is wrapped already, in {type(base).__name__}: wrap the plain optimizer, once")
-    if isinstance(base, LBFGS) or hasattr(base, "first_step"):
-        raise TypeError(
-            f"{type(base).__name__} evaluates its closure several times a step, each on another gradient: not supported"
-        )
-    # Before the state dict is asked for, which ZeRO has not.
-    ranks.refuse_optimizer(base)
-    if base.state_dict().keys() != {"state", "param_groups"}:
-        raise TypeError(
-            f"{type(base).__name__} is an optimizer around another, and its state dict has {sorted(base.state_dict())} "
-            "in place of 'state' and 'param_groups': wrap the inner optimizer, and put this one around MDGDOptimizer"
-        )
-    parameters = [p for group in base.param_groups for p in group["params"]]
-    if len(set(parameters)) < len(parameters):
-        raise ValueError("base holds a parameter more than once, so its values could not be exchanged in place")
-
-
-def _settings(group: Group, rule: Rule, saved: Group | None = None, compact: bool = False) -> Group:
-    """What a group holds of ours: the rule's name and weights, and whether state is compact, by prefixed keys.
-
-    Weights come from ``saved``, else from the group, else from the rule. What another wrapping has left in a group is
-    told by the rule's name beside it, and is not taken for an argument.
-
-    Raises:
-        ValueError: a weight out of range or of no such name, or a group that is maximised.
-    """
-    if group.get("maximize") and not rule.corrects:
-        raise ValueError("maximize=True would raise the visual loss as well: minimise the negative of your objective")
-    given = {key: value for key, value in group.items() if _is_own(key)} if RULE not in group else {}
-    given |= saved or {}
-    defaults = {PREFIX + name: value for name, value in rule.weights.items()}
-    for key in given:
-        if key not in (RULE, COMPACT, *defaults):
-            raise ValueError(f"a parameter group has {key!r}, and the rule {rule} has no such weight")
-    weights = {key: require_number(key, given.get(key, value), least=0) for key, value in defaults.items()}
-    return {RULE: type(rule).__name__, **weights, **({COMPACT: True} if compact else {})}
-
-
-def _replace(group: Group, settings: Group) -> None:
-    for key in [key for key in group if _is_own(key)]:
-        del group[key]
-    group.update(settings)
-
-
-def _loaded(saved: Sequence[Group], groups: Sequence[Group], rule: Rule) -> list[Group]:
-    """Copies of the groups of a state dict, with the present weights unless they were saved with this rule.
-
-    Raises:
-        ValueError: a weight out of range; or there is another number of groups.
-    """
-    if len(saved) != len(groups):
-        raise ValueError(f"the loaded state dict has {len(saved)} parameter groups, this optimizer {len(groups)}")
-    theirs, ours = ([len(group["params"]) for group in those] for those in (saved, groups))
-    if theirs != ours and sum(theirs) == sum(ours):
-        raise ValueError(
-            f"the parameter groups of the loaded state dict hold {theirs} parameters, those of this optimizer {ours}: "
-            "build it with the same groups, in the same order, before loading"
-        )
-    out = []
-    for old, group in zip(saved, groups, strict=True):
-        now = {key: value for key, value in group.items() if _is_own(key)}
-        if old.get(RULE) == type(rule).__name__:
-            now |= {key: value for key, value in old.items() if key in now}
-        rest = {key: value for key, value in old.items() if not _is_own(key)}
-        out.append({**rest, **_settings(rest, rule, now, COMPACT in group)})
-    return out
-
-
-def _as_grad(x: Tensor | None, p: Any) -> Tensor | None:
-    """What the parameter's ``.grad`` takes: its dtype unless it says otherwise."""
-    dtype: torch.dtype = getattr(p, "grad_dtype", None) or p.dtype
-    return x if x is None or x.dtype == dtype else x.to(dtype)
-
-
-def _is_own(key: Any) -> bool:
-    return isinstance(key, str) and key.startswith(PREFIX)

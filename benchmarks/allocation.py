@@ -19,13 +19,18 @@ def storages(tensors: Iterable[Tensor | None]) -> Storages:
 
 @contextmanager
 def fresh() -> Iterator[None]:
-    """Inside, :func:`live` sees what was made inside alone, and need not walk everything that was imported."""
+    """Inside, :func:`live` sees what was made inside alone, and need not walk everything that was imported.
+
+    What the caller had frozen stays so.
+    """
+    thaw = gc.get_freeze_count() == 0
     gc.collect()
     gc.freeze()
     try:
         yield
     finally:
-        gc.unfreeze()
+        if thaw:
+            gc.unfreeze()
 
 
 def live() -> list[Tensor]:

@@ -14,6 +14,8 @@ import torch
 from hypothesis import settings
 from xdist.scheduler import LoadScopeScheduling
 
+from torch_mdgd import kernels
+
 torch.set_num_threads(1)
 
 # On CI hypothesis derandomizes by itself, and this profile inherits that.
@@ -24,6 +26,13 @@ settings.load_profile("torch_mdgd")
 def pytest_collection_finish():
     """Trainers collect garbage at the end of each run, and need not look through all that was imported."""
     gc.freeze()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes():
+    """What numba compiles it keeps on disk: once, before there are workers, who would all do it at the same time."""
+    # Enough numbers for the compiled backend, where there is one.
+    kernels.inner_products([[torch.ones(1 << 19)]])
 
 
 class _Together(LoadScopeScheduling):

@@ -1,5 +1,6 @@
 """What is measured as memory, against sizes known beforehand and against the computed table."""
 
+import gc
 from dataclasses import replace
 
 import pytest
@@ -31,6 +32,14 @@ def test_live_finds_fresh_tensors_and_their_gradients() -> None:
         new["deep"][0].sum().backward()
         assert sorted(allocation.storages(allocation.live()).values()) == [4000, 4000]
     assert len(old) == 1000
+
+
+def test_what_was_frozen_stays_so() -> None:
+    """Or the rest of the tests collects garbage among all that was imported."""
+    gc.freeze()
+    with allocation.fresh():
+        pass
+    assert gc.get_freeze_count()
 
 
 def test_peak_counts_temporaries() -> None:

@@ -117,9 +117,9 @@ def test_the_same_numbers_are_trained_by_both_adapters() -> None:
 
 
 def test_command_line_runs_one_section(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    main(["combine", "--quick", "--threads", "1", "--out", str(tmp_path)])
-    assert "lap 1 of 1: combine" in capsys.readouterr().out
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["combine.md", "combine.png"]
+    main(["parts", "--quick", "--threads", "1", "--out", str(tmp_path)])
+    assert "lap 1 of 1: parts" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["parts.md", "parts.png"]
 
 
 def test_laps_add_up_and_what_is_counted_has_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

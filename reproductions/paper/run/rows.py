@@ -178,7 +178,9 @@ def _in_turn(rows: Rows, experiments: Mapping[str, Experiment], results: Path, s
     from reproductions.paper.run.row import run_row
 
     failed: list[str] = []
-    # What was imported lives on; the collections after each training need not look through it.
+    # What was imported lives on; the collections after each training need not look through it. What the caller had
+    # frozen stays so.
+    thaw = gc.get_freeze_count() == 0
     gc.freeze()
     try:
         for name, method in row_list(rows):
@@ -200,7 +202,8 @@ def _in_turn(rows: Rows, experiments: Mapping[str, Experiment], results: Path, s
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
     finally:
-        gc.unfreeze()
+        if thaw:
+            gc.unfreeze()
     _report(failed)
 
 

@@ -1,5 +1,6 @@
 """The command line: every row of both tables on tiny models and small files, and what is made of the results."""
 
+import gc
 import json
 import re
 import subprocess
@@ -47,6 +48,7 @@ def finished(tmp_path_factory):
         patch.setattr(rows, "MODELS", OF_TABLES)
         done = call("run", "--smoke", "--all", "--results", folder)
     assert done.exit_code == 0, done.output
+    assert gc.get_freeze_count(), "and the rest of the tests need not collect among all that was imported"
     return folder
 
 

@@ -185,6 +185,29 @@ def test_adapters_that_have_moved_are_copied():
         assert_same_bits(parameters, before)
 
 
+def test_a_parameter_that_is_trained_later_has_a_reference_too():
+    model, _ = full()
+    freeze_all_but(model, last_decoder_layers(model, 1))
+    reference, second = Reference(model), copy.deepcopy(model)
+    unfrozen = connector(model).requires_grad_(True)
+    assert visual_loss(model, llava_batch(), reference=reference)[1] == 0
+    move(unfrozen.parameters())
+    state = torch.get_rng_state()
+    _, wanted = visual_loss(model, llava_batch(), reference=second)
+    torch.set_rng_state(state)
+    _, visual = visual_loss(model, llava_batch(), reference=reference)
+    assert wanted > 0
+    assert_same_bits([visual], [wanted])
+
+
+def test_a_parameter_that_came_into_the_model_later_has_none():
+    model, _ = full()
+    reference = Reference(model)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"lora_A.default.weight is trained, and was no parameter of the model"):
+        visual_loss(adapted, llava_batch(), reference=reference)
+
+
 def test_a_model_without_trained_parameters():
     with pytest.raises(ValueError, match="no parameter of the model requires gradients"):
         Reference(llava().requires_grad_(False))

@@ -22,7 +22,8 @@ from torch_mdgd.rules.mdgd import MDGD
 class Reference:
     """φ of a model without an MDGDOptimizer: its trained parameters as they are now.
 
-    Adapters of peft that begin as nothing, as LoRA's do, need no copy: at φ they are switched off.
+    Of a parameter that is trained only later, φ is its value at the first call after it requires gradients. Adapters of
+    peft that begin as nothing, as LoRA's do, need no copy: at φ they are switched off.
 
     Args:
         model: the model that is trained.
@@ -34,11 +35,11 @@ class Reference:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        trained = [p for p in model.parameters() if p.requires_grad]
-        if not trained:
+        parameters = list(model.parameters())
+        if not any(p.requires_grad for p in parameters):
             raise ValueError("Reference: no parameter of the model requires gradients")
         # It never steps: it holds φ, and knows how to exchange it.
-        self._holder = MDGDOptimizer(torch.optim.SGD(trained, lr=0.0), MDGD(regularize=0))
+        self._holder = MDGDOptimizer(torch.optim.SGD(parameters, lr=0.0), MDGD(regularize=0))
         self.off = self._holder.drop_reference(model)
         if not self.off:
             # No warning of weights that are loaded from here on: φ is what was there.
@@ -46,7 +47,18 @@ class Reference:
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        """φ is in the model here. Autograd refuses a backward pass across it."""
+        """φ is in the model here. Autograd refuses a backward pass across it.
+
+        Raises:
+            ValueError: the model has a trained parameter that it had not when this was made, naming it.
+        """
+        known = set(self._holder.parameters)
+        if any(p.requires_grad and p not in known for p in self.model.parameters()):
+            name = next(name for name, p in self.model.named_parameters() if p.requires_grad and p not in known)
+            raise ValueError(
+                f"Reference: {name} is trained, and was no parameter of the model when the reference was made, so its "
+                "φ is not known: make the reference once adapters are in the model and embeddings have their size"
+            )
         with self._holder.reference(self.model):
             yield
 

@@ -78,3 +78,15 @@ def test_a_parameter_that_is_trained_later_has_its_value_then_as_reference():
     assert not torch.equal(frozen, now)
     with optimizer.reference():
         assert torch.equal(frozen, now)
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_a_parameter_that_is_trained_later_is_said_to_be_outside_the_mask(compact):
+    frozen, trained = frozen_and_trained()
+    optimizer = MDGDOptimizer(torch.optim.SGD([frozen, trained], lr=0.5), mask=Random(0.5), compact=compact)
+    frozen.requires_grad_(True)
+    before = frozen.detach().clone()
+    optimizer.set_gradients(task=[torch.ones(900), torch.ones(100)], visual=[None, None])
+    with pytest.warns(UserWarning, match="parameter 0 requires gradients only since the mask was chosen"):
+        optimizer.step()
+    assert torch.equal(frozen, before)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate import Accelerator
 from transformers import Trainer, TrainingArguments
 
 from tests import accelerate_state, tiny_models
@@ -49,6 +50,17 @@ def test_a_report_every_other_step(tmp_path, log):
     text = (tmp_path / "page.html").read_text()
     assert "During training" in text
     assert text.count("<svg") == len(last.numbers) + 2 * 2
+
+
+def test_the_rounding_of_mixed_precision_is_no_drift():
+    model = tiny_models.llava()
+    report = ForgettingReport(model, probes=[tiny_models.llava_batch()])
+    prepared = Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model)
+    patched = vars(model)["forward"]
+    found = report.measure(prepared).sets[0]
+    assert found.kl == 0
+    assert [layer.drift for layer in found.layers] == [0, 0, 0]
+    assert vars(model)["forward"] is patched
 
 
 def test_every_is_checked():

@@ -194,6 +194,19 @@ def test_the_reference_and_the_mask_follow_a_model_that_is_moved_after_it_was_wr
     assert all(x.device.type == "meta" for x in held)
 
 
+def test_two_parameters_in_one_memory_are_refused():
+    tied = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    tied[1].weight = tied[0].weight
+    MDGDOptimizer(torch.optim.SGD(tied.parameters(), lr=0.1))
+    # As torch leaves it: two parameters, and the optimizer's step is made twice on the same numbers.
+    tied.load_state_dict(tied.state_dict(), assign=True)
+    assert tied[1].weight is not tied[0].weight
+    with pytest.raises(ValueError, match="parameters 0 and 2 share memory"):
+        MDGDOptimizer(torch.optim.SGD(tied.parameters(), lr=0.1))
+    tied[1].weight.requires_grad_(False)
+    MDGDOptimizer(torch.optim.SGD(tied.parameters(), lr=0.1))
+
+
 def test_snapshot_is_a_copy_without_graph():
     p = nn.Parameter(torch.ones(3))
     copy = snapshot(p)

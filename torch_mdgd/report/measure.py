@@ -58,8 +58,16 @@ class Measured:
 
 @contextmanager
 def watched(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; modes, random numbers and buffers are afterwards as they were."""
+    """Evaluation mode without gradients; modes, random numbers and buffers are afterwards as they were.
+
+    What accelerate has put around a model's forward, mixed precision, is off: it comes when training begins, and its
+    rounding would be taken for drift.
+    """
     modes = {module: module.training for module in model.modules()}
+    names = {"forward", "_original_forward"}
+    mixed = [(module, vars(module)["forward"]) for module in modes if names <= vars(module).keys()]
+    for module, _ in mixed:
+        vars(module)["forward"] = vars(module)["_original_forward"]
     model.eval()
     try:
         with torch.no_grad(), Traces(model).aside(begin=False):
@@ -67,6 +75,8 @@ def watched(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+        for module, forward in mixed:
+            vars(module)["forward"] = forward
 
 
 def measure_probes(

@@ -9,6 +9,7 @@ from torch_mdgd.masks.base import Mask
 from torch_mdgd.storage.base import Storage
 from torch_mdgd.storage.compact import CompactStorage
 from torch_mdgd.storage.dense import DenseStorage
+from torch_mdgd.storage.exchange import require_apart
 from torch_mdgd.storage.host import HostStorage
 
 __all__ = ["Storage", "storage_for"]
@@ -20,10 +21,12 @@ def storage_for(
     """The storage that the arguments of an MDGDOptimizer ask for; a mask that needs no scores is chosen now.
 
     Raises:
-        ValueError: compact without a mask, with one that is chosen anew, or with offload; offload of what is sharded.
+        ValueError: compact without a mask, with one that is chosen anew, or with offload; offload of what is sharded;
+            two parameters that share memory.
         TypeError: an argument of another kind, naming it; compact with an optimizer that it is not for, see
             :class:`torch_mdgd.storage.compact.CompactStorage`; a mask that is chosen anew, with Rprop or ASGD.
     """
+    require_apart(parameters)
     if mask is not None and not isinstance(mask, Mask):
         raise TypeError(f"mask must be a Mask such as TopK(0.1), or None, got {mask!r}")
     if not isinstance(compact, bool):

@@ -1,5 +1,6 @@
 """Where φ, the mask and the wrapped optimizer's state live: at full size, or for the elements inside the mask alone."""
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -177,6 +178,15 @@ def counts(masks: Tensors) -> list[int]:
     """How many elements are true in each mask, 0 for None. All processes call it."""
     found = iter(dtensor.counts([m for m in masks if m is not None]))
     return [0 if m is None else next(found) for m in masks]
+
+
+def warn_of_late(t: int) -> None:
+    """Of a parameter that is trained only after the mask was chosen."""
+    warnings.warn(
+        f"parameter {t} requires gradients only since the mask was chosen, which has none of its elements: it stays as "
+        "it is until a mask is chosen anew. Unfreeze it before the optimizer is wrapped",
+        stacklevel=2,
+    )
 
 
 @torch.no_grad()

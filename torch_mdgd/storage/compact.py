@@ -21,7 +21,7 @@ from torch_mdgd.kernels import Tensors
 from torch_mdgd.masks.base import Mask
 from torch_mdgd.parallel import dtensor
 from torch_mdgd.rules.base import require_shapes
-from torch_mdgd.storage.base import Correct, Entries, Storage, counts, is_per_element, snapshot
+from torch_mdgd.storage.base import Correct, Entries, Storage, counts, is_per_element, snapshot, warn_of_late
 from torch_mdgd.storage.exchange import all_or_none, forget_casts
 from torch_mdgd.storage.probe import require_elementwise
 
@@ -68,8 +68,11 @@ class CompactStorage(Storage):
 
     def follow(self, parameters: Sequence[Tensor]) -> None:
         """Move all to the parameters' devices; a ValueError if they were sharded after the mask was chosen."""
-        # One that is trained only after the mask was chosen has no element inside it.
-        self.trained = [one or p.requires_grad for one, p in zip(self.trained, parameters, strict=True)]
+        for t, p in enumerate(parameters):
+            if p.requires_grad and not self.trained[t]:
+                self.trained[t] = True
+                if self.positions is not None:
+                    warn_of_late(t)
         devices = [p.device for p in self._parts(parameters)]
         if self.positions is not None and any(x.device != d for x, d in zip(self.positions, devices, strict=True)):
             self.positions = [x.to(d) for x, d in zip(self.positions, devices, strict=True)]

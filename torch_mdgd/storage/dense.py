@@ -12,7 +12,7 @@ from torch_mdgd.kernels import Tensors
 from torch_mdgd.masks.base import Mask, restore_outside_
 from torch_mdgd.parallel import dtensor
 from torch_mdgd.rules.base import as_count, count_of, require_shapes
-from torch_mdgd.storage.base import Correct, Entries, Storage, counts, is_per_element, snapshot
+from torch_mdgd.storage.base import Correct, Entries, Storage, counts, is_per_element, snapshot, warn_of_late
 from torch_mdgd.storage.exchange import exchange_
 
 AGE, DROPPED = "mask_age", "dropped"
@@ -74,6 +74,7 @@ class DenseStorage(Storage):
                 if p.requires_grad and self.zero[t] is None:
                     self.reference[t], self.trained[t] = self._snapshot(p), True
                     if self.masks is not None:
+                        warn_of_late(t)
                         self.masks[t] = torch.zeros_like(p, dtype=torch.bool)
             else:
                 self.reference[t] = self._follow(held, p)

@@ -10,8 +10,26 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from torch_mdgd.parallel import dtensor
+
 # How many numbers are held at a time while two tensors are swapped: on a CPU they stay in a cache.
 PIECE, PIECES_AT_ONCE = 1 << 16, 64
+
+
+def require_apart(parameters: Sequence[Tensor]) -> None:
+    """Raise a ValueError that names two trained parameters at one address: exchanged twice, θ would be lost.
+
+    So it is with tied weights after ``load_state_dict(..., assign=True)``, which makes two parameters of one.
+    """
+    seen: dict[tuple[torch.device, int], int] = {}
+    for i, (p, part) in enumerate(zip(parameters, dtensor.local(parameters), strict=True)):
+        if p.requires_grad and type(part) in dtensor.PLAIN and part.numel() and part.device.type != "meta":
+            first = seen.setdefault((part.device, part.data_ptr()), i)
+            if first != i:
+                raise ValueError(
+                    f"parameters {first} and {i} share memory, and are not one parameter: tie them anew, as "
+                    "model.tie_weights() does, before the optimizer is made"
+                )
 
 
 @torch.no_grad()

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torch_mdgd.models.families import PICTURES
 from torch_mdgd.models.noise import without_noise
 from torch_mdgd.models.passes import loss_of
-from torch_mdgd.models.tap import Batch, VisualTap, image_tokens, visual_alignment_loss
+from torch_mdgd.models.tap import Batch, VisualTap, image_tokens, pictures_in, visual_alignment_loss
 from torch_mdgd.models.traces import Traces
 from torch_mdgd.models.vision_cache import reuse_frozen_parts
 from torch_mdgd.optimizer import MDGDOptimizer
@@ -145,7 +144,7 @@ def find_optimizer(optimizer: Optimizer) -> MDGDOptimizer:
 
 def _warn_of_unmarked_pictures(batch: Batch) -> None:
     """Not an error: some models get a blank picture with a text-only sample, so that all ranks run the same modules."""
-    found = [name for name in PICTURES if isinstance(batch.get(name), Tensor) and batch[name].numel()]
+    found = pictures_in(batch)
     if found:
         warnings.warn(
             f"mdgd_backward: the batch holds {found[0]}, but the tap marks no image token in it, so this is a step of "

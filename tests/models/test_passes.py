@@ -220,12 +220,16 @@ def test_a_mask_of_integers_is_refused():
         mdgd_backward(model, MDGDOptimizer(torch.optim.SGD(model.parameters(), lr=0.1)), llava_batch(), tap=tap)
 
 
+@pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("key", ["pixel_values_images", "image_pixel_values", "flattened_patches"])
-def test_the_warning_about_unmarked_pictures_knows_what_families_call_them(key):
+def test_the_warning_about_unmarked_pictures_knows_what_families_call_them(key, nested):
     model = make_text_model()
     optimizer = MDGDOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
     ids = torch.tensor([[1, 2, 3]])
     batch = {"input_ids": ids, "labels": ids, key: torch.ones(1, 3, 2, 2)}
+    if nested:
+        # One list for each sample, the first of text alone.
+        batch[key] = [[], [batch[key]]]
     tap = VisualTap(model.model, lambda batch: torch.zeros_like(batch["input_ids"], dtype=torch.bool))
     with pytest.warns(UserWarning, match=f"the batch holds {key}, but the tap marks no image token"):
         mdgd_backward(model, optimizer, batch, tap=tap, loss=lambda b: model(input_ids=ids, labels=ids).loss)

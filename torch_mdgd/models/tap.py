@@ -9,9 +9,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from torch_mdgd.models.check import replaced_tokens
-from torch_mdgd.models.families import CROSS_ATTENTION, IN_FRONT, MARKS, TOKENS
+from torch_mdgd.models.families import CROSS_ATTENTION, IN_FRONT, MARKS, PICTURES, TOKENS
 from torch_mdgd.models.parts import decoder_layers, text_decoder, unwrap
 from torch_mdgd.models.passes import Pass, known_of, meant
 
@@ -280,6 +281,12 @@ def image_tokens(tap: VisualTap, batch: Batch) -> Tensor:
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"VisualTap: the mask must be a bool tensor, true at image tokens, got {got}")
     return mask
+
+
+def pictures_in(batch: Batch) -> list[str]:
+    """Under which names a batch holds pictures or films: tensors that are not empty, also in lists of them."""
+    held = {name: tree_leaves(batch.get(name)) for name in PICTURES}
+    return [name for name, leaves in held.items() if any(isinstance(x, Tensor) and x.numel() for x in leaves)]
 
 
 class _Seen(BaseException):

@@ -3,11 +3,9 @@
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from torch_mdgd.integrations.deepspeed.partition import is_partitioned
-from torch_mdgd.models.families import PICTURES
-from torch_mdgd.models.tap import Batch
+from torch_mdgd.models.tap import Batch, pictures_in
 from torch_mdgd.parallel.ranks import Ranks
 from torch_mdgd.rules.anchor import Anchor
 from torch_mdgd.rules.around import Around
@@ -18,7 +16,7 @@ FSDP2 = "use fully_shard (FSDP2), by hand, in accelerate or in MDGDTrainer"
 
 def require_alike(batch: Batch, ranks: Ranks, device: torch.device) -> None:
     """Raise a RuntimeError if some processes' batches have pictures and others' have none."""
-    here = any(isinstance(batch.get(name), Tensor) and batch[name].numel() > 0 for name in PICTURES)
+    here = bool(pictures_in(batch))
     mean = float(ranks.mean(torch.tensor(float(here), dtype=torch.float32, device=device)))
     if 0 < mean < 1:
         raise RuntimeError(

@@ -128,6 +128,21 @@ def test_an_output_that_was_written_to_is_not_used_again():
         assert_same_bits([model["visual"](x)], [torch.nn.functional.linear(x, *model["visual"].parameters())])
 
 
+def test_pictures_and_buffers_may_be_of_inference_mode():
+    model = llava()
+    optimizer = prepared(model)
+    batch = llava_batch()
+    mdgd_backward(model, optimizer, batch)
+    wanted = [p.grad for p in optimizer.parameters]
+    optimizer.zero_grad()
+    with torch.inference_mode():
+        batch["pixel_values"] = batch["pixel_values"].clone()
+        for module in model.modules():
+            module._buffers |= {key: x.clone() for key, x in module._buffers.items() if x is not None}
+    mdgd_backward(model, optimizer, batch)
+    assert_near([p.grad for p in optimizer.parameters], wanted)
+
+
 def test_forward_is_restored_after_an_exception():
     model = llava().requires_grad_(False)
     tower = unwrap(model).model.vision_tower

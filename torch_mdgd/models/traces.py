@@ -149,7 +149,7 @@ class _Kept:
     """A buffer as it was."""
 
     def __init__(self, module: nn.Module, key: str, place: tuple[str, str], x: Tensor, copy: bool) -> None:
-        self.module, self.key, self.place, self.x, self.version = module, key, place, x, x._version
+        self.module, self.key, self.place, self.x, self.version = module, key, place, x, version_of(x)
         self.copied = _copy(x.detach()) if copy else None
 
     @torch.no_grad()
@@ -161,12 +161,17 @@ class _Kept:
         """
         self.module._buffers[self.key] = self.x
         # Batch normalisation writes to its statistics unseen by versions.
-        changed = changes or self.x._version != self.version
+        changed = changes or version_of(self.x) != self.version
         if self.copied is not None and (changed or not torch.equal(self.x.to(self.copied.device), self.copied)):
             # Unseen by autograd: a graph that is still needed may have been made with it.
             self.x.data.copy_(self.copied)
             changed = True
         return changed
+
+
+def version_of(x: Tensor) -> int:
+    """How often a tensor was written to; 0 of one made in inference mode, which does not count."""
+    return 0 if x.is_inference() else x._version
 
 
 def _copy(x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from torch_mdgd.models.families import TOWERS
 from torch_mdgd.models.parts import decoder_layers, text_decoder, unwrap
-from torch_mdgd.models.traces import Randomness
+from torch_mdgd.models.traces import Randomness, version_of
 
 
 @contextmanager
@@ -126,7 +126,7 @@ class _Remembered:
     def _fingerprint(self, inputs: list[Any]) -> tuple[list[Any], list[int]]:
         """What a forward pass changes if it is more than a function of its inputs."""
         devices = {x.device for x in inputs if isinstance(x, Tensor)}
-        return Randomness(devices).bits(), [x._version for x in self.module.buffers()]
+        return Randomness(devices).bits(), [version_of(x) for x in self.module.buffers()]
 
 
 def _is_heard(module: nn.Module, collects: bool = False) -> bool:
@@ -162,7 +162,7 @@ def _unchanged(held: list[tuple[Any, int]]) -> bool:
 
 
 def _version(x: Any) -> int:
-    return x._version if isinstance(x, Tensor) else 0
+    return version_of(x) if isinstance(x, Tensor) else 0
 
 
 def _same(x: Any, y: Any) -> bool:

@@ -260,6 +260,9 @@ def test_llama_factory(installed, wanted, tmp_path):
     assert seen["args"] == {"stage": "sft", "template": "qwen2_vl", "use_reentrant_gc": False}
     assert_same_bits(weights(seen["trainer"]), weights(wanted))
     assert workflow.CustomSeq2SeqTrainer is CustomSeq2SeqTrainer
+    door.run_exp = lambda args: seen.update(options=workflow.CustomSeq2SeqTrainer.keywords)
+    door.train({"stage": "sft", "mdgd_rule": None, "mdgd_mask": None})
+    assert seen["options"] == {"rule": "MDGD(3.0, regularize=0)", "mask": None}
     for settings, message in (
         ({"stage": "dpo"}, "not with stage: dpo"),
         ({"stage": "sft", "use_reentrant_gc": True}, "use_reentrant_gc"),

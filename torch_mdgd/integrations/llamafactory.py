@@ -32,7 +32,11 @@ def train(settings: Mapping[str, Any]) -> None:
         ValueError: another ``stage`` than sft, or ``use_reentrant_gc``, which drops gradients.
     """
     left = {"use_reentrant_gc": False, **settings}
-    options = {"rule": left.pop("mdgd_rule", ADVISED), "mask": left.pop("mdgd_mask", None)}
+    # A key without a value is as none.
+    options: dict[str, Any] = {
+        "rule": left.pop("mdgd_rule", None) or ADVISED,
+        "mask": left.pop("mdgd_mask", None) or None,
+    }
     if left.get("stage") != "sft":
         raise ValueError(f"MDGD takes its passes with stage: sft, not with stage: {left.get('stage')}")
     if left["use_reentrant_gc"]:

@@ -1,5 +1,7 @@
 """MDGD-GM: exactly the right numbers move, and the others not by a bit."""
 
+from weakref import WeakSet
+
 import pytest
 import torch
 from hypothesis import assume, given
@@ -9,7 +11,7 @@ from torch import nn
 from tests.properties import assert_close, assert_same_bits, bits, expected, flat
 from tests.reference import equations
 from tests.strategies import WEIGHTS, cases, make_case
-from torch_mdgd import MDGD, Given, Magnitude, MDGDOptimizer, Project, Random, StepProject, TopK
+from torch_mdgd import MDGD, Given, Magnitude, MDGDOptimizer, Project, Random, StepProject, TopK, kernels
 from torch_mdgd.masks.base import ScoreInputs, restore_outside_
 
 F64 = (torch.float64,)
@@ -103,6 +105,40 @@ def test_random_masks_are_exact_and_depend_on_the_seed_alone(seed, fraction):
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     if 0.1 < fraction < 0.9:
         assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+@given(st.data())
+def test_random_masks_are_those_of_the_largest_draws(data):
+    """Whatever is drawn: also ties, and what is far from uniform."""
+    shapes = data.draw(
+        st.lists(st.sampled_from([(), (0,), (5,), (3, 7), (40,)]), min_size=1).filter(lambda x: x != [(0,)] * len(x))
+    )
+    value = data.draw(st.sampled_from([st.floats(0, 1), st.sampled_from([0.0, 0.25, 0.75]), st.just(0.5)]))
+    draws = [
+        torch.tensor(data.draw(st.lists(value, min_size=n, max_size=n)), dtype=torch.float64).view(shape)
+        for shape in shapes
+        for n in [torch.Size(shape).numel()]
+    ]
+    fraction, held = data.draw(st.floats(0.01, 1.0)), WeakSet()
+
+    def draw(*_):
+        for x in draws:
+            held.add(fresh := x.clone())
+            yield fresh
+            assert len(held) <= 2, "one parameter's are held at a time, and the next while it is made"
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Random, "_draws", draw)
+        found = Random(fraction).choose([nn.Parameter(x.float()) for x in draws], None)
+    n = sum(x.numel() for x in draws)
+    assert_same_bits(found, kernels.top_k_masks(draws, max(1, round(fraction * n))))
+
+
+@pytest.mark.parametrize("mask", [Random(0.1), Magnitude(0.1)])
+def test_a_mask_of_nothing_is_refused(mask):
+    for p in (nn.Parameter(torch.ones(3), requires_grad=False), nn.Parameter(torch.ones(0))):
+        with pytest.raises(ValueError, match="nothing to choose from: no parameter is trained"):
+            MDGDOptimizer(torch.optim.SGD([p]), mask=mask)
 
 
 def test_a_given_mask_is_checked_and_kept():

@@ -56,8 +56,13 @@ class Mask:
 
 
 def kept(fraction: float, parameters: Sequence[Tensor]) -> int:
-    """How many of n elements a fraction keeps: max(1, round(fraction · n))."""
-    return max(1, round(fraction * sum(p.numel() for p in parameters)))
+    """How many of n elements a fraction keeps: max(1, round(fraction · n)); a ValueError if there is none."""
+    n = sum(p.numel() for p in parameters)
+    if not n:
+        raise ValueError(
+            "a mask has nothing to choose from: no parameter is trained, or those that are have no element"
+        )
+    return max(1, round(fraction * n))
 
 
 @torch.no_grad()

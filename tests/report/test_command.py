@@ -75,6 +75,18 @@ def test_an_adapter_and_a_delta_on_the_first_folder(before, data, tmp_path):
         assert found["sets"][0]["layers"][-1]["drift"] > 0
 
 
+def test_weights_that_were_saved_in_another_dtype_have_not_moved(before, data, tmp_path, capsys):
+    rounded = folders.model().bfloat16()
+    rounded.save_pretrained(tmp_path / "rounded")
+    rounded.float().save_pretrained(tmp_path / "after")
+    folders.processor().save_pretrained(tmp_path / "rounded")
+    found = run(tmp_path / "rounded", tmp_path / "after", tmp_path / "out", "--data", data, "--limit", 1)
+    assert "BEFORE is in bfloat16 and AFTER in float32: both are measured in float32" in capsys.readouterr().out
+    (probes,) = found["sets"]
+    assert probes["kl"] == 0
+    assert [x["drift"] for x in probes["layers"]] == [0, 0, 0]
+
+
 def test_what_is_wrong_is_said_without_a_traceback(before, data, tmp_path, capsys, monkeypatch):
     adapter = tmp_path / "adapter"
     adapter.mkdir()

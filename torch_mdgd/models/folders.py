@@ -36,10 +36,8 @@ def load_model(folder: str | os.PathLike[str], dtype: torch.dtype | str = "auto"
             folder.
     """
     library, path = transformers(), Path(folder)
-    if not (path / "config.json").is_file():
-        raise FileNotFoundError(f"{path} is no folder of a model: it has no config.json")
+    config = _configuration(path)
     require_safetensors(path)
-    config = library.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     names = config.architectures or []
     kind = getattr(library, names[0], None) if names else None
     if kind is None:
@@ -51,6 +49,17 @@ def load_model(folder: str | os.PathLike[str], dtype: torch.dtype | str = "auto"
     if lacking:
         raise ValueError(f"{path} does not hold the weights of {names[0]}: {len(lacking)} lack, such as {lacking[0]}")
     return model.eval()
+
+
+def dtype_of(folder: str | os.PathLike[str]) -> torch.dtype | None:
+    """What :func:`load_model` makes of "auto": the dtype in a folder's configuration; None if it names none.
+
+    Raises:
+        ImportError: transformers is not installed.
+        FileNotFoundError: no folder, or no configuration in it.
+    """
+    dtype = _configuration(Path(folder)).dtype
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
 def load_processor(folder: str | os.PathLike[str]) -> Any:
@@ -68,6 +77,12 @@ def load_processor(folder: str | os.PathLike[str]) -> Any:
     if not hasattr(processor, "tokenizer"):
         raise ValueError(f"{folder} has no processor of pictures and text, only a {type(processor).__name__}")
     return processor
+
+
+def _configuration(path: Path) -> Any:
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(f"{path} is no folder of a model: it has no config.json")
+    return transformers().AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
 
 
 def require_safetensors(folder: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from torch_mdgd.checks import require_whole
 from torch_mdgd.delta import apply_delta
-from torch_mdgd.models.folders import load_model, load_processor, require_safetensors
+from torch_mdgd.models.folders import dtype_of, load_model, load_processor, require_safetensors
 from torch_mdgd.report.drawn import drawn_probes
 from torch_mdgd.report.probes import Probe, read_probes
 from torch_mdgd.report.report import ForgettingReport
@@ -52,6 +52,18 @@ def load_after(before: Path, after: Path, dtype: Any) -> Any:
     return peft.PeftModel.from_pretrained(load_model(before, dtype), str(after)).eval()
 
 
+def dtype_of_both(before: Path, after: Path) -> Any:
+    """The wider of two models' dtypes where they differ, else "auto": rounding of one alone is no drift."""
+    if not (after / "config.json").is_file() or (after / ADAPTER).is_file():
+        return "auto"
+    found = dtype_of(before), dtype_of(after)
+    if None in found or found[0] == found[1]:
+        return "auto"
+    dtype = torch.promote_types(*found)
+    print(f"BEFORE is in {found[0]} and AFTER in {found[1]}: both are measured in {dtype}".replace("torch.", ""))
+    return dtype
+
+
 def probes_of(path: Path | None, limit: int | None) -> list[Probe]:
     """Those of a file or folder, or the drawn ones; the first of them if there is a limit."""
     return (drawn_probes() if path is None else read_probes(path))[:limit]
@@ -73,7 +85,12 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--limit", type=int, help="take the first so many probes of each set")
     out.add_argument("--batch-size", type=int, default=8)
     out.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    out.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (default: the checkpoint's)")
+    out.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="auto",
+        help="of the weights (default: the checkpoints', the wider if they differ)",
+    )
     return out
 
 
@@ -93,7 +110,7 @@ def run(given: argparse.Namespace) -> None:
     if given.limit is not None:
         require_whole("--limit", given.limit)
     require_weights(given.after)
-    dtype = DTYPES[given.dtype]
+    dtype = dtype_of_both(given.before, given.after) if given.dtype == "auto" else DTYPES[given.dtype]
     probes = probes_of(given.data, given.limit)
     new_task = None if given.new_task is None else probes_of(given.new_task, given.limit)
     model = load_model(given.before, dtype).to(given.device)

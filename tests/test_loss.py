@@ -86,6 +86,7 @@ def test_only_passes_in_training_are_watched_and_a_loss_is_taken_once():
     visual = VisualLoss(model)
     with torch.no_grad():
         model(**llava_batch())
+    assert visual.take() == 0, "an evaluation by the same loss function"
     model.eval()(**llava_batch())
     with pytest.raises(RuntimeError, match="was not run in training"):
         visual.take()
@@ -98,7 +99,11 @@ def test_only_passes_in_training_are_watched_and_a_loss_is_taken_once():
         # That of the pass before is gone.
         visual.take()
     model(**llava_batch())
-    assert visual.take() > 0
+    with torch.no_grad():
+        model(**llava_batch())
+    assert visual.take() > 0, "which is not forgotten for a pass without gradients"
+    model(**llava_batch())
+    visual.take()
     with pytest.raises(RuntimeError, match="was not run in training"):
         visual.take()
     visual.remove()

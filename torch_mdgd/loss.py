@@ -125,6 +125,7 @@ class VisualLoss:
         self.reference = Reference(model) if reference is None else reference
         self.tap, self.alignment = tap or VisualTap.for_model(model), alignment
         self._visual: Tensor | None = None
+        self._evaluating = False
         self._open: ExitStack | None = None
         self._aside = False
         # Before hooks that replace tokens by embeddings.
@@ -132,11 +133,15 @@ class VisualLoss:
         self._handles = [before, model.register_forward_hook(self._after, always_call=True)]
 
     def take(self) -> Tensor:
-        """L_v of the last pass, a float32 scalar with its graph, once.
+        """L_v of the last pass in training, a float32 scalar with its graph, once.
+
+        Where the last pass had no gradients, as in an evaluation, and nothing is left to take, it is 0.
 
         Raises:
             RuntimeError: the model was not run in training, with gradients, since the last call.
         """
+        if self._visual is None and self._evaluating:
+            return torch.zeros((), dtype=torch.float32, device="cpu")
         if self._visual is None:
             raise RuntimeError("VisualLoss: the model was not run in training, with gradients, since the last take()")
         visual, self._visual = self._visual, None
@@ -148,7 +153,10 @@ class VisualLoss:
             handle.remove()
 
     def _before(self, model: nn.Module, args: Any, batch: dict[str, Any]) -> None:
-        if self._aside or not model.training or not torch.is_grad_enabled():
+        if self._aside:
+            return
+        self._evaluating = not torch.is_grad_enabled()
+        if self._evaluating or not model.training:
             return
         # An earlier pass's, whose graph would live on.
         self._visual = None

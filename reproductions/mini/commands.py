@@ -253,7 +253,7 @@ def claims(
         Path, typer.Option(help="Folder for the runs and the verdicts; runs that are there are not run again.")
     ] = Path("runs/mini/claims"),
     settings: Annotated[Path, typer.Option(help="Folder of the study whose chosen settings are used.")] = STUDY,
-    seeds: Annotated[str, typer.Option(help="Test seeds; even ones begin with the first checkpoint.")] = "0,1,2",
+    seeds: Annotated[str, typer.Option(help="Test seeds; even ones begin with the first checkpoint.")] = "0,1,2,3,4,5",
     workers: Annotated[int, typer.Option(min=0, help="Processes of one thread each; 0 for one a core.")] = 0,
     steps: Annotated[int, typer.Option(min=0, help="Steps of each fine-tuning; 0 for each target's own.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Examples a step.")] = 16,

@@ -135,6 +135,7 @@ def _panel(cell: CellOutcomes, left: float) -> Figure:
         axis.plot(P, row, "o", color=KEPT, label="kept, P" if row == 0 else None)
     axis.set_yticks(range(len(names)), [SYSTEMS[name].marked for name in reversed(names)])
     axis.set_xlim(left, 100.8)
+    axis.set_ylim(-0.5, len(names) - 0.5)
     axis.grid(axis="x", alpha=0.2)
     label(axis, cell.title, "%", "")
     figure.legend(loc="outside lower left", ncols=2, frameon=False, fontsize=9, handletextpad=0.2)

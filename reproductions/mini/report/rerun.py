@@ -20,7 +20,6 @@ from reproductions.shared.files import write
 from reproductions.shared.results import Result, read_results
 
 FILE = "claims.jsonl"
-SEEDS = (0, 1, 2)
 PLACES: tuple[Cell, ...] = tuple(cell for cell in CELLS if cell.base == "adamw")
 NAMES = tuple(
     dict.fromkeys(

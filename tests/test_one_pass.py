@@ -1,6 +1,7 @@
 """d = g + αv from one backward pass is that of two, and the shorter passes give what the long ones do."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -246,18 +247,22 @@ def test_features_without_the_head_are_those_of_a_whole_run():
     assert not tap.text_module._forward_hooks
 
 
+def counting(calls, forward, *args, **kwargs):
+    calls.append(1)
+    return forward(*args, **kwargs)
+
+
 def test_frozen_layers_at_the_beginning_run_once():
     model = llava().eval()
     parameters = freeze_all_but(model, last_decoder_layers(model, 1))
     wanted = []
     for reuse in (False, True):
         optimizer = MDGDOptimizer(torch.optim.SGD(parameters, lr=0.1), MDGD(1.0, 0))
-        calls = []
-        handle = model.model.language_model.layers[0].self_attn.register_forward_hook(
-            lambda *_, calls=calls: calls.append(1)
-        )
+        # Not by a hook: a frozen part in which one listens is run every time.
+        first, calls = model.model.language_model.layers[0].self_attn, []
+        first.forward = partial(counting, calls, type(first).forward, first)
         mdgd_backward(model, optimizer, llava_batch(), reuse_vision=reuse)
-        handle.remove()
+        del first.forward
         wanted.append([p.grad.clone() for p in parameters])
         optimizer.zero_grad()
         assert len(calls) == (1 if reuse else 2)

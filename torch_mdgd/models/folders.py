@@ -58,8 +58,9 @@ def dtype_of(folder: str | os.PathLike[str]) -> torch.dtype | None:
         ImportError: transformers is not installed.
         FileNotFoundError: no folder, or no configuration in it.
     """
-    dtype = _configuration(Path(folder)).dtype
-    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    found = _configuration(Path(folder)).dtype
+    dtype: torch.dtype | None = getattr(torch, found) if isinstance(found, str) else found
+    return dtype
 
 
 def load_processor(folder: str | os.PathLike[str]) -> Any:

@@ -56,11 +56,11 @@ def dtype_of_both(before: Path, after: Path) -> Any:
     """The wider of two models' dtypes where they differ, else "auto": rounding of one alone is no drift."""
     if not (after / "config.json").is_file() or (after / ADAPTER).is_file():
         return "auto"
-    found = dtype_of(before), dtype_of(after)
-    if None in found or found[0] == found[1]:
+    first, second = dtype_of(before), dtype_of(after)
+    if first is None or second is None or first == second:
         return "auto"
-    dtype = torch.promote_types(*found)
-    print(f"BEFORE is in {found[0]} and AFTER in {found[1]}: both are measured in {dtype}".replace("torch.", ""))
+    dtype = torch.promote_types(first, second)
+    print(f"BEFORE is in {first} and AFTER in {second}: both are measured in {dtype}".replace("torch.", ""))
     return dtype
 
 

@@ -1,11 +1,11 @@
 """d = g + αv from one backward pass is that of two, and the shorter passes give what the long ones do."""
 
 import copy
-from functools import partial
 
 import pytest
 import torch
 
+from tests.passes import counted
 from tests.properties import assert_near, assert_same_bits
 from tests.tiny_models import llava, llava_batch, text_batch
 from torch_mdgd import (
@@ -247,22 +247,14 @@ def test_features_without_the_head_are_those_of_a_whole_run():
     assert not tap.text_module._forward_hooks
 
 
-def counting(calls, forward, *args, **kwargs):
-    calls.append(1)
-    return forward(*args, **kwargs)
-
-
 def test_frozen_layers_at_the_beginning_run_once():
     model = llava().eval()
     parameters = freeze_all_but(model, last_decoder_layers(model, 1))
     wanted = []
     for reuse in (False, True):
         optimizer = MDGDOptimizer(torch.optim.SGD(parameters, lr=0.1), MDGD(1.0, 0))
-        # Not by a hook: a frozen part in which one listens is run every time.
-        first, calls = model.model.language_model.layers[0].self_attn, []
-        first.forward = partial(counting, calls, type(first).forward, first)
+        calls = counted(model.model.language_model.layers[0].self_attn)
         mdgd_backward(model, optimizer, llava_batch(), reuse_vision=reuse)
-        del first.forward
         wanted.append([p.grad.clone() for p in parameters])
         optimizer.zero_grad()
         assert len(calls) == (1 if reuse else 2)

@@ -140,9 +140,9 @@ class VisualLoss:
         Raises:
             RuntimeError: the model was not run in training, with gradients, since the last call.
         """
-        if self._visual is None and self._evaluating:
-            return torch.zeros((), dtype=torch.float32, device="cpu")
         if self._visual is None:
+            if self._evaluating:
+                return torch.zeros((), dtype=torch.float32, device="cpu")
             raise RuntimeError("VisualLoss: the model was not run in training, with gradients, since the last take()")
         visual, self._visual = self._visual, None
         return visual

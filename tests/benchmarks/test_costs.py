@@ -8,6 +8,7 @@ import torch
 from benchmarks import costs
 from benchmarks.costs import ALIGN, BARE, EVERY, LAST, LAZY, LORA_WAYS, LOW, PLAIN, TWO_PASSES, WAYS, WHOLE
 from benchmarks.settings import QUICK
+from tests.passes import counted
 from tests.properties import assert_near
 from torch_mdgd import Anchor, MDGDOptimizer
 
@@ -38,23 +39,10 @@ def test_every_way_makes_a_step(way):
     assert all(p.isfinite().all() for p in after(way, LAST, steps=1))
 
 
-def counted(module):
-    """A list that grows by one whenever the module is run."""
-    calls, forward = [], module.forward
-
-    def counting(*args, **kwargs):
-        calls.append(1)
-        return forward(*args, **kwargs)
-
-    module.forward = counting
-    return calls
-
-
 @pytest.mark.parametrize(("way", "forward"), [(TWO_PASSES, 2), (BARE, 2), (ALIGN, 1)])
 def test_savings_are_there_or_not(way, forward):
     training = costs.build(way, SETTINGS, LAST)
     model = training.model
-    # Not by hooks: a frozen part in which one listens is run every time.
     tower, heads = counted(model.model.vision_tower.embeddings), counted(model.lm_head)
     training.step()
     assert len(tower) == forward

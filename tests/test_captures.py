@@ -10,6 +10,7 @@ from tests.networks import capture_both, losses, network
 from tests.properties import assert_close, assert_same_bits, expected
 from tests.strategies import make_case
 from torch_mdgd import MDGDOptimizer, Project
+from torch_mdgd.captures import Step
 
 F64 = (torch.float64,)
 TWO = {"rule": Project()}
@@ -296,3 +297,10 @@ def test_tied_weights_count_once():
             f().backward()
     optimizer.combine()
     assert_close([model.embed.weight.grad], expected([[g], [v], [g], [v]], [model.embed.weight], rule="Project"))
+
+
+def test_what_was_not_measured_is_no_number():
+    g = [torch.tensor([3.0, 4.0]), None]
+    step = Step(task=g, visual=[None] * 2, reference=[None] * 2, gradients=[g], d=g, scale=1.0)
+    assert step.products(measured=True).flatten().tolist() == [25, 0]
+    assert step.products(measured=False).isnan().all()

@@ -73,6 +73,11 @@ class Captures:
         """Whether the kind was captured, and no parameter has a gradient in it."""
         return kind in self.gradients and all(x is None for x in self.gradients[kind])
 
+    def require_idle(self, verb: str) -> None:
+        """Raise a RuntimeError inside a capture: what is captured, and what is in ``.grad``, is not of one step yet."""
+        if self.recording:
+            raise RuntimeError(f"{verb}: leave capture() first")
+
     def clear(self) -> None:
         """Forget what was captured."""
         self.gradients, self.scale, self.recording = {}, None, False
@@ -111,7 +116,9 @@ class Captures:
         there |= set(KINDS[:2] if JOINT in self.gradients else ())
         missing = [kind for kind in kinds if kind not in there]
         if missing:
-            hint = ""
+            hint = (
+                "; a step without pictures says so by set_gradients(visual=[None] * T)" if missing == ["visual"] else ""
+            )
             if missing[0] in KINDS[2:]:
                 hint = " inside reference(); rules.Project() and MDGD(regularize=0) need no gradients at the reference"
             raise RuntimeError(
@@ -148,7 +155,9 @@ class Captures:
                 "pass, and not d, which combine() makes of them",
                 stacklevel=4,
             )
-        assign(parameters, self.gradients.get(kind) or [None] * len(parameters))
+        so_far = self.gradients.get(kind) or [None] * len(parameters)
+        # What set_gradients was given may be wider than the parameter.
+        assign(parameters, [as_grad(x, p) for x, p in zip(so_far, parameters, strict=True)])
         self.recording, self.scale = True, scale
         # After all others of their parameters.
         handles = [parameters[i].register_post_accumulate_grad_hook(_note_taken(i, taken)) for i in hooked]
@@ -186,7 +195,7 @@ class Captures:
             self._open(kind, parameters)
         for kind, gradients in given.items():
             held = self.gradients.get(kind) or [None] * len(parameters)
-            self.gradients[kind] = [_sum(x, y) for x, y in zip(held, gradients, strict=True)]
+            self.gradients[kind] = [_sum(x, y, p) for x, y, p in zip(held, gradients, parameters, strict=True)]
 
     def reduce_reference(self, parameters: Sequence[Tensor], drift: Callable[[Tensor], Tensor]) -> None:
         """Form g̃₀ (7) of g₀ and v₀, which are held no longer, unless it is formed already.
@@ -272,10 +281,16 @@ def _refuse_overwritten(kind: str, gathered: Tensors, held: Mapping[str, Tensors
         )
 
 
-def _sum(held: Tensor | None, more: Tensor | None) -> Tensor | None:
-    if held is None or more is None:
-        return held if more is None else more.detach().clone(memory_format=torch.contiguous_format)
-    return held.add_(more.detach())
+def _sum(held: Tensor | None, more: Tensor | None, parameter: Tensor) -> Tensor | None:
+    if more is None:
+        return held
+    more = more.detach()
+    if held is not None:
+        return held.add_(more)
+    if type(parameter) not in dtensor.PLAIN:
+        return more.clone(memory_format=torch.contiguous_format)
+    # In the parameter's layout, as autograd's are: torch's fused optimizers read both in the order of memory.
+    return torch.empty_like(parameter, dtype=more.dtype, requires_grad=False).copy_(more)
 
 
 def _check(kind: str, gradients: Tensors, parameters: Sequence[Tensor]) -> None:
@@ -284,10 +299,9 @@ def _check(kind: str, gradients: Tensors, parameters: Sequence[Tensor]) -> None:
     for i, (p, x) in enumerate(zip(parameters, gradients, strict=True)):
         if x is None:
             continue
-        if x.layout != torch.strided or x.is_complex():
-            raise ValueError(
-                f"{kind} gradient of parameter {i} is {'complex' if x.is_complex() else 'sparse'}: not supported"
-            )
+        if x.layout != torch.strided or not x.is_floating_point():
+            found = "sparse" if x.layout != torch.strided else "complex" if x.is_complex() else x.dtype
+            raise ValueError(f"{kind} gradient of parameter {i} is {found}: not supported")
         if x.shape != p.shape:
             raise ValueError(
                 f"{kind} gradient of parameter {i} has shape {tuple(x.shape)}, the parameter {tuple(p.shape)}"

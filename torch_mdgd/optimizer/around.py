@@ -67,7 +67,7 @@ class Around(Optimizer):
 
 
 def refuse(base: Any) -> None:
-    """Raise a TypeError for what cannot be wrapped, a ValueError if it holds a parameter twice."""
+    """Raise a TypeError for what cannot be wrapped."""
     if not isinstance(base, Optimizer):
         raise TypeError(f"base must be a torch.optim.Optimizer, got {type(base).__name__}")
     if isinstance(base, Around):
@@ -83,6 +83,3 @@ def refuse(base: Any) -> None:
             f"{type(base).__name__} is an optimizer around another, and its state dict has {sorted(base.state_dict())} "
             "in place of 'state' and 'param_groups': wrap the inner optimizer, and put this one around MDGDOptimizer"
         )
-    parameters = [p for group in base.param_groups for p in group["params"]]
-    if len(set(parameters)) < len(parameters):
-        raise ValueError("base holds a parameter more than once, so its values could not be exchanged in place")

@@ -46,6 +46,15 @@ def settings(group: Group, rule: Rule, *, compact: bool, saved: Group | None = N
     return {RULE: type(rule).__name__, **weights, **({COMPACT: True} if compact else {})}
 
 
+def copied(group: Group) -> tuple[Group, list[Tensor]]:
+    """A group that is to be added, so that the caller's own stays as it is, and its parameters."""
+    params = group["params"]
+    if not isinstance(params, Tensor | list | tuple | set):
+        params = list(params)
+    each = [params] if isinstance(params, Tensor) else [x[1] if isinstance(x, tuple) else x for x in params]
+    return {**group, "params": params}, [x for x in each if isinstance(x, Tensor)]
+
+
 def replace(group: Group, new: Group) -> None:
     """Put new settings in the place of all of ours in a group."""
     for key in _own(group):

@@ -59,17 +59,24 @@ class Made:
         self.products = products
         self.since = 1 if products is not None and products.shape[-1] > 1 else self.since + 1
 
+    def stands(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether a d that combine left is in some ``.grad`` still."""
+        return self.d is not None and any(
+            x is not None and x is p.grad for x, p in zip(self.d, parameters, strict=True)
+        )
+
+    def replaced(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether other gradients are there than d, as when a gradient scaler has skipped the step that it was for."""
+        return any(p.grad is not None for p in parameters) and not self.stands(parameters)
+
     def visual_for(self, parameters: Sequence[Tensor]) -> list[Tensor | None] | None:
         """This step's v; None if every ``.grad`` was replaced since combine, e.g. by ``model.zero_grad()``.
 
-        So it is after a gradient scaler has skipped a step. A warning says so if other gradients are there.
+        A warning says so if other gradients are there.
         """
-        d = self.d
-        if self.visual is None or d is None:
+        if self.visual is None or self.d is None or self.stands(parameters):
             return self.visual
-        if any(x is not None and x is p.grad for x, p in zip(d, parameters, strict=True)):
-            return self.visual
-        if any(p.grad is not None for p in parameters):
+        if self.replaced(parameters):
             warnings.warn(
                 "step: .grad was replaced since combine(), so this is a step of the wrapped optimizer alone; change "
                 "gradients in place, and after a step that was skipped call zero_grad() of the MDGDOptimizer",

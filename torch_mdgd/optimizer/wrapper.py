@@ -29,6 +29,7 @@ from torch_mdgd.rules.base import KINDS, Rule
 from torch_mdgd.rules.mdgd import MDGD
 from torch_mdgd.storage import storage_for
 from torch_mdgd.storage.entries import pack, unpack
+from torch_mdgd.storage.exchange import require_apart
 
 NO_REFERENCE = "the state dict holds no reference: it stays at the wrapped weights: right if training began there"
 NO_COPY = (
@@ -83,7 +84,9 @@ class MDGDOptimizer(Around):
         settings = [groups.settings(group, rule, compact=bool(compact)) for group in base.param_groups]
         parameters = [p for group in base.param_groups for p in group["params"]]
         storage = storage_for(parameters, base, mask, compact, offload)
+        masks = None if mask is None or mask.scored else storage.choose(None, parameters)
         rule.attach(parameters, mask is not None)
+        # Nothing is refused from here on.
         super().__init__(base)
         self.rule, self._storage = rule, storage
         # Changed in place and never assigned anew: a framework's stand-in may share them and have our methods.
@@ -95,6 +98,8 @@ class MDGDOptimizer(Around):
                 # Of the elements inside an earlier wrapping's mask.
                 base.state.pop(p, None)
             groups.replace(group, new)
+        if masks is not None:
+            storage.confine(masks, base, parameters)
 
     # --------------------------------------------------------------------------------------------------------------
     # What a step needs.
@@ -210,7 +215,9 @@ class MDGDOptimizer(Around):
 
         Raises:
             ValueError: a sequence or a tensor of the wrong size, naming kind and parameter; nothing was captured.
+            RuntimeError: inside :meth:`capture`.
         """
+        self._captures.require_idle("set_gradients")
         self._made.clear()
         given = zip(KINDS, (task, visual, reference_task, reference_visual), strict=True)
         self._captures.add({kind: x for kind, x in given if x is not None}, self.parameters)
@@ -218,6 +225,7 @@ class MDGDOptimizer(Around):
     @torch.no_grad()
     def reduce_reference(self) -> None:
         """Form g̃₀ (7) now, which frees one gradient-sized buffer; no captures at φ may follow in this step."""
+        self._captures.require_idle("reduce_reference")
         self._captures.reduce_reference(self.parameters, self.rule.drift)
 
     def average_over(self, group: ranks.Group | None) -> None:
@@ -234,13 +242,18 @@ class MDGDOptimizer(Around):
         return self._captures.group
 
     def discard(self) -> None:
-        """Forget what was captured, seen or combined since the last step; ``.grad`` stays as it is."""
+        """Forget what was captured, seen or combined since the last step; ``.grad`` stays as it is.
+
+        Raises:
+            RuntimeError: inside :meth:`capture`.
+        """
+        self._captures.require_idle("discard or zero_grad")
         self._captures.clear()
         self._made.clear()
         self.rule.forget()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear ``.grad`` and all that was captured since the last step."""
+        """Clear ``.grad`` and all that was captured since the last step; a RuntimeError inside :meth:`capture`."""
         self.discard()
         self.base.zero_grad(set_to_none=set_to_none)
 
@@ -385,7 +398,7 @@ class MDGDOptimizer(Around):
                 # No pass follows at these weights, so that autocast's copies of them need not stand beside the choice.
                 torch.clear_autocast_cache()
                 scores = ScoreInputs(step.task, step.visual, step.reference, self.rule.drift(products))
-                self._storage.choose(scores, self.base, parameters)
+                self._storage.confine(self._storage.choose(scores, parameters), self.base, parameters)
         if self.rule.corrects:
             self._made.visual = self._storage.restrict_(step.visual)
         w = self._weights()
@@ -418,7 +431,7 @@ class MDGDOptimizer(Around):
                 loss = closure()
         if self._captures:
             self.combine()
-        if self._made.refused is not None:
+        if self._made.refused is not None and not self._made.replaced(parameters):
             raise RuntimeError(self._made.refused)
         self._storage.step(self.base, parameters, self._correction(parameters))
         self._made.began = True
@@ -450,15 +463,17 @@ class MDGDOptimizer(Around):
 
         Raises:
             RuntimeError: gradients are captured for this step, or the mask has been chosen.
-            ValueError: a weight is out of range, naming it; nothing was added.
+            ValueError: a weight is out of range, naming it, or a parameter is there twice; nothing was added.
         """
-        self._idle("add_param_group")
-        if self._captures or self._made.d is not None or self._storage.masked:
+        parameters = self._idle("add_param_group")
+        if self._captures or self._made.stands(parameters) or self._storage.masked:
             why = "the mask has been chosen" if self._storage.masked else "gradients are captured for this step"
             raise RuntimeError(f"add_param_group: {why}; add groups before")
         new = groups.settings(param_group, self.rule, compact=COMPACT in self.param_groups[0])
-        groups.replace(param_group, new)
-        self.base.add_param_group(param_group)
+        group, more = groups.copied(param_group)
+        groups.replace(group, new)
+        require_apart([*parameters, *more])
+        self.base.add_param_group(group)
         added = self.base.param_groups[-1]["params"]
         self._storage.extend(added)
         self.rule.extend(added)

@@ -18,11 +18,11 @@ __all__ = ["Storage", "storage_for"]
 def storage_for(
     parameters: Sequence[Tensor], base: Optimizer, mask: Mask | None, compact: bool, offload: bool
 ) -> Storage:
-    """The storage that the arguments of an MDGDOptimizer ask for; a mask that needs no scores is chosen now.
+    """The storage that the arguments of an MDGDOptimizer ask for; no mask is chosen yet.
 
     Raises:
         ValueError: compact without a mask, with one that is chosen anew, or with offload; offload of what is sharded;
-            two parameters that share memory.
+            a parameter that is there twice, or two that share memory.
         TypeError: an argument of another kind, naming it; compact with an optimizer that it is not for, see
             :class:`torch_mdgd.storage.compact.CompactStorage`; a mask that is chosen anew, with Rprop or ASGD.
     """
@@ -48,6 +48,4 @@ def storage_for(
         raise ValueError("compact=True keeps one mask: leave out its refresh, or use compact=False")
     else:
         storage = CompactStorage(parameters, mask, base)
-    if mask is not None and not mask.scored:
-        storage.choose(None, base, parameters)
     return storage

@@ -106,13 +106,15 @@ class Storage(ABC):
         trained = (t for t, one in enumerate(self.trained) if one and parameters[t].device.type != "meta")
         return next((t for t in trained if self.has_moved(parameters, t)), None)
 
-    def choose(self, gradients: ScoreInputs | None, base: Optimizer, parameters: Sequence[Tensor]) -> None:
-        """Let the mask choose: only the elements inside it move from now on.
+    def choose(self, gradients: ScoreInputs | None, parameters: Sequence[Tensor]) -> list[Tensor | None]:
+        """Let the mask choose; nothing is changed.
 
         Args:
             gradients: of the step, for T parameters; None for a mask that is not scored.
-            base: the wrapped optimizer.
             parameters: T parameters.
+
+        Returns:
+            T masks for :meth:`confine`.
         """
         assert self.mask is not None
         trained = [t for t, one in enumerate(self.trained) if one]
@@ -120,7 +122,7 @@ class Storage(ABC):
             g, v, g0_tilde = ([xs[t] for t in trained] for xs in (gradients.g, gradients.v, gradients.g0_tilde))
             gradients = ScoreInputs(g, v, g0_tilde, gradients.a[trained])
         masks = dict(zip(trained, self.mask.choose([parameters[t] for t in trained], gradients), strict=True))
-        self.confine([masks.get(t) for t in range(len(self))], base, parameters)
+        return [masks.get(t) for t in range(len(self))]
 
     @abstractmethod
     def confine(self, masks: Tensors, base: Optimizer, parameters: Sequence[Tensor]) -> None:

@@ -25,6 +25,11 @@ from torch_mdgd.storage.base import Correct, Entries, Storage, counts, is_per_el
 from torch_mdgd.storage.exchange import all_or_none, forget_casts
 from torch_mdgd.storage.probe import require_elementwise
 
+TOO_EARLY = (
+    "compact=True: a step before the mask is chosen would move φ, which is kept inside the mask alone: capture the "
+    "gradients of the first step, as mdgd_backward does"
+)
+
 
 class CompactStorage(Storage):
     """Selected elements only; before a mask is chosen nothing at all, since nothing moves until then and θ is φ.
@@ -165,11 +170,8 @@ class CompactStorage(Storage):
         gradients = dtensor.local([p.grad for p in parameters])
         if self.positions is None:
             if any(g is not None and bool(g.count_nonzero()) for g in gradients):
-                raise RuntimeError(
-                    "compact=True: a step before the mask is chosen would move φ, which is kept inside the mask alone: "
-                    "capture the gradients of the first step, as mdgd_backward does"
-                )
-            base.step()
+                raise RuntimeError(TOO_EARLY)
+            _step_on_zeros(base, [p for p, g in zip(self._parts(parameters), gradients, strict=True) if g is not None])
             return
         with self._selected(base, parameters, gradients) as leaves:
             live = [None if g is None else leaf.data for leaf, g in zip(leaves, gradients, strict=True)]
@@ -267,6 +269,7 @@ class CompactStorage(Storage):
             base.load_state_dict(inner)
             if "positions" in found and self.scored:
                 # It was saved before a mask was chosen.
+                self.trained = [x is not None for x in found["positions"]]
                 self._begin()
             self._carry(base, parameters)
             # Before the first step nothing has moved, and no φ is missed.
@@ -294,6 +297,20 @@ class CompactStorage(Storage):
                 if own:
                     base.state[p] = own
         return True
+
+
+def _step_on_zeros(base: Optimizer, parts: Sequence[Tensor]) -> None:
+    """A step that makes state, as torch.distributed.checkpoint does; weight decay and momentum would move all the same.
+
+    Raises:
+        RuntimeError: it moves something; it is put back.
+    """
+    before = [snapshot(p) for p in parts]
+    base.step()
+    if not all(map(torch.equal, parts, before)):
+        for p, x in zip(parts, before, strict=True):
+            p.detach().copy_(x)
+        raise RuntimeError(TOO_EARLY)
 
 
 def _nowhere(device: torch.device | str = "cpu") -> Tensor:

@@ -157,10 +157,11 @@ class DenseStorage(Storage):
 
     def step(self, base: Optimizer, parameters: Sequence[Tensor], correct_: Correct | None) -> None:
         """Step; elements outside the mask get back their values."""
+        # Also before a step of the wrapped optimizer alone: φ of what is unfrozen is its value before it moves.
+        self.follow(parameters)
         if self.masks is None and correct_ is None:
             base.step()
             return
-        self.follow(parameters)
         live = [p if p.grad is not None else None for p in parameters]
         before = [None if p is None else snapshot(p) for p in live]
         base.step()
@@ -224,16 +225,15 @@ class DenseStorage(Storage):
             raise ValueError("the state dict was saved with a mask: build the MDGDOptimizer with it, too")
         base.load_state_dict(inner)
         for t, (x, p) in enumerate(zip(found.get("reference", ()), parameters, strict=False)):
-            self.zero[t] = zero[t]
-            if x is not None and zero[t] is not None:
-                self.reference[t], self.trained[t] = None, True
-            elif x is not None:
-                self.reference[t], self.trained[t] = self._copy(x, p), True
+            # One that had not been trained there begins when it is trained, as any that is unfrozen.
+            self.zero[t], self.trained[t] = zero[t], x is not None
+            self.reference[t] = None if x is None or zero[t] is not None else self._copy(x, p)
         if chosen:
             pairs = zip(masks, parameters, strict=True)
             self._hold([None if x is None else dtensor.shard_like(x, p, torch.bool) for x, p in pairs])
+            self.age = count_of(found, AGE)
         elif "mask" in found and self.scored:
             # It was saved before a mask was chosen.
             self._hold(None)
-        self.age = count_of(found, AGE)
+            self.age = 0
         return "reference" in found

@@ -17,10 +17,13 @@ PIECE, PIECES_AT_ONCE = 1 << 16, 64
 
 
 def require_apart(parameters: Sequence[Tensor]) -> None:
-    """Raise a ValueError that names two trained parameters at one address: exchanged twice, θ would be lost.
+    """Raise a ValueError for a parameter that is there twice, or two trained ones at one address, naming them.
 
-    So it is with tied weights after ``load_state_dict(..., assign=True)``, which makes two parameters of one.
+    Exchanged twice, θ would be lost. Tied weights are so after ``load_state_dict(..., assign=True)``, which makes two
+    parameters of one.
     """
+    if len(set(parameters)) < len(parameters):
+        raise ValueError("base holds a parameter more than once, so its values could not be exchanged in place")
     seen: dict[tuple[torch.device, int], int] = {}
     for i, (p, part) in enumerate(zip(parameters, dtensor.local(parameters), strict=True)):
         if p.requires_grad and type(part) in dtensor.PLAIN and part.numel() and part.device.type != "meta":

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from tests.networks import network
-from tests.properties import assert_same_bits
-from torch_mdgd import MDGD, DriftBudget, Magnitude, MDGDOptimizer, Project, ProtectInputs, StepProject, TopK
+from tests.properties import assert_near, assert_same_bits
+from tests.rules import protected
+from torch_mdgd import MDGD, Anchor, DriftBudget, Magnitude, MDGDOptimizer, ProtectInputs, StepProject, TopK
 from torch_mdgd.rules.base import KINDS
 
 
@@ -85,6 +86,45 @@ def test_the_reference_of_what_is_unfrozen_is_its_value_before_a_step_of_the_wra
     assert_same_bits(at_reference(optimizer), before)
 
 
+RULES = {
+    "Anchor": lambda model: Anchor(model, 50.0, tokens="all", warmup=1, text_module=model.decoder),
+    "ProtectInputs": lambda model: ProtectInputs(model, 0.5, refresh=1, text_module=model.decoder),
+}
+
+
+@pytest.mark.parametrize("live", ["none", "bias"])
+@pytest.mark.parametrize("rule", RULES)
+def test_what_a_rule_knows_of_a_layer_that_is_frozen_now_is_there_when_it_is_trained(rule, live):
+    outcomes = []
+    for resumed in (False, True):
+        model = protected.Model()
+        layer = model.decoder.first
+        layer.weight.requires_grad_(False)
+        layer.bias.requires_grad_(live == "bias")
+        optimizer = sgd(model.parameters(), RULES[rule](model))
+        observed_step(model, optimizer, 0)
+        layer.requires_grad_(False)
+        if resumed:
+            state = optimizer.state_dict()
+            optimizer = sgd(model.parameters(), RULES[rule](model))
+            optimizer.load_state_dict(state)
+        layer.requires_grad_(True)
+        for seed in (1, 2):
+            observed_step(model, optimizer, seed)
+        outcomes.append(list(model.parameters()))
+    assert_near(*outcomes)
+
+
+def observed_step(model, optimizer, seed):
+    batch = {"input_ids": torch.zeros(2, 5, dtype=torch.int64)}
+    with optimizer.rule.observe(protected.MASK, batch):
+        loss = (model(*protected.batch(seed)) - 1).square().mean()
+    with optimizer.capture("task"):
+        loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What is refused leaves no trace.
 
@@ -152,13 +192,17 @@ def test_inside_a_capture_nothing_changes_what_is_captured(call):
 
 
 def test_after_a_skipped_step_a_group_can_be_added():
-    optimizer = sgd(parameters((3,)), Project())
+    optimizer = sgd(parameters((3,)), StepProject())
     optimizer.set_gradients(task=[torch.ones(3)], visual=[None])
     optimizer.combine()
     # As model.zero_grad() does after a gradient scaler has skipped the step.
     optimizer.parameters[0].grad = None
     optimizer.add_param_group({"params": parameters((2,))})
-    assert len(optimizer.parameters) == 2
+    for p in optimizer.parameters:
+        p.grad = torch.ones_like(p)
+    before = copy.deepcopy(optimizer.parameters)
+    optimizer.step()
+    assert_same_bits(optimizer.parameters, [x - 0.1 for x in before])
 
 
 @pytest.mark.parametrize("bad", [0.0, float("nan")])

@@ -28,8 +28,8 @@ class Linear:
         lora: where A and B stand; None for a plain layer.
         adapter: LoRA's name.
         width: of x, with the 1 of a trained bias.
-        key: the first of its places whose parameter requires gradients, under which something of the layer is held: of
-            the others nothing is saved.
+        key: the first of its places whose parameter requires gradients, under which something of the layer is held:
+            ``torch.distributed.checkpoint`` loads nothing of the others.
     """
 
     name: str
@@ -48,6 +48,10 @@ class Linear:
     def places(self) -> list[int]:
         """Where its trained parameters stand."""
         return [i for i in (self.weight, self.bias, *(self.lora or ())) if i is not None]
+
+    def place_in(self, saved: Sequence[Tensor | None]) -> int:
+        """Where something of the layer was saved: at another place than ``key`` if others were trained then."""
+        return next((i for i in self.places if (x := saved[i]) is not None and x.numel()), self.key)
 
     @property
     def scaling(self) -> float:

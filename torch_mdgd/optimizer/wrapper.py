@@ -474,6 +474,8 @@ class MDGDOptimizer(Around):
         groups.replace(group, new)
         require_apart([*parameters, *more])
         self.base.add_param_group(group)
+        # Of a step that a gradient scaler has skipped, and of fewer parameters.
+        self._made.clear()
         added = self.base.param_groups[-1]["params"]
         self._storage.extend(added)
         self.rule.extend(added)
@@ -486,7 +488,11 @@ class MDGDOptimizer(Around):
         inner, own = self._storage.save(self.base)
         for name, x in self.rule.state().items():
             each = [x] * len(self._storage) if isinstance(x, Tensor) else x
-            own[name] = [x if one else None for x, one in zip(each, self._storage.trained, strict=True)]
+            # Of a parameter that was never trained, what the rule knows of it by itself, for when it is unfrozen.
+            alone = not isinstance(x, Tensor)
+            own[name] = [
+                x if one or (alone and x.numel()) else None for x, one in zip(each, self._storage.trained, strict=True)
+            ]
         packed = pack(inner, own)
         for after in self._optimizer_state_dict_post_hooks.values():
             packed = after(self, packed) or packed

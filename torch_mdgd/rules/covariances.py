@@ -236,16 +236,17 @@ class Covariances:
 
     def check_state(self, found: Mapping[str, Tensors], count: int) -> None:
         """Raise a ValueError if other layers are held there, or with another rank."""
-        shapes = [self.moments[i].sums.shape if i in self.moments else (0,) for i in range(count)]
-        require_shapes(SUMS, found[SUMS], shapes)
+        shapes = {layer.place_in(found[SUMS]): self.moments[layer.key].sums.shape for layer in self.layers}
+        require_shapes(SUMS, found[SUMS], [shapes.get(i, (0,)) for i in range(count)])
 
     def load_state(self, found: Mapping[str, Tensors]) -> None:
         """The opposite of :meth:`state`."""
         self.forget()
         self._reduced = {}
         last: Moments | None = None
-        for key, held in self.moments.items():
-            sums, size = found[SUMS][key], found[SIZE][key]
+        for layer in self.layers:
+            key, at, held = layer.key, layer.place_in(found[SUMS]), self.moments[layer.key]
+            sums, size = found[SUMS][at], found[SIZE][at]
             self.moments[key] = self._empty(held.sums.shape[1], held.sums)
             self.answers[key] = torch.zeros_like(self.answers[key])
             if sums is not None and size is not None:

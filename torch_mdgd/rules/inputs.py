@@ -310,19 +310,21 @@ class ProtectInputs(Rule):
 
     def check_state(self, found: Mapping[str, Tensors], parameters: Sequence[Tensor]) -> None:
         """Raise a ValueError if what was protected there is not what is here."""
-        shapes = [self.covariances[i].shape if i in self.covariances else (0,) for i in range(len(parameters))]
         for name in (COVARIANCE, BASIS):
             if name in found:
-                require_shapes(name, found[name], shapes)
+                shapes = {layer.place_in(found[name]): self.covariances[layer.key].shape for layer in self._layers}
+                require_shapes(name, found[name], [shapes.get(i, (0,)) for i in range(len(parameters))])
 
     def load_state(self, found: Mapping[str, Tensors], parameters: Sequence[Tensor]) -> None:
         """The opposite of :meth:`state`; without it, nothing is known of inputs."""
         self.forget()
         self.age = count_of(found, AGE)
-        for i, c in self.covariances.items():
+        for layer in self._layers:
+            i, c = layer.key, self.covariances[layer.key]
             c.zero_()
             self.bases[i] = c[:, :0]
-            covariance, basis = (found[name][i] if name in found else None for name in (COVARIANCE, BASIS))
+            at = layer.place_in(found[COVARIANCE]) if COVARIANCE in found else i
+            covariance, basis = (found[name][at] if name in found else None for name in (COVARIANCE, BASIS))
             if covariance is not None and basis is not None:
                 c.copy_(covariance)
                 self.bases[i] = basis[:, : int(basis.any(0).sum())].to(c, copy=True)

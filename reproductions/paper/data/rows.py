@@ -10,6 +10,9 @@ from PIL import Image, UnidentifiedImageError
 
 from reproductions.paper.data.examples import DataError
 
+ANNOTATORS = 2
+"""VQA accuracy leaves out one annotator at a time: so many have to have answered."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -47,15 +50,16 @@ class Row:
         value = self.values.get(column)
         return "" if value is None or str(value) == "nan" else str(value)
 
-    def texts(self, column: str) -> tuple[str, ...]:
+    def texts(self, column: str, least: int = 1) -> tuple[str, ...]:
         """A list of texts.
 
         Raises:
-            DataError: it is missing or has no entries.
+            DataError: it is missing or has fewer entries than ``least``.
         """
         values = self.values.get(column)
-        if not isinstance(values, list | tuple) or not values or any(value is None for value in values):
-            raise self.error(f"column {column!r} must be a list with at least one entry, got {values!r}")
+        if not isinstance(values, list | tuple) or len(values) < least or any(value is None for value in values):
+            count = "one entry" if least == 1 else f"{least} entries"
+            raise self.error(f"column {column!r} must be a list with at least {count}, got {values!r}")
         return tuple(map(str, values))
 
     def number(self, column: str) -> int:

@@ -15,6 +15,8 @@ IGNORED = -100
 """The label of what is not to be learned: instructions, pictures and padding."""
 
 Batch = dict[str, Any]
+FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py")
+"""What is fetched of a repository on the hub: weights in one of several forms, and what belongs to them."""
 
 
 class ModelError(ValueError):

@@ -10,6 +10,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ from rich.console import Console
 
 from reproductions.methods import METHODS
 from reproductions.paper.config import Experiment, experiment_names, load_experiment, method_of, methods_of
-from reproductions.paper.models import MODELS
+from reproductions.paper.models import MODELS, ModelError, fetch_weights
 from reproductions.shared.fields import ConfigError
 from reproductions.shared.files import BusyError, FileError, read_json, write
 
@@ -101,7 +102,8 @@ def run_rows(rows: Rows, overrides: Sequence[str], results: Path, *, smoke: bool
     Raises:
         RowsFailedError: some failed.
         ConfigError: settings cannot be used; or there is one row only, and its folder holds one of other settings.
-        DataError: there is one row only, whose data cannot be had.
+        DataError: there is one row only, whose data cannot be had or are broken.
+        ModelError: there is one row only, whose model cannot be had.
         FileError: there is one row only, and a file of it is broken.
     """
     from reproductions.paper.run import ranks
@@ -128,7 +130,7 @@ def run_rows(rows: Rows, overrides: Sequence[str], results: Path, *, smoke: bool
     with ranks.in_turn():
         if not smoke:
             require_room_to_fetch(experiments, rows)
-        for error in look_at_data(rows, experiments, console):
+        for error in chain(look_at_weights(experiments), look_at_data(rows, experiments, console)):
             if single:
                 raise error
             console.print(f"{error}", style="red", markup=False, soft_wrap=True)
@@ -148,11 +150,24 @@ def run_rows(rows: Rows, overrides: Sequence[str], results: Path, *, smoke: bool
             run_oracle(experiment, results, console)
 
 
-def look_at_data(rows: Rows, experiments: Mapping[str, Experiment], console: Console) -> Iterator["DataError"]:
-    """Open every split that rows need, and fetch it if it is not there: hours later would be late to miss one.
+def look_at_weights(experiments: Mapping[str, Experiment]) -> Iterator[ModelError]:
+    """Fetch what models there are: the last of many rows would be late to learn that its own asks for a login.
 
     Yields:
         what cannot be had; only rows that need it fail.
+    """
+    for model, source in dict.fromkeys((e.model, e.source) for e in experiments.values()):
+        try:
+            fetch_weights(model, source)
+        except ModelError as error:
+            yield error
+
+
+def look_at_data(rows: Rows, experiments: Mapping[str, Experiment], console: Console) -> Iterator["DataError"]:
+    """Read every split that rows need, but for pictures, and fetch it if it is not there: hours later would be late.
+
+    Yields:
+        what cannot be had or is broken; only rows that need it fail.
     """
     from reproductions.paper.data import DATASETS, DataError
     from reproductions.paper.run.work import Workshop, splits_of
@@ -165,6 +180,7 @@ def look_at_data(rows: Rows, experiments: Mapping[str, Experiment], console: Con
             seen.add((task, split))
             try:
                 found = Workshop(experiments[name], torch.device("cpu")).examples(task, split)
+                found.require_whole()
             except DataError as error:
                 yield error
             else:
@@ -173,7 +189,6 @@ def look_at_data(rows: Rows, experiments: Mapping[str, Experiment], console: Con
 
 def _in_turn(rows: Rows, experiments: Mapping[str, Experiment], results: Path, smoke: bool, console: Console) -> None:
     from reproductions.paper.data import DataError
-    from reproductions.paper.models import ModelError
     from reproductions.paper.run import ranks
     from reproductions.paper.run.row import run_row
 

@@ -43,14 +43,17 @@ def test_a_broken_picture_is_named(name, tmp_path):
     with pytest.raises(DataError, match=place):
         _ = examples[1].image
     assert examples[0].image.size == (56, 56)
+    # Reading gigabytes of pictures would take longer than to miss one.
+    examples.require_whole()
 
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_a_row_without_a_picture_is_named(name, tmp_path):
     column = "query_image" if name == "iconqa" else "image"
     examples = load(name, edit(sample(name, tmp_path), lambda rows: rows[1].update({column: None})))
-    with pytest.raises(DataError, match=f"row 1: column '{column}' holds no picture"):
-        _ = examples[1]
+    for read in (lambda: examples[1], examples.require_whole):
+        with pytest.raises(DataError, match=f"row 1: column '{column}' holds no picture"):
+            read()
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -67,9 +70,10 @@ def test_an_empty_split_is_named(name, tmp_path):
         (
             "vizwiz",
             {"answers": []},
-            "VizWiz, split val, row 1: column 'answers' must be a list with at least one entry",
+            "VizWiz, split val, row 1: column 'answers' must be a list with at least 2 entries",
         ),
         ("vizwiz", {"answers": ["red", None]}, "row 1: column 'answers'"),
+        ("okvqa", {"answers": ["red"]}, "row 1: column 'answers' must be a list with at least 2 entries"),
         ("scienceqa", {"answer": 4}, "ScienceQA, split test, row 1: the answer is none of the 4 options"),
         ("scienceqa", {"answer": -1}, "row 1: the answer is none of the 4 options"),
         ("textvqa", {"answers": None}, "TextVQA, split validation, row 1: column 'answers'"),
@@ -87,8 +91,9 @@ def test_an_empty_split_is_named(name, tmp_path):
 )
 def test_a_bad_row_is_named(name, values, message, tmp_path):
     examples = load(name, edit(sample(name, tmp_path), lambda rows: rows[1].update(values)))
-    with pytest.raises(DataError, match=message):
-        _ = examples[1]
+    for read in (lambda: examples[1], examples.require_whole):
+        with pytest.raises(DataError, match=message):
+            read()
 
 
 def test_missing_files_are_named(tmp_path):
@@ -104,6 +109,26 @@ def test_missing_files_are_named(tmp_path):
     (tmp_path / "data" / "test-0.parquet").write_text("not parquet")
     with pytest.raises(DataError, match=r"POPE: .*test-0.parquet is not a parquet file"):
         load("pope", tmp_path)
+
+
+@pytest.mark.parametrize("there", [["0-of-00002"], ["0-of-00001", "0-of-00001-3f2a"]])
+def test_parts_that_are_missing_or_there_twice_are_named(there, tmp_path):
+    (file,) = sample("pope", tmp_path).rglob("*.parquet")
+    content = file.read_bytes()
+    file.unlink()
+    for name in there:
+        file.with_name(f"test-0000{name}.parquet").write_bytes(content)
+    with pytest.raises(DataError, match=r"POPE: .* does not hold each part of test once; .* there are 0 of [12]"):
+        load("pope", tmp_path)
+
+
+def test_rows_that_are_not_drawn_may_be_broken(tmp_path):
+    folder = edit(sample("flickr30k", tmp_path), lambda rows: rows[1].update({"image": None}))
+    whole, drawn = load("flickr30k", folder), load("flickr30k", folder, limit=3)
+    assert 1 not in drawn.places
+    drawn.require_whole()
+    with pytest.raises(DataError, match="row 1: column 'image' holds no picture"):
+        whole.require_whole()
 
 
 def test_a_file_that_breaks_off_is_named(tmp_path):

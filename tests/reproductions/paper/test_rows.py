@@ -3,9 +3,11 @@
 import json
 import multiprocessing
 import os
+import shutil
 import sys
 import weakref
 
+import huggingface_hub
 import pytest
 import torch
 from rich.console import Console
@@ -16,14 +18,24 @@ from reproductions.methods import METHODS
 from reproductions.paper.config import experiment_names, load_experiment, method_of, methods_of
 from reproductions.paper.data import DataError
 from reproductions.paper.data.dataset import DataSet
+from reproductions.paper import models
 from reproductions.paper.run import row, rows, work
 from reproductions.shared.fields import ConfigError
+from tests.reproductions.paper.sample_files import edit
 
 QUIET = Console(quiet=True)
 
 
 def call(*arguments):
     return CliRunner().invoke(app, [str(x) for x in arguments])
+
+
+@pytest.fixture(autouse=True)
+def fetched(monkeypatch):
+    """The models whose weights are asked for, which have a hub here."""
+    asked = []
+    monkeypatch.setattr(rows, "fetch_weights", lambda model, source: asked.append((model, source)))
+    return asked
 
 
 @pytest.fixture
@@ -182,6 +194,44 @@ def test_data_that_cannot_be_had_are_missed_before_anything_runs(assets, tmp_pat
     assert alone.output.splitlines()[-1] == "POPE: the hub is out of reach"
     assert "OK-VQA, train:" not in alone.output, "which zero-shot does not need"
     assert len(asked) == 7
+
+
+def test_weights_that_cannot_be_had_are_missed_before_anything_runs(everything, tmp_path, monkeypatch):
+    """Those of the last rows too, which come after a day."""
+
+    def download(repository, *, allow_patterns):
+        asked.append(repository)
+        assert {"*.safetensors", "*.json"} < set(allow_patterns)
+        if repository == "openbmb/MiniCPM-V-2":
+            raise OSError("Access to model openbmb/MiniCPM-V-2 is restricted. Please log in.")
+
+    asked, done = [], []
+    monkeypatch.setattr(rows, "fetch_weights", models.fetch_weights)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(row, "run_row", lambda experiment, name, *args, **kwargs: done.append(asked.copy()))
+    method = ("run", "--all", "--method", "zero-shot", "--results", tmp_path)
+    told = call(*method, *everything).output
+    assert "minicpm-v-2: could not read openbmb/MiniCPM-V-2: Access to model" in told
+    assert done == [["llava-hf/llava-1.5-7b-hf", "openbmb/MiniCPM-V-2"]] * 4, "each once, and before the first row"
+    asked.clear()
+    alone = call("run", "minicpm-pathvqa", *method[2:], *everything)
+    assert alone.exit_code == 2
+    assert "set source=FOLDER" in alone.output.splitlines()[-1]
+    call("run", "minicpm-pathvqa", *method[2:], *everything, "--set", f"source={tmp_path}")
+    assert asked == ["openbmb/MiniCPM-V-2"], "a folder needs no hub"
+
+
+def test_a_broken_row_is_missed_before_anything_runs(assets, tmp_path, monkeypatch):
+    """Not when the last of thousands of questions is asked."""
+    shutil.copytree(assets.data / "pope", tmp_path / "data" / "pope")
+    edit(tmp_path / "data" / "pope", lambda found: found[-1].update({"answer": None}))
+    monkeypatch.setattr(row, "run_row", lambda *args, **kwargs: pytest.fail("it runs"))
+    narrow = ("--set", 'pretrained=["pope"]')
+    (tmp_path / "data" / "okvqa").symlink_to(assets.data / "okvqa")
+    asked = ("run", "llava-okvqa", "--method", "zero-shot", "--results", tmp_path, "--data", tmp_path / "data")
+    done = call(*asked, *narrow)
+    assert done.exit_code == 2
+    assert done.output.splitlines()[-1] == "POPE, split test, row 15: column 'answer' is missing or empty"
 
 
 def test_a_folder_of_results_keeps_to_the_commits_that_it_began_with(assets, tmp_path, monkeypatch):

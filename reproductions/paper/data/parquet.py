@@ -91,7 +91,7 @@ def columns_of(title: str, file: Path) -> list[str]:
 
 
 def _require_all_parts(title: str, folder: Path, files: Sequence[Path]) -> None:
-    """Files named `test-00000-of-00009` are nine: of a copy or a download that broke off rows would be missing silently.
+    """Files named `test-00000-of-00009` are nine: of a copy that broke off rows would be missing silently.
 
     Raises:
         DataError: one is missing, or there twice, as where two versions lie in one folder.

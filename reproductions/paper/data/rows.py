@@ -106,7 +106,10 @@ class Picture:
         stored = self.row.values[self.column]
         try:
             content = stored.get("bytes") or Path(stored["path"]).read_bytes()
-            return Image.open(BytesIO(content)).convert("RGB")
+            image: Image.Image = Image.open(BytesIO(content))
+            # Pillow cuts 16 bits off at 255, which leaves a picture white.
+            image = image.point(lambda value: value / 256).convert("L") if image.mode.startswith("I") else image
+            return image.convert("RGB")
         # Pillow raises many kinds of errors, SyntaxError among them, for a broken file.
         except Exception as error:
             why = "it is of no kind that is known" if isinstance(error, UnidentifiedImageError) else error

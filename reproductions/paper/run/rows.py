@@ -21,7 +21,7 @@ from reproductions.methods import METHODS
 from reproductions.paper.config import Experiment, experiment_names, load_experiment, method_of, methods_of
 from reproductions.paper.models import MODELS, ModelError, fetch_weights
 from reproductions.shared.fields import ConfigError
-from reproductions.shared.files import BusyError, FileError, read_json, write
+from reproductions.shared.files import BusyError, FileError, alone_in, read_json, write
 
 if TYPE_CHECKING:
     from reproductions.paper.data import DataError
@@ -108,7 +108,7 @@ def run_rows(rows: Rows, overrides: Sequence[str], results: Path, *, smoke: bool
     """
     from reproductions.paper.run import ranks
     from reproductions.paper.run.estimate import require_layers
-    from reproductions.paper.run.room import require_room_to_fetch
+    from reproductions.paper.run.room import require_room_for_rows, require_room_to_fetch
     from reproductions.paper.run.row import require_ready
     from reproductions.paper.run.sparing import require_possible
 
@@ -127,6 +127,9 @@ def run_rows(rows: Rows, overrides: Sequence[str], results: Path, *, smoke: bool
         if single:
             # Of several, one that cannot be done keeps no other.
             require_ready(experiments[name], method, results, smoke=smoke)
+    devices = visible_devices()
+    if not (smoke or single):
+        require_room_for_rows(experiments, rows, results, len(devices) if ranks.world() == 1 and devices else 1)
     with ranks.in_turn():
         if not smoke:
             require_room_to_fetch(experiments, rows)
@@ -138,7 +141,6 @@ def run_rows(rows: Rows, overrides: Sequence[str], results: Path, *, smoke: bool
             pin(results)
     if not smoke:
         experiments = {name: pinned(results)(name, overrides) for name in rows}
-    devices = visible_devices()
     if len(devices) > 1 and not single and not smoke and ranks.world() == 1:
         beside(rows, overrides, results, devices, console)
     else:
@@ -322,11 +324,13 @@ def pin(results: Path) -> dict[str, str]:
     from reproductions.paper.run.work import commits
 
     path = results / REVISIONS
-    before = read_json(path) if path.is_file() else {}
-    now = {**commits(), **before}
-    if now != before:
-        results.mkdir(parents=True, exist_ok=True)
-        write(path, json.dumps(now, indent=1))
+    results.mkdir(parents=True, exist_ok=True)
+    # Jobs of a cluster write here at the same time.
+    with alone_in(results, f"{REVISIONS}.lock", wait=True):
+        before = read_json(path) if path.is_file() else {}
+        now = {**commits(), **before}
+        if now != before:
+            write(path, json.dumps(now, indent=1))
     return now
 
 

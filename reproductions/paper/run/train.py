@@ -19,7 +19,7 @@ from reproductions.methods.base import Divergence, Penalty
 from reproductions.paper.config import Experiment
 from reproductions.paper.run import ranks
 from reproductions.paper.run.sparing import OPTIMIZERS, in_full, prepare, trained_values
-from reproductions.paper.run.weights import NAME, changes, load_changes, save_changes
+from reproductions.paper.run.weights import CHECKPOINTS, NAME, changes, load_changes, save_changes
 from reproductions.paper.run.work import Workshop
 from reproductions.paper.run.workers import errors_of_workers
 from reproductions.shared.files import FileError, named, read_json, read_until_cut, write
@@ -27,7 +27,7 @@ from torch_mdgd import last_decoder_layers
 from torch_mdgd.integrations.transformers import MDGDTrainerMixin
 from torch_mdgd.parallel.dtensor import shard_like, whole
 
-CHECKPOINTS, LOG, TRAINED = "checkpoints", "training.jsonl", "trained_parameters.safetensors"
+LOG, TRAINED = "training.jsonl", "trained_parameters.safetensors"
 COUNTS = "trained.json"
 TENSORBOARD = "tensorboard"
 LOGGED = ("visual_loss", "cos_task_visual", "cos_task_reference", "kept_fraction", "visual_to_task")

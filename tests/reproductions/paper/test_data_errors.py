@@ -1,9 +1,13 @@
 """Data that are missing or broken are named, with the data set and the row; and what the hub is asked for."""
 
+from io import BytesIO
+
 import datasets
 import huggingface_hub
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from reproductions.paper.data import DATASETS, DataError
 from tests.reproductions.paper.sample_files import edit, load, sample, unreachable
@@ -45,6 +49,27 @@ def test_a_broken_picture_is_named(name, tmp_path):
     assert examples[0].image.size == (56, 56)
     # Reading gigabytes of pictures would take longer than to miss one.
     examples.require_whole()
+
+
+@pytest.mark.parametrize(
+    ("mode", "scale"), [("1", 1), ("L", 1), ("LA", 1), ("P", 1), ("CMYK", 1), ("RGBA", 1), ("I;16", 256)]
+)
+def test_pictures_of_all_modes_are_seen(mode, scale, tmp_path):
+    """Those of 16 bits too, which come out white where they are cut off at 255."""
+    if mode == "I;16":
+        stored = Image.fromarray(np.repeat(np.array([[60, 204]], dtype=np.uint16), 4, 0) * scale)
+    else:
+        stored = Image.new("RGB", (2, 4))
+        stored.paste((255 if mode == "1" else 204,) * 3, (1, 0, 2, 4))
+        stored = stored.convert(mode)
+    file = BytesIO()
+    stored.save(file, "TIFF" if mode == "CMYK" else "PNG")
+    value = {"image": {"bytes": file.getvalue(), "path": None}}
+    image = load("pathvqa", edit(sample("pathvqa", tmp_path), lambda rows: rows[1].update(value)))[1].image
+    assert (image.mode, image.size) == ("RGB", (2, 4))
+    dark, light = (image.getpixel((x, 0)) for x in (0, 1))
+    assert dark == ((60,) * 3 if mode == "I;16" else (0, 0, 0))
+    assert light == ((255 if mode == "1" else 204,) * 3)
 
 
 @pytest.mark.parametrize("name", PLAIN)

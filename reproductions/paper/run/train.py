@@ -244,8 +244,13 @@ def _train(
         trainer.add_callback(TensorBoardCallback(SummaryWriter(str(folder / TENSORBOARD))))
     if not progress:
         trainer.remove_callback(PrinterCallback)
-    with errors_of_workers():
-        trainer.train(resume_from_checkpoint=ranks.agree(last_checkpoint(folder / CHECKPOINTS)))
+    begun = ranks.agree(last_checkpoint(folder / CHECKPOINTS))
+    if begun is not None and _is_final(Path(begun)):
+        # The Trainer would take a step more: it asks whether to stop after each, not before.
+        trainer._load_from_checkpoint(begun)
+    else:
+        with errors_of_workers():
+            trainer.train(resume_from_checkpoint=begun)
     if e.training.checkpointing:
         disable: Any = network.gradient_checkpointing_disable
         disable()
@@ -309,6 +314,11 @@ def last_checkpoint(folder: Path) -> str | None:
             continue
         return str(path)
     return None
+
+
+def _is_final(checkpoint: Path) -> bool:
+    state = read_json(checkpoint / "trainer_state.json", "global_step", "max_steps")
+    return bool(state["global_step"] >= state["max_steps"])
 
 
 def _trained(module: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -97,7 +97,7 @@ class Evaluation:
         beams: of the search for an answer; 1 is greedy. MiniCPM-V-2.0's own chat takes 3.
         repetition_penalty: 1 for none. MiniCPM-V-2.0's own chat takes 1.2.
         rank_examples: whose image tokens the effective rank is of.
-        feature_examples: whose features are kept for t-SNE.
+        feature_examples: of the target, whose features are kept for t-SNE.
     """
 
     batch: int = limited(16, least=1)

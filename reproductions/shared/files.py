@@ -75,12 +75,13 @@ class BusyError(RuntimeError):
 
 
 @contextmanager
-def alone_in(folder: Path, name: str = "lock") -> Iterator[None]:
+def alone_in(folder: Path, name: str = "lock", *, wait: bool = False) -> Iterator[None]:
     """Keep other processes out of a folder until this block ends, or this process by whatever death.
 
     Args:
         folder: that is there.
         name: of a file in it, for what of the folder is kept.
+        wait: until another process has left.
 
     Raises:
         BusyError: another process is in it.
@@ -88,7 +89,7 @@ def alone_in(folder: Path, name: str = "lock") -> Iterator[None]:
     with (folder / name).open("w") as file:
         try:
             # Unlike flock, not handed on to worker processes, which outlive a killed one for seconds.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             # Any other error is that of a file system without locks, on which nobody is kept out.
             if error.errno in (errno.EACCES, errno.EAGAIN):

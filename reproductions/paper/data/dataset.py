@@ -9,7 +9,7 @@ from typing import Any, ClassVar, overload
 import numpy as np
 
 from reproductions.paper.data.examples import DataError, Example
-from reproductions.paper.data.parquet import read_parquet, write_parquet
+from reproductions.paper.data.parquet import read_parquet, without_pictures, write_parquet
 from reproductions.paper.data.rows import Row
 
 ORGANISATIONS = ("lmms-lab-encoder", "lmms-lab")
@@ -61,7 +61,19 @@ class Examples(Sequence[Example]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         place = self.places[index]
-        return self.data.example(Row(self.data.title, self.split, place, self.rows[place]))
+        return self._read(place, self.rows[place])
+
+    def require_whole(self) -> None:
+        """Read every row once, but for the insides of pictures.
+
+        Raises:
+            DataError: one is broken, or has no picture.
+        """
+        for place, values in zip(self.places, without_pictures(self.rows, self.places), strict=True):
+            self._read(place, values)
+
+    def _read(self, place: int, values: Mapping[str, Any]) -> Example:
+        return self.data.example(Row(self.data.title, self.split, place, values))
 
 
 @dataclass(frozen=True)

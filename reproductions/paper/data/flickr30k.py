@@ -111,8 +111,7 @@ class Flickr30k(DataSet):
     def write_sample(self, folder: Path, split: str, n: int, seed: int) -> None:
         rows = list(self.sample_rows(split, n, seed))
         # One file a split, all of them of the hub's split "test", and one list that grows.
-        place = list(self.splits).index(split)
-        write_parquet(folder / self.pattern(split).replace("*", f"{place:05d}-of-00003"), rows, self.features())
+        write_parquet(folder / self.pattern(split).replace("*", f"{split}-00000-of-00001"), rows, self.features())
         path = folder / LISTS[1]
         images = json.loads(path.read_text())["images"] if path.exists() else []
         kept = [image for image in images if image["split"] != split]

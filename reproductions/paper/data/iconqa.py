@@ -73,7 +73,7 @@ class IconQA(DataSet):
             sheet = _Sheet(row.picture("query_image"), tuple(map(row.picture, given)))
             picture: Callable[[], Image.Image] = sheet
         elif kind == "choose_txt":
-            choices = tuple(choice.strip() for choice in row.text("choices").split(","))
+            choices = _options(row.text("choices"), answer.strip())
             letter = row.choice(choices, choices.index(answer.strip()) if answer.strip() in choices else -1)
             picture = row.picture("query_image")
         else:
@@ -116,6 +116,16 @@ class IconQA(DataSet):
         return row | {"question": "Which image shows the same shape", "choices": "choice_0.png,choice_1.png",
                       "answer": f"choice_{at}.png", "choice_image_0": images[0],
                       "choice_image_1": images[1]}  # fmt: skip
+
+
+def _options(choices: str, answer: str) -> tuple[str, ...]:
+    """The texts between commas; the answer is one of them though it has commas of its own, as 1,000 does."""
+    parts = tuple(choice.strip() for choice in choices.split(","))
+    before, found, after = f",{choices},".partition(f",{answer},")
+    if answer in parts or not found:
+        return parts
+    sides = [[choice.strip() for choice in side.split(",") if choice.strip()] for side in (before, after)]
+    return (*sides[0], answer, *sides[1])
 
 
 def _column(answer: str | None) -> str:

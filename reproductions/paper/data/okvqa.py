@@ -17,7 +17,7 @@ from reproductions.paper.data.dataset import DataSet, Split
 from reproductions.paper.data.examples import DataError, Example
 from reproductions.paper.data.parquet import PICTURE
 from reproductions.paper.data.prompts import SHORT, UNANSWERABLE, most_common
-from reproductions.paper.data.rows import Row
+from reproductions.paper.data.rows import ANNOTATORS, Row
 from reproductions.paper.data.shapes import draw
 
 QUESTIONS = "OpenEnded_mscoco_train2014_questions.json"
@@ -50,7 +50,7 @@ class OKVQA(DataSet):
     short: bool = True
 
     def example(self, row: Row) -> Example:
-        answers = row.texts("answers")
+        answers = row.texts("answers", ANNOTATORS)
         question = row.text("question") + (UNANSWERABLE + SHORT if self.short else "")
         return Example(row.text("question_id"), row.picture(), question, answers, most_common(answers))
 

@@ -10,6 +10,9 @@ from PIL import Image, UnidentifiedImageError
 
 from reproductions.paper.data.examples import DataError
 
+ANNOTATORS = 2
+"""VQA accuracy leaves out one annotator at a time: so many have to have answered."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -47,15 +50,16 @@ class Row:
         value = self.values.get(column)
         return "" if value is None or str(value) == "nan" else str(value)
 
-    def texts(self, column: str) -> tuple[str, ...]:
+    def texts(self, column: str, least: int = 1) -> tuple[str, ...]:
         """A list of texts.
 
         Raises:
-            DataError: it is missing or has no entries.
+            DataError: it is missing or has fewer entries than ``least``.
         """
         values = self.values.get(column)
-        if not isinstance(values, list | tuple) or not values or any(value is None for value in values):
-            raise self.error(f"column {column!r} must be a list with at least one entry, got {values!r}")
+        if not isinstance(values, list | tuple) or len(values) < least or any(value is None for value in values):
+            count = "one entry" if least == 1 else f"{least} entries"
+            raise self.error(f"column {column!r} must be a list with at least {count}, got {values!r}")
         return tuple(map(str, values))
 
     def number(self, column: str) -> int:
@@ -102,7 +106,10 @@ class Picture:
         stored = self.row.values[self.column]
         try:
             content = stored.get("bytes") or Path(stored["path"]).read_bytes()
-            return Image.open(BytesIO(content)).convert("RGB")
+            image: Image.Image = Image.open(BytesIO(content))
+            # Pillow cuts 16 bits off at 255, which leaves a picture white.
+            image = image.point(lambda value: value / 256).convert("L") if image.mode.startswith("I") else image
+            return image.convert("RGB")
         # Pillow raises many kinds of errors, SyntaxError among them, for a broken file.
         except Exception as error:
             why = "it is of no kind that is known" if isinstance(error, UnidentifiedImageError) else error

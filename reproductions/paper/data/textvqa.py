@@ -10,7 +10,7 @@ from reproductions.paper.data.dataset import DataSet, Split
 from reproductions.paper.data.examples import Example
 from reproductions.paper.data.parquet import PICTURE
 from reproductions.paper.data.prompts import SHORT, most_common
-from reproductions.paper.data.rows import Row
+from reproductions.paper.data.rows import ANNOTATORS, Row
 from reproductions.paper.data.shapes import draw
 
 
@@ -34,7 +34,7 @@ class TextVQA(DataSet):
     ocr: bool = True
 
     def example(self, row: Row) -> Example:
-        answers = row.texts("answers")
+        answers = row.texts("answers", ANNOTATORS)
         tokens = f"\nReference OCR token: {', '.join(row.values['ocr_tokens'] or ())}" if self.ocr else ""
         question = row.text("question").capitalize() + tokens + SHORT
         return Example(row.text("question_id"), row.picture(), question, answers, most_common(answers))

@@ -10,7 +10,7 @@ from reproductions.paper.data.dataset import DataSet, Split
 from reproductions.paper.data.examples import Example
 from reproductions.paper.data.parquet import PICTURE
 from reproductions.paper.data.prompts import SHORT, UNANSWERABLE, most_common
-from reproductions.paper.data.rows import Row
+from reproductions.paper.data.rows import ANNOTATORS, Row
 from reproductions.paper.data.shapes import draw
 
 
@@ -25,7 +25,7 @@ class VizWiz(DataSet):
     columns = ("question_id", "image", "question", "answers", "category")
 
     def example(self, row: Row) -> Example:
-        answers = row.texts("answers")
+        answers = row.texts("answers", ANNOTATORS)
         question = row.text("question").capitalize() + UNANSWERABLE + SHORT
         extra = {"category": row.optional("category")}
         return Example(row.text("question_id"), row.picture(), question, answers, most_common(answers), extra=extra)

@@ -1,11 +1,13 @@
 """The models of the tables and those of today, and how they are loaded."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from reproductions.paper.models.base import Batch, ModelError, VisionLanguageModel, to_device
+from reproductions.paper.models.base import FILES, Batch, ModelError, VisionLanguageModel, to_device
 from reproductions.paper.models.internvl3_5 import InternVL351B, InternVL354B
 from reproductions.paper.models.llava import Llava
 from reproductions.paper.models.minicpm_v2 import MiniCPMV2Model
@@ -14,7 +16,9 @@ from reproductions.paper.models.qwen2_5_vl import Qwen25VL3B, Qwen25VL7B
 from reproductions.paper.models.qwen3_vl import Qwen3VL2B, Qwen3VL4B
 from reproductions.paper.models.smolvlm2 import SmolVLM2
 
-__all__ = ["MODELS", "Batch", "ModelError", "VisionLanguageModel", "load_model", "skeleton", "to_device"]
+__all__ = [
+    "MODELS", "Batch", "ModelError", "VisionLanguageModel", "fetch_weights", "load_model", "skeleton", "to_device",
+]  # fmt: skip
 
 MODELS: dict[str, type[VisionLanguageModel]] = {
     family.name: family
@@ -24,6 +28,24 @@ MODELS: dict[str, type[VisionLanguageModel]] = {
     )
 }  # fmt: skip
 """By name: the models of the tables, then those of today. A new one is a file with a class, and stands here."""
+
+
+def fetch_weights(name: str, source: str | Path | None) -> None:
+    """Bring a model's files from the hub, or find them in its cache; a folder is left alone.
+
+    Args:
+        name: one of ``MODELS``.
+        source: a folder or a repository; the published weights if None or empty.
+
+    Raises:
+        ModelError: they cannot be had: no network, no such repository, or one that asks for a login.
+    """
+    from huggingface_hub import snapshot_download
+
+    where = str(source or MODELS[name].source)
+    if not Path(where).is_dir():
+        with _named(name, where):
+            snapshot_download(where, allow_patterns=list(FILES))
 
 
 def load_model(
@@ -43,8 +65,16 @@ def load_model(
     """
     family = MODELS[name]
     where = source or family.source
-    try:
+    with _named(name, where):
         model = family.load(where, getattr(torch, dtype), trust_remote_code=trust_remote_code)
+    model.network.eval()
+    return model.to(device)
+
+
+@contextmanager
+def _named(name: str, where: str | Path) -> Iterator[None]:
+    try:
+        yield
     except ModelError:
         raise
     # No network, no such repository and a broken file are different errors, of several libraries.
@@ -53,8 +83,6 @@ def load_model(
             f"{name}: could not read {where}: {str(error).rstrip('.')}. A folder with its files can be passed "
             "(--set source=FOLDER)."
         ) from error
-    model.network.eval()
-    return model.to(device)
 
 
 def skeleton(name: str) -> nn.Module:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoImageProcessor
 
 from torch_mdgd import VisualTap
 
@@ -15,6 +16,8 @@ IGNORED = -100
 """The label of what is not to be learned: instructions, pictures and padding."""
 
 Batch = dict[str, Any]
+FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py")
+"""What is fetched of a repository on the hub: weights in one of several forms, and what belongs to them."""
 
 
 class ModelError(ValueError):
@@ -54,6 +57,7 @@ class VisionLanguageModel(ABC):
         picture: tokens of a common picture, 640 × 480, for the decoder, and patches for the vision tower.
         elsewhere: what lmms-eval calls its model, and the class of VLMEvalKit, that load a folder of this family; empty
             where there is none.
+        placeholder: what stands for a picture in a text, where a question that holds it would be taken for one.
         tiles_in_turn: whether the vision tower looks at one tile after the other, so that the last alone is remembered
             from one pass over the same batch to the next.
         network: called as ``network(**batch)``; its output has ``loss`` where the batch has labels.
@@ -64,6 +68,7 @@ class VisionLanguageModel(ABC):
     source: ClassVar[str]
     picture: ClassVar[tuple[int, int]]
     elsewhere: ClassVar[tuple[str, str]] = ("", "")
+    placeholder: ClassVar[str] = ""
     tiles_in_turn: ClassVar[bool] = False
 
     def __init__(self, network: nn.Module, tokenizer: Any) -> None:
@@ -105,9 +110,9 @@ class VisionLanguageModel(ABC):
             answers: append each example's target, and learn it; padding is then on the right. Without, it is on the
                 left, so that answers can be generated.
         """
-        encoded = [self.encode(example.image, example.question) for example in examples]
+        encoded = [self.encode(example.image, self.in_words(example.question)) for example in examples]
         rows = [e.tokens for e in encoded]
-        targets = [self.answer_tokens(example.target) if answers else [] for example in examples]
+        targets = [self.answer_tokens(self.in_words(example.target)) if answers else [] for example in examples]
         longest = max(len(row) + len(target) for row, target in zip(rows, targets, strict=True))
         ids = torch.full((len(rows), longest), self.padding)
         mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
@@ -121,6 +126,11 @@ class VisionLanguageModel(ABC):
             shifts.append(shift)
         batch = {"input_ids": ids, "attention_mask": mask, **self.stack(encoded, shifts)}
         return {**batch, "labels": labels} if answers else batch
+
+    def in_words(self, text: str) -> str:
+        """A text without the placeholder, of which the network would ask for another picture."""
+        token = self.placeholder
+        return text.replace(token, f"{token[0]} {token[1:]}") if token else text
 
     def answer_tokens(self, target: str) -> list[int]:
         """An answer and the token that ends it."""
@@ -149,6 +159,14 @@ class VisionLanguageModel(ABC):
         """Move the network."""
         self.network.to(device)
         return self
+
+
+def image_processor(source: str | Path) -> Any:
+    """The image processor of a folder or of the hub, by Pillow.
+
+    That by torchvision, which transformers takes where it is installed, resizes to other pixels.
+    """
+    return AutoImageProcessor.from_pretrained(source, backend="pil")
 
 
 def read_weights(kind: Any, source: str | Path, dtype: torch.dtype) -> Any:

@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, PreTrainedConfig
+from transformers import AutoModelForImageTextToText, AutoTokenizer, PreTrainedConfig
 from transformers.utils.hub import cached_file
 
-from reproductions.paper.models.base import Encoded, ModelError, VisionLanguageModel, read_weights
+from reproductions.paper.models.base import Encoded, ModelError, VisionLanguageModel, image_processor, read_weights
 
 TEMPLATES = ("chat_template.jinja", "chat_template.json")
 """Files of a processor's chat template, of new releases and of old ones."""
@@ -56,7 +56,7 @@ class ChatModel(VisionLanguageModel):
     def load(cls, source: str | Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> "ChatModel":
         """Read weights, tokenizer, image processor and chat template from a folder or from the hub."""
         network = read_weights(AutoModelForImageTextToText, source, dtype)
-        tokenizer, pixels = AutoTokenizer.from_pretrained(source), AutoImageProcessor.from_pretrained(source)
+        tokenizer, pixels = AutoTokenizer.from_pretrained(source), image_processor(source)
         return cls(network, tokenizer, pixels, chat_template(source))
 
     @abstractmethod

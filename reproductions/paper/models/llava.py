@@ -10,7 +10,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
-    AutoImageProcessor,
     AutoTokenizer,
     CLIPImageProcessorPil,
     CLIPVisionConfig,
@@ -19,7 +18,7 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from reproductions.paper.models.base import Batch, Encoded, VisionLanguageModel, read_weights
+from reproductions.paper.models.base import Batch, Encoded, VisionLanguageModel, image_processor, read_weights
 from reproductions.paper.models.tiny import WIDTH, byte_tokenizer
 
 TOKEN = "<image>"
@@ -44,6 +43,7 @@ class Llava(VisionLanguageModel):
     source = "llava-hf/llava-1.5-7b-hf"
     picture = (576, 577)
     elsewhere = ("llava_hf", "")
+    placeholder = TOKEN
 
     def __init__(self, network: nn.Module, tokenizer: Any, pixels: Any) -> None:
         super().__init__(network, tokenizer)
@@ -73,7 +73,7 @@ class Llava(VisionLanguageModel):
     def load(cls, source: str | Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> "Llava":
         """Read weights and tokenizer from a folder or from the hub; none of their code is needed."""
         network = read_weights(LlavaForConditionalGeneration, source, dtype)
-        return cls(network, AutoTokenizer.from_pretrained(source), AutoImageProcessor.from_pretrained(source))
+        return cls(network, AutoTokenizer.from_pretrained(source), image_processor(source))
 
     @classmethod
     def write_tiny(cls, folder: Path, seed: int = 0) -> None:

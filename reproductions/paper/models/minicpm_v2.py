@@ -13,7 +13,7 @@ from transformers import AutoModel, LlamaTokenizer, PreTrainedTokenizerFast
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from reproductions.paper.models.base import Batch, Encoded, ModelError, VisionLanguageModel
+from reproductions.paper.models.base import FILES, Batch, Encoded, ModelError, VisionLanguageModel
 from reproductions.paper.models.minicpm_v2_network import (
     IMAGE_END,
     IMAGE_START,
@@ -27,7 +27,6 @@ from torch_mdgd import VisualTap
 
 PROMPT = "<用户>{picture}\n{question}<AI>"
 MARKS = {"im_start": IMAGE_START, "im_end": IMAGE_END, "slice_start": SLICE_START, "slice_end": SLICE_END}
-FILES = ["*.json", "*.safetensors", "*.model"]
 
 
 class Adapter(nn.Module):
@@ -216,7 +215,7 @@ def _folder(source: str | Path) -> Path:
         return Path(source)
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(str(source), allow_patterns=[*FILES, "*.py"]))
+    return Path(snapshot_download(str(source), allow_patterns=list(FILES)))
 
 
 def _tokenizer(folder: Path) -> Any:

@@ -11,13 +11,12 @@ import torch
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModelForImageTextToText,
     AutoTokenizer,
     MiniCPMV4_6ImageProcessorPil,
 )
 
-from reproductions.paper.models.base import Batch, Encoded, VisionLanguageModel, read_weights
+from reproductions.paper.models.base import Batch, Encoded, VisionLanguageModel, image_processor, read_weights
 from reproductions.paper.models.tiny import WIDTH, byte_tokenizer
 
 IMAGE, FILM = "<|image_pad|>", "<|video_pad|>"
@@ -42,6 +41,7 @@ class MiniCPMV4Model(VisionLanguageModel):
     name = "minicpm-v-4.6"
     source = "openbmb/MiniCPM-V-4.6"
     picture = (5 * 64, 5 * 1024)
+    placeholder = IMAGE
 
     def __init__(self, network: nn.Module, tokenizer: Any, pixels: Any) -> None:
         super().__init__(network, tokenizer)
@@ -61,7 +61,7 @@ class MiniCPMV4Model(VisionLanguageModel):
     def load(cls, source: str | Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> "MiniCPMV4Model":
         """Read weights and tokenizer from a folder or from the hub; none of their code is needed."""
         network = read_weights(AutoModelForImageTextToText, source, dtype)
-        return cls(network, AutoTokenizer.from_pretrained(source), AutoImageProcessor.from_pretrained(source))
+        return cls(network, AutoTokenizer.from_pretrained(source), image_processor(source))
 
     @classmethod
     def write_tiny(cls, folder: Path, seed: int = 0) -> None:

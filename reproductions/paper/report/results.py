@@ -155,9 +155,19 @@ def read_seeds(folder: Path) -> dict[str, dict[str, list[Result]]]:
 
 
 def settings_apart(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """The settings that scores depend on at which two configurations differ, but for those of methods."""
-    found = differences(dict(one), dict(other))
+    """The settings that scores depend on at which two configurations differ, but for those of methods.
+
+    A step of so many examples is one step, however they are shared out over its passes.
+    """
+    found = differences(_in_steps(one), _in_steps(other))
     return [key for key in found if not any(key == name or key.startswith(f"{name}.") for name in IGNORED)]
+
+
+def _in_steps(configuration: Mapping[str, Any]) -> dict[str, Any]:
+    training = dict(configuration["training"])
+    if {"batch", "accumulation"} <= training.keys():
+        training["batch"] *= training.pop("accumulation")
+    return {**configuration, "training": training}
 
 
 def unlike(runs: Mapping[str, Sequence[Result]]) -> list[str]:

@@ -48,7 +48,10 @@ def evaluate(work: Workshop, task: str, folder: Path, bars: Progress) -> dict[st
     examples, metric = work.evaluation_examples(task), DATASETS[task].metric
     bar = bars.add_task(task, total=len(examples))
     predictions = answer(work, task, examples, done.with_suffix(".predictions.jsonl"), bars, bar)
-    rank = look(work, examples, folder / "features" / f"{task}.safetensors")
+    settings = work.experiment.evaluation
+    # Figures show features of the target alone.
+    count = settings.feature_examples if task == work.experiment.target else settings.rank_examples
+    rank = look(work, examples, folder / "features" / f"{task}.safetensors", count)
     scores = METRICS[metric].score(predictions, examples)
     each = METRICS[metric].each(predictions, examples)
     keep_thumbnails(examples[:THUMBNAILS], done.with_suffix(".pictures"))
@@ -89,8 +92,8 @@ def answer(work: Workshop, task: str, examples: Sequence[Any], path: Path, bars:
 
 
 @torch.no_grad()
-def look(work: Workshop, examples: Sequence[Any], path: Path) -> float:
-    """The effective rank (4) of the last hidden layer at image tokens; features of single tokens go to a file.
+def look(work: Workshop, examples: Sequence[Any], path: Path, count: int) -> float:
+    """The effective rank (4) of the last hidden layer at image tokens; features of so many examples go to a file.
 
     The file holds "visual", (examples, hidden) at each picture's last token, and "multimodal" at each instruction's.
     """
@@ -100,7 +103,7 @@ def look(work: Workshop, examples: Sequence[Any], path: Path) -> float:
     features: dict[str, list[Tensor]] = {name: [] for name in places}
     seen: list[Tensor] = []
     work.network.eval()
-    for inputs in batches(work, examples, 0, settings.feature_examples):
+    for inputs in batches(work, examples, 0, max(count, settings.rank_examples)):
         hidden = everywhere(work.network, inputs)[1].unflatten(0, inputs["input_ids"].shape)
         for name, mask in places.items():
             features[name].append(hidden[mask(inputs)].float().cpu())

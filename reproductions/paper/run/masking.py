@@ -64,10 +64,11 @@ def measure(work: Workshop, trained: Path) -> dict[str, float]:
     parameters = train_last(network, e.layers)
     for p in parameters:
         p.data = p.data.float()
-    # Never stepped: it holds φ, the published weights, and captures gradients.
-    optimizer = MDGDOptimizer(torch.optim.SGD(parameters, lr=0.0))
     before = [p.detach().clone() for p in parameters]
     load_changes(network, trained)
+    # Never stepped: it holds φ, the published weights, and captures gradients.
+    optimizer = MDGDOptimizer(torch.optim.SGD(parameters, lr=0.0))
+    optimizer.set_reference(before)
     moved = [p.detach() != x for p, x in zip(parameters, before, strict=True)]
     found = []
     for batch in work.target_batches(e.masking.batches):

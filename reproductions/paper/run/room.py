@@ -9,10 +9,11 @@ import datasets
 from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
 
-from reproductions.paper.config import Experiment
+from reproductions.paper.config import Experiment, run_name
 from reproductions.paper.data import DATASETS
 from reproductions.paper.models import MODELS
 from reproductions.paper.run.estimate import estimate, size_of
+from reproductions.paper.run.weights import CHECKPOINTS, NAME
 from reproductions.paper.run.work import splits_of
 from reproductions.shared.fields import ConfigError
 
@@ -29,6 +30,30 @@ def require_room(experiment: Experiment, name: str, folder: Path) -> None:
         raise ConfigError(
             f"{folder}: {experiment.name} {name} writes about {wanted / 1e9:.1f} GB while it trains, and "
             f"{free / 1e9:.1f} GB are free: choose other --results"
+        )
+
+
+def require_room_for_rows(
+    experiments: Mapping[str, Experiment], rows: Mapping[str, Sequence[str]], results: Path, at_once: int
+) -> None:
+    """Look whether what several rows write has room together, with so many that train at a time.
+
+    Raises:
+        ConfigError: it has not.
+    """
+    stay, pass_by = 0.0, []
+    for name, methods in rows.items():
+        for method in methods:
+            folder = results / experiments[name].name / run_name(method, experiments[name].seed)
+            if not (folder / NAME).is_file():
+                found = estimate(experiments[name], method)
+                stay += found.disk
+                pass_by.append(found.checkpoints - _there(folder / CHECKPOINTS))
+    wanted, free = stay + sum(sorted(pass_by)[-at_once:]), shutil.disk_usage(_disk(results)).free
+    if wanted > free:
+        raise ConfigError(
+            f"{results}: these rows write about {wanted / 1e9:.1f} GB, checkpoints of {at_once} at a time among them, "
+            f"and {free / 1e9:.1f} GB are free: choose other --results, or fewer rows"
         )
 
 

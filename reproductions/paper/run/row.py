@@ -24,8 +24,8 @@ from reproductions.paper.run.evaluate import RESULT, evaluate
 from reproductions.paper.run.masking import analyse_masking
 from reproductions.paper.run.room import require_room
 from reproductions.paper.run.sparing import require_possible
-from reproductions.paper.run.train import CHECKPOINTS, train
-from reproductions.paper.run.weights import NAME, load_changes
+from reproductions.paper.run.train import train
+from reproductions.paper.run.weights import CHECKPOINTS, NAME, load_changes
 from reproductions.paper.run.work import Workshop, splits_of
 from reproductions.shared.fields import ConfigError
 from reproductions.shared.files import BusyError, alone_in, read_json, write
@@ -205,12 +205,15 @@ def _trained_by(
     with ranks.in_turn():
         _write_config(experiment, other, folder, smoke, device)
     if ranks.agree(not (folder / NAME).is_file()):
+        if not smoke:
+            require_room(experiment, name, folder)
         console.print(f"{experiment.name} {name}: training, for what begins with it")
         status = Status(folder / "status.json")
         with alone_in(folder) if ranks.is_first() else nullcontext(), status.during("training"):
             train(
                 Workshop(experiment, device), other, folder, [Ticking(status), *callbacks], progress=not console.quiet
             )
+            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return folder / NAME
 
 

@@ -10,6 +10,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,9 +19,9 @@ from rich.console import Console
 
 from reproductions.methods import METHODS
 from reproductions.paper.config import Experiment, experiment_names, load_experiment, method_of, methods_of
-from reproductions.paper.models import MODELS
+from reproductions.paper.models import MODELS, ModelError, fetch_weights
 from reproductions.shared.fields import ConfigError
-from reproductions.shared.files import BusyError, FileError, read_json, write
+from reproductions.shared.files import BusyError, FileError, alone_in, read_json, write
 
 if TYPE_CHECKING:
     from reproductions.paper.data import DataError
@@ -101,12 +102,13 @@ def run_rows(rows: Rows, overrides: Sequence[str], results: Path, *, smoke: bool
     Raises:
         RowsFailedError: some failed.
         ConfigError: settings cannot be used; or there is one row only, and its folder holds one of other settings.
-        DataError: there is one row only, whose data cannot be had.
+        DataError: there is one row only, whose data cannot be had or are broken.
+        ModelError: there is one row only, whose model cannot be had.
         FileError: there is one row only, and a file of it is broken.
     """
     from reproductions.paper.run import ranks
     from reproductions.paper.run.estimate import require_layers
-    from reproductions.paper.run.room import require_room_to_fetch
+    from reproductions.paper.run.room import require_room_for_rows, require_room_to_fetch
     from reproductions.paper.run.row import require_ready
     from reproductions.paper.run.sparing import require_possible
 
@@ -125,10 +127,13 @@ def run_rows(rows: Rows, overrides: Sequence[str], results: Path, *, smoke: bool
         if single:
             # Of several, one that cannot be done keeps no other.
             require_ready(experiments[name], method, results, smoke=smoke)
+    devices = visible_devices()
+    if not (smoke or single):
+        require_room_for_rows(experiments, rows, results, len(devices) if ranks.world() == 1 and devices else 1)
     with ranks.in_turn():
         if not smoke:
             require_room_to_fetch(experiments, rows)
-        for error in look_at_data(rows, experiments, console):
+        for error in chain(look_at_weights(experiments), look_at_data(rows, experiments, console)):
             if single:
                 raise error
             console.print(f"{error}", style="red", markup=False, soft_wrap=True)
@@ -136,7 +141,6 @@ def run_rows(rows: Rows, overrides: Sequence[str], results: Path, *, smoke: bool
             pin(results)
     if not smoke:
         experiments = {name: pinned(results)(name, overrides) for name in rows}
-    devices = visible_devices()
     if len(devices) > 1 and not single and not smoke and ranks.world() == 1:
         beside(rows, overrides, results, devices, console)
     else:
@@ -148,11 +152,24 @@ def run_rows(rows: Rows, overrides: Sequence[str], results: Path, *, smoke: bool
             run_oracle(experiment, results, console)
 
 
-def look_at_data(rows: Rows, experiments: Mapping[str, Experiment], console: Console) -> Iterator["DataError"]:
-    """Open every split that rows need, and fetch it if it is not there: hours later would be late to miss one.
+def look_at_weights(experiments: Mapping[str, Experiment]) -> Iterator[ModelError]:
+    """Fetch what models there are: the last of many rows would be late to learn that its own asks for a login.
 
     Yields:
         what cannot be had; only rows that need it fail.
+    """
+    for model, source in dict.fromkeys((e.model, e.source) for e in experiments.values()):
+        try:
+            fetch_weights(model, source)
+        except ModelError as error:
+            yield error
+
+
+def look_at_data(rows: Rows, experiments: Mapping[str, Experiment], console: Console) -> Iterator["DataError"]:
+    """Read every split that rows need, but for pictures, and fetch it if it is not there: hours later would be late.
+
+    Yields:
+        what cannot be had or is broken; only rows that need it fail.
     """
     from reproductions.paper.data import DATASETS, DataError
     from reproductions.paper.run.work import Workshop, splits_of
@@ -165,6 +182,7 @@ def look_at_data(rows: Rows, experiments: Mapping[str, Experiment], console: Con
             seen.add((task, split))
             try:
                 found = Workshop(experiments[name], torch.device("cpu")).examples(task, split)
+                found.require_whole()
             except DataError as error:
                 yield error
             else:
@@ -173,7 +191,6 @@ def look_at_data(rows: Rows, experiments: Mapping[str, Experiment], console: Con
 
 def _in_turn(rows: Rows, experiments: Mapping[str, Experiment], results: Path, smoke: bool, console: Console) -> None:
     from reproductions.paper.data import DataError
-    from reproductions.paper.models import ModelError
     from reproductions.paper.run import ranks
     from reproductions.paper.run.row import run_row
 
@@ -307,11 +324,13 @@ def pin(results: Path) -> dict[str, str]:
     from reproductions.paper.run.work import commits
 
     path = results / REVISIONS
-    before = read_json(path) if path.is_file() else {}
-    now = {**commits(), **before}
-    if now != before:
-        results.mkdir(parents=True, exist_ok=True)
-        write(path, json.dumps(now, indent=1))
+    results.mkdir(parents=True, exist_ok=True)
+    # Jobs of a cluster write here at the same time.
+    with alone_in(results, f"{REVISIONS}.lock", wait=True):
+        before = read_json(path) if path.is_file() else {}
+        now = {**commits(), **before}
+        if now != before:
+            write(path, json.dumps(now, indent=1))
     return now
 
 

@@ -19,7 +19,7 @@ from reproductions.methods.base import Divergence, Penalty
 from reproductions.paper.config import Experiment
 from reproductions.paper.run import ranks
 from reproductions.paper.run.sparing import OPTIMIZERS, in_full, prepare, trained_values
-from reproductions.paper.run.weights import NAME, changes, load_changes, save_changes
+from reproductions.paper.run.weights import CHECKPOINTS, NAME, changes, load_changes, save_changes
 from reproductions.paper.run.work import Workshop
 from reproductions.paper.run.workers import errors_of_workers
 from reproductions.shared.files import FileError, named, read_json, read_until_cut, write
@@ -27,7 +27,7 @@ from torch_mdgd import last_decoder_layers
 from torch_mdgd.integrations.transformers import MDGDTrainerMixin
 from torch_mdgd.parallel.dtensor import shard_like, whole
 
-CHECKPOINTS, LOG, TRAINED = "checkpoints", "training.jsonl", "trained_parameters.safetensors"
+LOG, TRAINED = "training.jsonl", "trained_parameters.safetensors"
 COUNTS = "trained.json"
 TENSORBOARD = "tensorboard"
 LOGGED = ("visual_loss", "cos_task_visual", "cos_task_reference", "kept_fraction", "visual_to_task")
@@ -244,8 +244,13 @@ def _train(
         trainer.add_callback(TensorBoardCallback(SummaryWriter(str(folder / TENSORBOARD))))
     if not progress:
         trainer.remove_callback(PrinterCallback)
-    with errors_of_workers():
-        trainer.train(resume_from_checkpoint=ranks.agree(last_checkpoint(folder / CHECKPOINTS)))
+    begun = ranks.agree(last_checkpoint(folder / CHECKPOINTS))
+    if begun is not None and _is_final(Path(begun)):
+        # The Trainer would take a step more: it asks whether to stop after each, not before.
+        trainer._load_from_checkpoint(begun)
+    else:
+        with errors_of_workers():
+            trainer.train(resume_from_checkpoint=begun)
     if e.training.checkpointing:
         disable: Any = network.gradient_checkpointing_disable
         disable()
@@ -309,6 +314,11 @@ def last_checkpoint(folder: Path) -> str | None:
             continue
         return str(path)
     return None
+
+
+def _is_final(checkpoint: Path) -> bool:
+    state = read_json(checkpoint / "trainer_state.json", "global_step", "max_steps")
+    return bool(state["global_step"] >= state["max_steps"])
 
 
 def _trained(module: nn.Module) -> list[tuple[str, nn.Parameter]]:

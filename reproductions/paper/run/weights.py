@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from reproductions.shared.files import FileError, named
 
-NAME = "trained.safetensors"
+NAME, CHECKPOINTS = "trained.safetensors", "checkpoints"
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from reproductions.methods import METHODS
 from reproductions.paper.config import Experiment
-from reproductions.paper.data import DATASETS, Example
+from reproductions.paper.data import DATASETS, Example, Examples
 from reproductions.paper.models import MODELS, Batch, load_model, to_device
 from torch_mdgd.models.parts import decoder_layers, text_decoder
 from torch_mdgd.prompts import QUESTIONS
@@ -78,7 +78,7 @@ class Workshop:
         ).network  # fmt: skip
         return {name: p.detach() for name, p in fresh.named_parameters()}
 
-    def examples(self, task: str, split: str, limit: int = 0, seed: int = 0) -> Sequence[Example]:
+    def examples(self, task: str, split: str, limit: int = 0, seed: int = 0) -> Examples:
         """Examples of a data set, so many at random; 0 for all.
 
         A split that the folder of ``data.source`` lacks comes from the hub.
@@ -174,7 +174,7 @@ def _open(
     limit: int,
     seed: int,
     options: tuple[tuple[str, Any], ...],
-) -> Sequence[Example]:
+) -> Examples:
     data, folder = DATASETS[task].with_options(**dict(options)), Path(source) / task
     here = folder if source and data.holds(folder, split) else None
     if here is None:

@@ -297,6 +297,21 @@ def test_iconqa_has_three_kinds_of_questions(tmp_path):
     assert asked.tobytes() == right.tobytes()
 
 
+@pytest.mark.parametrize(
+    ("choices", "answer", "expected"),
+    [
+        ("1,000,2,000", "1,000", ("1,000", "2", "000")),
+        ("100,1,000", "1,000", ("100", "1,000")),
+        ("one, two,three", "two", ("one", "two", "three")),
+    ],
+)
+def test_iconqa_keeps_an_answer_with_commas_whole(choices, answer, expected, tmp_path):
+    values = {"ques_type": "choose_txt", "choices": choices, "answer": answer}
+    example = load("iconqa", edit(sample("iconqa", tmp_path), lambda rows: rows[0].update(values)))[0]
+    assert example.choices == expected
+    assert example.choices["ABC".index(example.target)] == answer
+
+
 def test_iconqa_leaves_out_what_cannot_be_answered(tmp_path):
     def lose(rows):
         rows[2] |= {"answer": "choice_3.png"}

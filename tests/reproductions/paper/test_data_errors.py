@@ -1,9 +1,13 @@
 """Data that are missing or broken are named, with the data set and the row; and what the hub is asked for."""
 
+from io import BytesIO
+
 import datasets
 import huggingface_hub
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from reproductions.paper.data import DATASETS, DataError
 from tests.reproductions.paper.sample_files import edit, load, sample, unreachable
@@ -43,14 +47,38 @@ def test_a_broken_picture_is_named(name, tmp_path):
     with pytest.raises(DataError, match=place):
         _ = examples[1].image
     assert examples[0].image.size == (56, 56)
+    # Reading gigabytes of pictures would take longer than to miss one.
+    examples.require_whole()
+
+
+@pytest.mark.parametrize(
+    ("mode", "scale"), [("1", 1), ("L", 1), ("LA", 1), ("P", 1), ("CMYK", 1), ("RGBA", 1), ("I;16", 256)]
+)
+def test_pictures_of_all_modes_are_seen(mode, scale, tmp_path):
+    """Those of 16 bits too, which come out white where they are cut off at 255."""
+    if mode == "I;16":
+        stored = Image.fromarray(np.repeat(np.array([[60, 204]], dtype=np.uint16), 4, 0) * scale)
+    else:
+        stored = Image.new("RGB", (2, 4))
+        stored.paste((255 if mode == "1" else 204,) * 3, (1, 0, 2, 4))
+        stored = stored.convert(mode)
+    file = BytesIO()
+    stored.save(file, "TIFF" if mode == "CMYK" else "PNG")
+    value = {"image": {"bytes": file.getvalue(), "path": None}}
+    image = load("pathvqa", edit(sample("pathvqa", tmp_path), lambda rows: rows[1].update(value)))[1].image
+    assert (image.mode, image.size) == ("RGB", (2, 4))
+    dark, light = (image.getpixel((x, 0)) for x in (0, 1))
+    assert dark == ((60,) * 3 if mode == "I;16" else (0, 0, 0))
+    assert light == ((255 if mode == "1" else 204,) * 3)
 
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_a_row_without_a_picture_is_named(name, tmp_path):
     column = "query_image" if name == "iconqa" else "image"
     examples = load(name, edit(sample(name, tmp_path), lambda rows: rows[1].update({column: None})))
-    with pytest.raises(DataError, match=f"row 1: column '{column}' holds no picture"):
-        _ = examples[1]
+    for read in (lambda: examples[1], examples.require_whole):
+        with pytest.raises(DataError, match=f"row 1: column '{column}' holds no picture"):
+            read()
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -67,9 +95,10 @@ def test_an_empty_split_is_named(name, tmp_path):
         (
             "vizwiz",
             {"answers": []},
-            "VizWiz, split val, row 1: column 'answers' must be a list with at least one entry",
+            "VizWiz, split val, row 1: column 'answers' must be a list with at least 2 entries",
         ),
         ("vizwiz", {"answers": ["red", None]}, "row 1: column 'answers'"),
+        ("okvqa", {"answers": ["red"]}, "row 1: column 'answers' must be a list with at least 2 entries"),
         ("scienceqa", {"answer": 4}, "ScienceQA, split test, row 1: the answer is none of the 4 options"),
         ("scienceqa", {"answer": -1}, "row 1: the answer is none of the 4 options"),
         ("textvqa", {"answers": None}, "TextVQA, split validation, row 1: column 'answers'"),
@@ -87,8 +116,9 @@ def test_an_empty_split_is_named(name, tmp_path):
 )
 def test_a_bad_row_is_named(name, values, message, tmp_path):
     examples = load(name, edit(sample(name, tmp_path), lambda rows: rows[1].update(values)))
-    with pytest.raises(DataError, match=message):
-        _ = examples[1]
+    for read in (lambda: examples[1], examples.require_whole):
+        with pytest.raises(DataError, match=message):
+            read()
 
 
 def test_missing_files_are_named(tmp_path):
@@ -104,6 +134,26 @@ def test_missing_files_are_named(tmp_path):
     (tmp_path / "data" / "test-0.parquet").write_text("not parquet")
     with pytest.raises(DataError, match=r"POPE: .*test-0.parquet is not a parquet file"):
         load("pope", tmp_path)
+
+
+@pytest.mark.parametrize("there", [["0-of-00002"], ["0-of-00001", "0-of-00001-3f2a"]])
+def test_parts_that_are_missing_or_there_twice_are_named(there, tmp_path):
+    (file,) = sample("pope", tmp_path).rglob("*.parquet")
+    content = file.read_bytes()
+    file.unlink()
+    for name in there:
+        file.with_name(f"test-0000{name}.parquet").write_bytes(content)
+    with pytest.raises(DataError, match=r"POPE: .* does not hold each part of test once; .* there are 0 of [12]"):
+        load("pope", tmp_path)
+
+
+def test_rows_that_are_not_drawn_may_be_broken(tmp_path):
+    folder = edit(sample("flickr30k", tmp_path), lambda rows: rows[1].update({"image": None}))
+    whole, drawn = load("flickr30k", folder), load("flickr30k", folder, limit=3)
+    assert 1 not in drawn.places
+    drawn.require_whole()
+    with pytest.raises(DataError, match="row 1: column 'image' holds no picture"):
+        whole.require_whole()
 
 
 def test_a_file_that_breaks_off_is_named(tmp_path):

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import signal
+import warnings
 from collections import Counter
 
 import pytest
@@ -56,6 +57,17 @@ def test_a_run_killed_while_training_ends_as_if_it_was_not(method, assets, tmp_p
         file.write('{"step": 3, "loss": 0.0}\n{"st')
     row(assets, tmp_path / "killed", method)
     assert contents(folder) == expected
+
+
+@pytest.mark.usefixtures("unmeasured")
+@pytest.mark.parametrize("method", ["fine-tune", "mdgd"])
+def test_a_run_killed_after_its_last_step_takes_no_other(method, assets, tmp_path):
+    """With a rate that is not 0 at the end, at which one step more changes nothing."""
+    expected = contents(row(assets, tmp_path / "whole", method, "training.schedule=constant"))
+    with pytest.raises(Killed):
+        row(assets, tmp_path / "killed", method, "training.schedule=constant", callbacks=[KillAt(3, die)])
+    assert (tmp_path / "killed" / "llava-okvqa" / method / "checkpoints" / "checkpoint-3").is_dir()
+    assert contents(row(assets, tmp_path / "killed", method, "training.schedule=constant")) == expected
 
 
 @pytest.mark.usefixtures("unmeasured")
@@ -176,7 +188,9 @@ def test_answers_to_other_examples_are_refused(assets, tmp_path):
 @pytest.mark.usefixtures("unmeasured")
 def test_an_analysis_that_was_killed_keeps_the_ratios_that_are_there(assets, tmp_path, monkeypatch):
     ratios = "masking.ratios=[0.3, 0.9]"
-    expected = contents(row(assets, tmp_path / "whole", "mdgd-gm", ratios))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".* the reference is not what training begins with")
+        expected = contents(row(assets, tmp_path / "whole", "mdgd-gm", ratios))
     measure, done = masking.measure, []
 
     def measure_once(work, trained):

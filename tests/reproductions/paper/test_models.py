@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers.models.auto import image_processing_auto
 from transformers.models.internvl.processing_internvl import InternVLProcessor
 from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
@@ -31,6 +32,20 @@ def model(request, assets):
     return load_model(request.param, assets.model(request.param), "float32", CPU)
 
 
+def test_pictures_are_prepared_by_pillow(model, assets, monkeypatch):
+    """Whatever else is installed: torchvision's processors, which transformers would take, have other pixels."""
+    asked, resolve = [], image_processing_auto._resolve_backend
+
+    def resolved(backend, *arguments):
+        asked.append(resolve(backend, *arguments))
+        return asked[-1]
+
+    monkeypatch.setattr(image_processing_auto, "is_torchvision_available", lambda: True)
+    monkeypatch.setattr(image_processing_auto, "_resolve_backend", resolved)
+    load_model(model.name, assets.model(model.name), "float32", CPU)
+    assert set(asked) <= {"pil"}
+
+
 def test_labels_are_the_answers_alone(model):
     batch = model.collate(examples(), answers=True)
     for ids, labels, mask, example in zip(
@@ -45,6 +60,17 @@ def test_labels_are_the_answers_alone(model):
         assert bool(learned[last]), "the answer comes last"
         assert not labels[mask == 0].ne(IGNORED).any()
         assert example.question in model.tokenizer.decode(ids[~learned])
+
+
+def test_a_text_that_names_the_picture_s_token_is_a_text(model):
+    token = model.placeholder or "<image>"
+    asked = SimpleNamespace(image=picture(0), question=f"what is {token}?", target=f"{token}.")
+    for answers in (True, False):
+        batch = model.collate([asked, *examples()], answers=answers)
+        seen = model.tap().mask(batch).sum(1)
+        assert torch.isfinite(model.network(**batch).logits).all()
+        plain = SimpleNamespace(image=picture(0), question="what is it?", target="it.")
+        assert torch.equal(seen, model.tap().mask(model.collate([plain, *examples()], answers=answers)).sum(1))
 
 
 def test_a_batch_is_its_examples_one_by_one(model):

@@ -3,9 +3,13 @@
 import json
 import multiprocessing
 import os
+import re
+import shutil
 import sys
 import weakref
+from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 import torch
 from rich.console import Console
@@ -13,17 +17,27 @@ from typer.testing import CliRunner
 
 from reproductions.__main__ import app
 from reproductions.methods import METHODS
+from reproductions.paper import models
 from reproductions.paper.config import experiment_names, load_experiment, method_of, methods_of
 from reproductions.paper.data import DataError
 from reproductions.paper.data.dataset import DataSet
 from reproductions.paper.run import row, rows, work
 from reproductions.shared.fields import ConfigError
+from reproductions.shared.files import alone_in
+from tests.reproductions.paper.sample_files import edit
 
 QUIET = Console(quiet=True)
 
 
 def call(*arguments):
     return CliRunner().invoke(app, [str(x) for x in arguments])
+
+
+@pytest.fixture(autouse=True)
+def boundless(monkeypatch):
+    """A hub that has all weights, and a disk with room for them."""
+    monkeypatch.setattr(rows, "fetch_weights", lambda model, source: None)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1e15))
 
 
 @pytest.fixture
@@ -184,6 +198,55 @@ def test_data_that_cannot_be_had_are_missed_before_anything_runs(assets, tmp_pat
     assert len(asked) == 7
 
 
+def test_weights_that_cannot_be_had_are_missed_before_anything_runs(everything, tmp_path, monkeypatch):
+    """Those of the last rows too, which come after a day."""
+
+    def download(repository, *, allow_patterns):
+        asked.append(repository)
+        assert {"*.safetensors", "*.json"} < set(allow_patterns)
+        if repository == "openbmb/MiniCPM-V-2":
+            raise OSError("Access to model openbmb/MiniCPM-V-2 is restricted. Please log in.")
+
+    asked, done = [], []
+    monkeypatch.setattr(rows, "fetch_weights", models.fetch_weights)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(row, "run_row", lambda experiment, name, *args, **kwargs: done.append(asked.copy()))
+    method = ("run", "--all", "--method", "zero-shot", "--results", tmp_path)
+    told = call(*method, *everything).output
+    assert "minicpm-v-2: could not read openbmb/MiniCPM-V-2: Access to model" in told
+    assert done == [["llava-hf/llava-1.5-7b-hf", "openbmb/MiniCPM-V-2"]] * 4, "each once, and before the first row"
+    asked.clear()
+    alone = call("run", "minicpm-pathvqa", *method[2:], *everything)
+    assert alone.exit_code == 2
+    assert "set source=FOLDER" in alone.output.splitlines()[-1]
+    call("run", "minicpm-pathvqa", *method[2:], *everything, "--set", f"source={tmp_path}")
+    assert asked == ["openbmb/MiniCPM-V-2"], "a folder needs no hub"
+
+
+def test_a_disk_without_room_for_all_rows_is_seen_before_the_first(everything, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=100e9))
+    monkeypatch.setattr(row, "run_row", lambda *args, **kwargs: pytest.fail("it runs"))
+    monkeypatch.setattr(rows, "visible_devices", lambda: ["0", "1"])
+    done = call("run", "--all", "--results", tmp_path, *everything)
+    assert done.exit_code == 2
+    assert re.search(
+        r"these rows write about 117\.\d GB, checkpoints of 2 at a time among them, and 100\.0 GB", done.output
+    )
+
+
+def test_a_broken_row_is_missed_before_anything_runs(assets, tmp_path, monkeypatch):
+    """Not when the last of thousands of questions is asked."""
+    shutil.copytree(assets.data / "pope", tmp_path / "data" / "pope")
+    edit(tmp_path / "data" / "pope", lambda found: found[-1].update({"answer": None}))
+    monkeypatch.setattr(row, "run_row", lambda *args, **kwargs: pytest.fail("it runs"))
+    narrow = ("--set", 'pretrained=["pope"]')
+    (tmp_path / "data" / "okvqa").symlink_to(assets.data / "okvqa")
+    asked = ("run", "llava-okvqa", "--method", "zero-shot", "--results", tmp_path, "--data", tmp_path / "data")
+    done = call(*asked, *narrow)
+    assert done.exit_code == 2
+    assert done.output.splitlines()[-1] == "POPE, split test, row 15: column 'answer' is missing or empty"
+
+
 def test_a_folder_of_results_keeps_to_the_commits_that_it_began_with(assets, tmp_path, monkeypatch):
     def fetch(self, split, organisation, revision=None):
         asked.append((self.name, split, revision))
@@ -210,6 +273,27 @@ def test_a_folder_of_results_keeps_to_the_commits_that_it_began_with(assets, tmp
     pinned = load_experiment("llava-okvqa", ["data.revisions.pope/test=old", "data.revisions.pathvqa/test=new"])
     configuration = row._configuration(pinned, method_of(pinned, "mdgd"))
     assert configuration["data"]["revisions"] == {"pope/test": "old"}, "not what another row has brought there since"
+
+
+def test_jobs_that_share_a_folder_write_its_commits_down_in_turn(tmp_path, monkeypatch):
+    """One that read before another wrote would take that one's commits out again, and its rows could not go on."""
+
+    def written(path, text):
+        other = multiprocessing.get_context("fork").Process(target=enter)
+        other.start()
+        other.join()
+        codes.append(other.exitcode)
+        path.write_text(text)
+
+    def enter():
+        with alone_in(tmp_path, "revisions.json.lock"):
+            pass
+
+    codes = []
+    monkeypatch.setattr(rows, "write", written)
+    monkeypatch.setattr(work, "_COMMITS", {"pope/test": "new"})
+    assert rows.pin(tmp_path) == {"pope/test": "new"}
+    assert codes == [1], "the other was kept out"
 
 
 def test_a_missing_reporter_is_refused_before_anything_is_loaded(everything, tmp_path):

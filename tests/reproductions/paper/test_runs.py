@@ -17,7 +17,7 @@ from reproductions.paper.data import DATASETS, DataError, Example
 from reproductions.paper.models import ModelError
 from reproductions.paper.report.results import Result
 from reproductions.paper.run import evaluate, masking
-from reproductions.paper.run.room import require_room_to_fetch
+from reproductions.paper.run.room import require_room_for_rows, require_room_to_fetch
 from reproductions.paper.run.row import run_row
 from reproductions.paper.run.weights import NAME, changes, load_changes, save_changes
 from reproductions.paper.run.work import Workshop
@@ -153,6 +153,30 @@ def test_a_disk_without_room_is_seen_before_anything_is_trained(assets, tmp_path
     assert not (tmp_path / "llava-okvqa" / "fine-tune" / "training.jsonl").exists()
 
 
+def test_room_for_all_rows_is_seen_before_the_first(assets, tmp_path, monkeypatch):
+    """Each by itself would find room, and the disk would be full in the middle of a later one."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
+    experiments = {"here": load_experiment("llava-okvqa")}
+    rows = {"here": ["zero-shot", "fine-tune", "lora", "mdgd"]}
+    # Two bytes a number that stays, and two checkpoints of 12 bytes a number, or 16 with φ.
+    trained, adapters = 1_235_279_872, 29_368_320
+    free = 2 * (2 * trained + adapters) + 2 * 16 * trained - 1e8
+    with pytest.raises(ConfigError, match=r"these rows write about 44\.5 GB, checkpoints of 1 at a time .*, and 44\.4"):
+        require_room_for_rows(experiments, rows, tmp_path, 1)
+    free += 2e8
+    require_room_for_rows(experiments, rows, tmp_path, 1)
+    free += 2 * 12 * trained
+    require_room_for_rows(experiments, rows, tmp_path, 2)
+    free -= 3e8
+    with pytest.raises(ConfigError, match="checkpoints of 2 at a time"):
+        require_room_for_rows(experiments, rows, tmp_path, 2)
+    # What is trained needs none.
+    (tmp_path / "llava-okvqa" / "mdgd").mkdir(parents=True)
+    (tmp_path / "llava-okvqa" / "mdgd" / NAME).touch()
+    free = 2 * (trained + adapters) + 2 * 12 * trained + 1e8
+    require_room_for_rows(experiments, rows, tmp_path, 1)
+
+
 def test_more_layers_than_a_folder_of_weights_has_are_named(assets):
     work = Workshop(assets.experiment("llava-okvqa", ["layers=9"]), CPU)
     with pytest.raises(ConfigError, match=r"layers must be at most the 3 of \S*/llava-1\.5-7b, got 9"):
@@ -233,6 +257,13 @@ def test_a_broken_picture_is_named_in_a_line_whoever_reads_it(split, workers, as
     assert str(caught.value) == "OK-VQA, split x, row 1: a broken picture"
 
 
+def test_features_of_the_target_alone_are_of_more_examples_than_the_rank(assets, tmp_path):
+    folder = row(assets, tmp_path, "zero-shot", "evaluation.rank_examples=1", "evaluation.feature_examples=2",
+                 "evaluation.batch=1")  # fmt: skip
+    counts = {path.stem: len(load_file(path)["visual"]) for path in (folder / "features").iterdir()}
+    assert counts == {"textvqa": 1, "okvqa": 2}
+
+
 def test_features_are_there_whole_or_not_at_all(assets, tmp_path, monkeypatch):
     def cut_short(tensors, path):
         path.write_bytes(b"half of ")
@@ -287,7 +318,7 @@ def test_rank_and_features_are_those_of_the_last_hidden_states(assets, tmp_path)
 
     work = Workshop(assets.experiment("llava-okvqa", EXACT), CPU)
     examples = work.evaluation_examples("textvqa")
-    rank = evaluate.look(work, examples, tmp_path / "features.safetensors")
+    rank = evaluate.look(work, examples, tmp_path / "features.safetensors", len(examples))
     hidden, rows = [], []
     for example in examples:
         batch = work.model.collate([example], answers=False)

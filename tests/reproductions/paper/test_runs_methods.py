@@ -69,6 +69,7 @@ def test_model_tailor_begins_with_the_fine_tune_and_trains_it_if_need_be(assets,
     folder = row(assets, tmp_path, "model-tailor")
     fine = tmp_path / "llava-okvqa" / "fine-tune"
     assert json.loads((fine / "status.json").read_text())["stage"] == "training"
+    assert not (fine / "checkpoints").exists()
     before = (fine / NAME).read_bytes()
     row(assets, tmp_path, "fine-tune")
     assert (fine / NAME).read_bytes() == before, "trained once"

@@ -76,6 +76,13 @@ def test_published_values_ours_and_differences(number, tmp_path):
             assert d[0] in "+-"
 
 
+def test_what_the_hub_lacks_of_a_set_is_not_compared():
+    """IconQA's pictures to choose from, without which nine of ten questions that ask for one are left out."""
+    for experiment in published().values():
+        assert ("iconqa" in experiment.incomparable) == ("iconqa" in experiment.pretrained)
+        assert "iconqa" not in experiment.kept
+
+
 def test_every_target_is_of_another_quantity_and_its_note_says_why():
     for name, experiment in published().items():
         assert experiment.target in experiment.incomparable, name
@@ -90,6 +97,7 @@ def test_every_target_is_of_another_quantity_and_its_note_says_why():
         ({"layers": 4}, "layers"),
         ({"source": "/elsewhere"}, "source"),
         ({"training": {"learning_rate": 1e-5}}, "training.learning_rate"),
+        ({"training": {"batch": 2}}, "training.batch"),
         ({"methods": {"mdgd": {"align": 10.0, "regularize": 1.0}}}, "mdgd.align"),
         ({"evaluation": {"examples": 100}}, "evaluation.examples"),
     ],
@@ -109,6 +117,8 @@ def test_what_results_do_not_depend_on_is_no_other_setting(tmp_path):
     run = only(tmp_path)
     configuration = json.loads((run.folder / "config.json").read_text())["configuration"]
     configuration["evaluation"] |= {"batch": 3, "beams": 3}
+    # The same step in more passes, as a row is told to take that had no room in memory.
+    configuration["training"] |= {"batch": 2, "accumulation": 32}
     configuration["seed"] = 5
     change(run, "config.json", configuration=configuration)
     assert not line(tmp_path).changed

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch_mdgd import kernels
 from torch_mdgd.kernels import Tensors
 from torch_mdgd.parallel import dtensor, ranks
-from torch_mdgd.rules.base import KINDS
+from torch_mdgd.rules.base import KINDS, decoupled_
 
 # g̃₀, which takes the place of the two kinds at the reference once it is formed.
 REFERENCE = "reference"
@@ -199,13 +199,7 @@ class Captures:
             return
         self.require(KINDS[2:])
         g0, v0 = self.take(KINDS[2:], parameters)
-        # g̃₀ is formed before anything is multiplied with it: ⟨g̃₀, g̃₀⟩ from the expanded square would lose every digit
-        # when g₀ is nearly parallel to v₀.
-        out = [x if x is not None else y for x, y in zip(g0, v0, strict=True)]
-        along = kernels.inner_products([g0, v0], [v0])
-        b = drift(torch.cat([torch.zeros_like(along), along], dim=2))
-        kernels.combine_(out, [g0, v0], torch.stack([torch.ones_like(b), -b], dim=1))
-        self.gradients[REFERENCE] = out
+        self.gradients[REFERENCE] = decoupled_(g0, v0, drift)
 
     def _open(self, kind: str, parameters: Sequence[Tensor]) -> None:
         if kind in KINDS[2:] and REFERENCE in self.gradients:

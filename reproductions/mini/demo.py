@@ -139,11 +139,11 @@ def comparison(found: Mapping[str, Sequence[Result]]) -> str:
     measures = {"H": "H", "T": "T", "P": "P", "P_restricted": "P restricted"}
     more = {words: [a[name] - b[name] for a, b in pairs] for name, words in measures.items()}
     told = ", ".join(f"{words} {_signed(values)}" for words, values in more.items())
-    verdict = "better" if fmean(more["H"]) > 0 else "worse"
-    sentence = f"The anchor does {verdict} than αv by H here: {told}, on the same seed{'s' if len(pairs) > 1 else ''}."
-    return sentence + (
-        " All seeds are measured by the same examples: ± is of training alone." if len(pairs) > 1 else ""
-    )
+    which = "more" if fmean(more["H"]) > 0 else "less"
+    sentence = f"The anchor has {which} H than αv here: {told}, on the same seed{'s' if len(pairs) > 1 else ''}."
+    if len(pairs) == 1:
+        return sentence
+    return f"{sentence} All seeds are measured by the same examples: ± is a standard deviation, and of training alone."
 
 
 def _signed(differences: Sequence[float]) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from torch_mdgd.checks import require_number
-from torch_mdgd.kernels import Tensors, ratio
+from torch_mdgd.kernels import Tensors, combine_, inner_products, ratio
 
 PREFIX = "mdgd_"
 """What begins the name of everything of ours in parameter groups and in parameters' state."""
@@ -201,6 +201,30 @@ def drift(products: Tensor) -> Tensor:
     if products.shape[-1] == 1:
         return torch.zeros_like(products[:, 0, 0])
     return ratio(products[:, 0, 1], products[:, 1, 1])
+
+
+def decoupled_(
+    g0: Tensors,
+    v0: Tensors,
+    drift_of: Callable[[Tensor], Tensor],
+    products_of: Callable[[Sequence[Tensors], Sequence[Tensors]], Tensor] = inner_products,
+) -> list[Tensor | None]:
+    """g̃₀ = g₀ − drift · v₀ (7), written over g₀, or over v₀ where a parameter has no g₀.
+
+    It is formed before anything is multiplied with it: ⟨g̃₀, g̃₀⟩ from the expanded square would lose every digit when
+    g₀ is nearly parallel to v₀.
+
+    Args:
+        g0: T tensors.
+        v0: T tensors.
+        drift_of: the rule's, of the table of inner products of (g₀, v₀).
+        products_of: inner products, of whole gradients where these are parts of them.
+    """
+    out = [x if x is not None else y for x, y in zip(g0, v0, strict=True)]
+    along = products_of([g0, v0], [v0])
+    b = drift_of(torch.cat([torch.zeros_like(along), along], dim=2))
+    combine_(out, [g0, v0], torch.stack([torch.ones_like(b), -b], dim=1))
+    return out
 
 
 def agreement(products: Tensor, a: Tensor) -> Tensor:

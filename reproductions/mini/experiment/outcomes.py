@@ -125,7 +125,16 @@ class CellOutcomes:
     def same(self, name: str, baseline: str) -> bool:
         """Whether two systems came to the same settings, and so share their runs."""
         keys = [{run["key"] for run in self.systems[each].runs.values()} for each in (name, baseline)]
-        return bool(keys[0] & keys[1])
+        return keys[0] == keys[1]
+
+    @property
+    def distinct(self) -> list[str]:
+        """Names of the systems; of those that share their runs the first."""
+        found: list[str] = []
+        for name in self.systems:
+            if not any(self.same(name, other) for other in found):
+                found.append(name)
+        return found
 
 
 def load(folder: Path) -> list[CellOutcomes]:

@@ -9,7 +9,10 @@ from typing import Literal
 MARGIN = 2.0
 H_MARGIN = 1.0
 BEST = "the best other system"
-"""Stands for the system with the highest mean H among those that know nothing of the old tasks."""
+"""Stands for the system that is best on validation examples, by H, among those that know nothing of the old tasks.
+
+The best of many on test examples would be so by chance too.
+"""
 CORRELATION = 0.5
 
 

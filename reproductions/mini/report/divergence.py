@@ -14,11 +14,14 @@ Diverged = Mapping[str, tuple[Mapping[int, float], float]]
 
 
 def diverged(cell: CellOutcomes) -> Diverged:
-    """By system whose runs hold it: KL by seed, and the mean change of P from the pre-trained model on these seeds."""
+    """By system whose runs hold it: KL by seed, and the mean change of P from the pre-trained model on these seeds.
+
+    Systems that share their runs count once.
+    """
     before = cell.systems["zero-shot"].values("P") if "zero-shot" in cell.systems else {}
     found = {}
-    for name, outcome in cell.systems.items():
-        kl, P = outcome.values("KL"), outcome.values("P")
+    for name in cell.distinct:
+        kl, P = (cell.systems[name].values(measure) for measure in ("KL", "P"))
         both = sorted(kl.keys() & before.keys())
         if name != "zero-shot" and both:
             found[name] = {seed: kl[seed] for seed in both}, fmean(P[seed] - before[seed] for seed in both)

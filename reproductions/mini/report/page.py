@@ -179,7 +179,8 @@ def _overview(cells: Sequence[CellOutcomes]) -> str:
     runs = [run for cell in cells for outcome in cell.systems.values() for run in outcome.runs.values()]
     tested = [cell for cell in cells if cell.systems]
     for cell in tested:
-        seeds = {seed for outcome in cell.systems.values() for seed in outcome.runs}
+        # What is not trained stands for every seed of the study.
+        seeds = {seed for name, outcome in cell.systems.items() if name != "zero-shot" for seed in outcome.runs}
         told.append(f"{cell.title}: {len(cell.systems)} systems, {len(seeds)} seeds")
     models = dict.fromkeys(cell.cell.architecture for cell in tested)
     begun = "; ".join(f"{ARCHITECTURES[name]}: {' and '.join(map(_pretraining, CHECKPOINTS[name]))}" for name in models)

@@ -6,13 +6,16 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Literal
 
-from reproductions.mini.experiment.outcomes import CellOutcomes
+from reproductions.mini.experiment.outcomes import SCORES, CellOutcomes
+from reproductions.mini.experiment.scores import mean
 from reproductions.mini.experiment.systems import SYSTEMS
 from reproductions.mini.report.claims import (
     BEST,
     CLAIMS,
     CORRELATION,
+    H_MARGIN,
     KL_MEASURES_FORGETTING,
+    MARGIN,
     RANK_MEASURES_FORGETTING,
     RECOMMENDATION,
     RIVALS,
@@ -20,7 +23,7 @@ from reproductions.mini.report.claims import (
     Condition,
 )
 from reproductions.mini.report.divergence import diverged
-from reproductions.shared.stats import FEWEST_MODELS, POWER, Estimate, estimate, holm, spearman
+from reproductions.shared.stats import FEWEST_MODELS, POWER, Estimate, holm, spearman
 
 Outcome = Literal["holds here", "does not hold here", "cannot tell"]
 FEWEST_SEEDS = 3
@@ -28,17 +31,22 @@ LEVEL = 0.05
 _FEWEST_SYSTEMS = 6
 
 RULE = (
-    "A claim is one or more differences in points, paired, each with a boundary. It holds here if every 95 % interval "
-    "lies wholly on the claimed side of its boundary, and does not hold here if one lies wholly on the other side; "
+    "A claim is one or more differences in points, paired, each with a boundary. This is 0; but to keep or learn as "
+    f"much is to lose less than {MARGIN:g} points of P or T, to do no worse, as well or within a point to lose less "
+    f"than {H_MARGIN:g} of H, and to add nothing to gain less than that. It holds here if every 95 % interval lies "
+    "wholly on the claimed side of its boundary, and does not hold here if one lies wholly on the other side; "
     f"otherwise, or with fewer than {FEWEST_SEEDS} pairs, one cannot tell, and the evidence says how far from the "
-    f"boundary a mean would have to lie to be found with {POWER:.0%} power (detectable). Either verdict has to stand "
-    "after Holm's correction at 5 % for all claims that could be judged in this column: p is that of the weakest "
-    "condition for a claim that holds, and that of the clearest, times the number of conditions, for one that does "
-    "not. The unit is the pre-trained model, and a model's value is the mean over its seeds, where there are "
-    f"{FEWEST_MODELS} models or more. Fewer are no sample: there the unit is the seed, each model's mean has to lie on "
-    "the same side as the verdict, and what is found is found of these models. P is exact after digits and restricted "
-    "after captions; T is exact for digits, and the share of right content words for captions. † and ‡ know examples "
-    "of the old tasks, and how their questions are asked."
+    f"boundary a mean would have to lie to be found with {POWER:.0%} power before the correction (detectable). Either "
+    "verdict has to stand after Holm's correction at 5 % for all claims that could be judged in this column: p is that "
+    "of the weakest condition for a claim that holds, and that of the clearest, times the number of conditions, for "
+    "one that does not. The unit is the pre-trained model, and a model's value is the mean over its seeds, where there "
+    f"are {FEWEST_MODELS} models or more. Fewer are no sample: there the unit is the seed, each model's mean has to "
+    "lie on the same side as the verdict, and what is found is found of these models. All runs are measured by the "
+    "same test examples, so that intervals are of training alone. The best other system is the best on validation "
+    f"examples. A correlation over systems has to lie beyond {CORRELATION:g}; they count as independent, though some "
+    "are variants of others, and once if they share their runs. P is exact after digits and restricted after captions; "
+    "T is exact for digits, and the share of right content words for captions. † and ‡ know examples of the old tasks, "
+    "and how their questions are asked."
 )
 
 
@@ -151,7 +159,7 @@ def rule(condition: Condition) -> str:
 
 
 def _condition(condition: Condition, cell: CellOutcomes) -> _Judged:
-    baseline = best(cell, condition.system) or BEST if condition.baseline == BEST else condition.baseline
+    baseline = _best_other(cell, condition.system) or BEST if condition.baseline == BEST else condition.baseline
     lacking = [name for name in (condition.system, baseline) if name not in cell.systems]
     if lacking:
         missing = "; ".join(SYSTEMS[name].label if name in SYSTEMS else name for name in lacking)
@@ -189,14 +197,29 @@ def _by_model(condition: Condition, baseline: str, cell: CellOutcomes) -> dict[s
     return {model: fmean(values) for model, values in found.items()}
 
 
-def best(cell: CellOutcomes, other_than: str = "") -> str | None:
+def best(cell: CellOutcomes) -> str | None:
     """The system with the highest mean H among those that know nothing of the old tasks and have enough seeds."""
+    means = {name: fmean(cell.systems[name].values("H").values()) for name in _unknowing(cell)}
+    return max(means, key=means.__getitem__, default=None)
+
+
+def _best_other(cell: CellOutcomes, name: str) -> str | None:
+    """Of the same systems, but this, the one whose chosen settings have the highest mean H on validation examples."""
     means = {
-        name: estimate(list(outcome.values("H").values())).mean
-        for name, outcome in cell.systems.items()
-        if name not in (other_than, "zero-shot") and not outcome.system.knows and len(outcome.runs) >= FEWEST_SEEDS
+        other: mean(results, SCORES["H"])
+        for other in _unknowing(cell)
+        for method, results in cell.tuning.get(other, ())
+        if other != name and method == cell.systems[other].method
     }
     return max(means, key=means.__getitem__, default=None)
+
+
+def _unknowing(cell: CellOutcomes) -> list[str]:
+    return [
+        name
+        for name, outcome in cell.systems.items()
+        if name != "zero-shot" and not outcome.system.knows and len(outcome.runs) >= FEWEST_SEEDS
+    ]
 
 
 def _rank_correlation(cell: CellOutcomes) -> Verdict:
@@ -233,9 +256,12 @@ _CORRELATIONS: dict[Claim, Callable[[CellOutcomes], Verdict]] = {
 
 
 def rank_and_forgetting(cell: CellOutcomes) -> dict[str, tuple[float, float]]:
-    """By system with enough seeds: mean changes of effective rank and of P from the pre-trained model's."""
+    """By system with enough seeds: mean changes of effective rank and of P from the pre-trained model's.
+
+    Systems that share their runs count once.
+    """
     found = {}
-    for name in cell.systems:
+    for name in cell.distinct:
         rank, P = (cell.difference(measure, name, "zero-shot") for measure in ("rank", "P"))
         if name != "zero-shot" and rank and P and min(rank.n, P.n) >= FEWEST_SEEDS:
             found[name] = (rank.mean, P.mean)

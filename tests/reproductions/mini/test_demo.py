@@ -111,8 +111,11 @@ def test_other_methods_are_shown_when_they_are_named(finished, tmp_path):
 def test_it_says_whether_the_anchor_does_better():
     scores = dict.fromkeys(("T", "P", "P_restricted", "H"), 90.0)
     told = demo.comparison({"align": [scores], "anchor": [scores | {"T": 88.0, "H": 89.0}]})
-    assert told.startswith("The anchor does worse than αv by H here: H -1.0, T -2.0, P +0.0")
-    assert "better" in demo.comparison({"align": [scores], "anchor": [scores | {"H": 91.0}]})
+    assert told.startswith("The anchor has less H than αv here: H -1.0, T -2.0, P +0.0")
+    assert "has more H" in demo.comparison({"align": [scores], "anchor": [scores | {"H": 91.0}]})
+    several = demo.comparison({"align": [scores] * 2, "anchor": [scores, scores | {"H": 92.0}]})
+    assert "H +1.0 ± 1.4" in several, "a standard deviation, and no interval"
+    assert "standard deviation" in several
     assert demo.comparison({"align": [scores]}) == ""
 
 

@@ -97,10 +97,22 @@ def test_a_claim_says_its_rule_and_its_number(tmp_path):
     assert "ΔT -4.0 ± 0.0 (n = 4" in found.evidence
 
 
-def test_the_best_other_system_is_found_among_those_without_old_examples(tmp_path):
-    found = verdict(made_up(tmp_path), "Replay is the upper bound")
+def tuned_to(folder: Path, setting: str) -> Path:
+    """With ten points more of P on validation examples wherever this setting was tried."""
+    path = folder / "tune.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    best = [line | {"P": line["P"] + 10 * (setting in line["settings"])} for line in lines]
+    path.write_text("".join(json.dumps(line) + "\n" for line in best))
+    return folder
+
+
+def test_the_best_other_system_is_chosen_on_validation_examples(tmp_path):
+    found = verdict(tuned_to(made_up(tmp_path), "history"), "Replay is the upper bound")
     assert found.outcome == "holds here"
     assert f"to {SYSTEMS['history'].label}" in found.evidence
+    scores = SCORES | {"history": (40, 40, 68)}
+    found = verdict(tuned_to(made_up(tmp_path / "worse", scores), "history"), "Replay is the upper bound")
+    assert f"to {SYSTEMS['history'].label}" in found.evidence, "test examples choose nothing"
 
 
 @pytest.mark.parametrize(("sign", "outcome"), [(1, "holds here"), (-1, "does not hold here")])
@@ -113,6 +125,18 @@ def test_rank_is_a_measure_of_forgetting_or_not(tmp_path, sign, outcome):
     found = verdict(folder, "Over the systems, effective rank")
     assert found.outcome == outcome
     assert f"ρ = {sign:.2f}" in found.evidence
+
+
+def test_systems_that_share_their_runs_are_one_point_of_a_correlation(tmp_path):
+    folder = made_up(tmp_path, noise=0, cost_of_rate=0)
+    path = folder / "test.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(line | {"kl": 100 - line["P"]}) + "\n" for line in lines))
+    (cell,) = (cell for cell in load(folder) if cell.systems)
+    assert cell.same("fine-tune", "fine-tune-low")
+    others = set(SCORES) - {"zero-shot", "fine-tune-low"}
+    assert set(rank_and_forgetting(cell)) == set(diverged(cell)) == others
+    assert f"over {len(others)} systems" in verdict(folder, "Over the systems, effective rank").evidence
 
 
 def test_few_systems_say_nothing_of_a_correlation(tmp_path):
@@ -343,8 +367,8 @@ def test_a_system_that_the_folder_knows_nothing_of_does_not_appear(tmp_path):
 
 def test_the_best_other_system_knows_nothing_of_the_old_tasks(tmp_path):
     scores = SCORES | {"anchor": (93, 95, 69), "anchor-questions": (97, 97, 69)}
-    best = verdict(made_up(tmp_path, scores), "Replay is the upper bound")
-    assert re.match(r"ΔH to anchor [+-]", best.evidence)
+    folder = tuned_to(made_up(tmp_path, scores), "anchor")
+    assert re.match(r"ΔH to anchor [+-]", verdict(folder, "Replay is the upper bound").evidence)
 
 
 def rows(table):
@@ -451,6 +475,7 @@ def test_the_page_stands_alone(tmp_path):
         "Not tested yet",
         "OpenMoji",
         "seed 3, 1,800 steps",
+        "digits, AdamW: 8 systems, 4 seeds",
     ):
         assert text in page
     told = (tmp_path / "out" / "verdicts.md").read_text()

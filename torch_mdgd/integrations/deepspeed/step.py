@@ -11,11 +11,12 @@ from torch import Tensor
 from torch_mdgd import kernels
 from torch_mdgd.integrations.deepspeed.partition import all_parts, padded, set_gradient, shape_of
 from torch_mdgd.integrations.deepspeed.reference import ZeroReference
+from torch_mdgd.kernels import Tensors
 from torch_mdgd.kernels.exact import exact
 from torch_mdgd.parallel.ranks import Ranks
 from torch_mdgd.rules.anchor import Anchor
 from torch_mdgd.rules.around import Around
-from torch_mdgd.rules.base import KINDS, Rule
+from torch_mdgd.rules.base import KINDS, Rule, decoupled_
 
 
 def anchors_in(rule: Rule) -> list[Anchor]:
@@ -109,9 +110,7 @@ class ZeroStep:
         missing = [None] * len(self.trained)
         g, v, g0, v0 = (self.parts.get(kind, list(missing)) for kind in KINDS)
         if any(x is not None for x in g0):
-            along = self._sums([g0, v0])
-            b = self.rule.drift(along)
-            kernels.combine_(g0, [g0, v0], torch.stack([torch.ones_like(b), -b], dim=1))
+            g0 = decoupled_(g0, v0, self.rule.drift, self._sums)
         gradients = [g, v, g0]
         while len(gradients) > 1 and all(x is None for x in gradients[-1]):
             gradients.pop()
@@ -132,10 +131,10 @@ class ZeroStep:
                 whole = all_parts(part, self.engine.data_parallel_group)
                 set_gradient(p, whole[: torch.Size(shape_of(p)).numel()].view(shape_of(p)))
 
-    def _sums(self, gradients: Sequence[Sequence[Tensor | None]]) -> Tensor:
+    def _sums(self, rows: Sequence[Tensors], columns: Sequence[Tensors] | None = None) -> Tensor:
         """Inner products of whole gradients, from their parts."""
         with exact({p.device for p in self.trained}):
-            products = kernels.inner_products(gradients)
+            products = kernels.inner_products(rows, columns)
         dist.all_reduce(products, group=self.engine.data_parallel_group)
         return products
 

@@ -213,7 +213,7 @@ def _trained_by(
             train(
                 Workshop(experiment, device), other, folder, [Ticking(status), *callbacks], progress=not console.quiet
             )
-            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return folder / NAME
 
 

@@ -17,7 +17,8 @@ from reproductions.paper.models.qwen3_vl import Qwen3VL2B, Qwen3VL4B
 from reproductions.paper.models.smolvlm2 import SmolVLM2
 
 __all__ = [
-    "MODELS", "Batch", "ModelError", "VisionLanguageModel", "fetch_weights", "load_model", "skeleton", "to_device",
+    "MODELS", "Batch", "ModelError", "VisionLanguageModel", "commit_of_weights", "fetch_weights", "load_model",
+    "skeleton", "to_device",
 ]  # fmt: skip
 
 MODELS: dict[str, type[VisionLanguageModel]] = {
@@ -46,6 +47,15 @@ def fetch_weights(name: str, source: str | Path | None) -> None:
     if not Path(where).is_dir():
         with _named(name, where):
             snapshot_download(where, allow_patterns=list(FILES))
+
+
+def commit_of_weights(name: str, source: str | Path | None) -> str | None:
+    """The commit of a model's files in the hub's cache, which they are loaded from; None of a folder, or before."""
+    from huggingface_hub import try_to_load_from_cache
+
+    where = str(source or MODELS[name].source)
+    found = None if Path(where).is_dir() else try_to_load_from_cache(where, "config.json")
+    return Path(found).parent.name if isinstance(found, str) else None
 
 
 def load_model(

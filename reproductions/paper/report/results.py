@@ -177,6 +177,9 @@ def unlike(runs: Mapping[str, Sequence[Result]]) -> list[str]:
     for run, seed in every:
         first, same, ours = (x.config["configuration"] for x in (every[0][0], seed, run))
         keys = settings_apart(first, ours) + differences(same["methods"], ours["methods"])
+        # Not known of a folder.
+        commits = {x.config["weights"] for x in (every[0][0], run) if x.config.get("weights")}
+        keys += ["commit of the weights"] if len(commits) > 1 else []
         if keys:
             found.append(f"{run.folder.name} ({', '.join(keys[:3])})")
     if not found:

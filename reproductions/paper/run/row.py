@@ -19,6 +19,7 @@ from transformers import TrainerCallback, set_seed
 from reproductions.methods import Method
 from reproductions.methods.mdgd_gm import MDGDGM
 from reproductions.paper.config import WHEREABOUTS, Experiment, differences, method_of, run_name
+from reproductions.paper.models import commit_of_weights
 from reproductions.paper.run import ranks
 from reproductions.paper.run.evaluate import RESULT, evaluate
 from reproductions.paper.run.masking import analyse_masking
@@ -271,6 +272,7 @@ def _write_config(experiment: Experiment, method: Method, folder: Path, smoke: b
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
         "git": _revision(),
+        "weights": commit_of_weights(experiment.model, experiment.source),
     }
     write(path, json.dumps(config, indent=1))
 

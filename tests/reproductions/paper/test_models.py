@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers.models.auto import image_processing_auto
@@ -14,7 +15,7 @@ from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProce
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 from transformers.models.smolvlm.processing_smolvlm import SmolVLMProcessor
 
-from reproductions.paper.models import ModelError, load_model
+from reproductions.paper.models import ModelError, commit_of_weights, load_model
 from reproductions.paper.models.base import IGNORED
 from reproductions.paper.run.estimate import size_of
 from tests.reproductions.paper.questions import examples, picture
@@ -44,6 +45,17 @@ def test_pictures_are_prepared_by_pillow(model, assets, monkeypatch):
     monkeypatch.setattr(image_processing_auto, "_resolve_backend", resolved)
     load_model(model.name, assets.model(model.name), "float32", CPU)
     assert set(asked) <= {"pil"}
+
+
+def test_a_run_knows_the_commit_of_its_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    assert commit_of_weights("smolvlm2-2.2b", None) is None, "they are not there yet"
+    here, commit = tmp_path / "models--some--weights", "0123456789" * 4
+    for path, content in ((f"snapshots/{commit}/config.json", "{}"), ("refs/main", commit)):
+        (here / path).parent.mkdir(parents=True)
+        (here / path).write_text(content)
+    assert commit_of_weights("smolvlm2-2.2b", "some/weights") == commit
+    assert commit_of_weights("smolvlm2-2.2b", tmp_path) is None, "a folder has no commit"
 
 
 def test_labels_are_the_answers_alone(model):

@@ -124,6 +124,14 @@ def test_what_results_do_not_depend_on_is_no_other_setting(tmp_path):
     assert not line(tmp_path).changed
 
 
+@pytest.mark.parametrize(("commit", "told"), [("b" * 40, True), ("a" * 40, False), (None, False)])
+def test_runs_of_two_commits_of_the_weights_are_told_apart(commit, told, tmp_path):
+    for method, weights in (("zero-shot", "a" * 40), ("mdgd", commit)):
+        change(only(tmp_path, method), "config.json", weights=weights)
+    notes = comparisons(tmp_path)[0].notes
+    assert any("mdgd (commit of the weights)" in note for note in notes) == told
+
+
 def test_our_summaries_are_of_our_scores(tmp_path):
     folder = write_results(tmp_path, [FLICKR])
     ours = line(folder).ours

@@ -95,12 +95,13 @@ def test_gradients_of_a_compiled_model_are_those_of_the_model(compile_, layers):
     assert_near(trained(compile_, layers), trained(lambda model: model, layers))
 
 
-def test_a_compiled_model_that_ran_before_says_what_to_do_and_then_works(monkeypatch):
+def test_a_compiled_model_that_ran_before_says_what_to_do_and_then_works():
     with pytest.raises(RuntimeError, match="skip_nnmodule_hook_guards = False before its first call"):
         trained(around, before=True)
     torch.compiler.reset()
-    monkeypatch.setattr(torch._dynamo.config, "skip_nnmodule_hook_guards", False)
-    assert_near(trained(around, before=True), trained(lambda model: model))
+    # pytest's monkeypatch would leave no such setting behind.
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
+        assert_near(trained(around, before=True), trained(lambda model: model))
 
 
 def stepped(form, change=lambda optimizer: None, base=torch.optim.AdamW, base_change=lambda optimizer: None):

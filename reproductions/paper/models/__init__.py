@@ -52,9 +52,14 @@ def fetch_weights(name: str, source: str | Path | None) -> None:
 def commit_of_weights(name: str, source: str | Path | None) -> str | None:
     """The commit of a model's files in the hub's cache, which they are loaded from; None of a folder, or before."""
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
     where = str(source or MODELS[name].source)
-    found = None if Path(where).is_dir() else try_to_load_from_cache(where, "config.json")
+    try:
+        found = None if Path(where).is_dir() else try_to_load_from_cache(where, "config.json")
+    # The name of a folder that is not there, which whoever reads it says.
+    except HFValidationError:
+        return None
     return Path(found).parent.name if isinstance(found, str) else None
 
 

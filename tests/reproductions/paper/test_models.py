@@ -55,7 +55,8 @@ def test_a_run_knows_the_commit_of_its_weights(tmp_path, monkeypatch):
         (here / path).parent.mkdir(parents=True)
         (here / path).write_text(content)
     assert commit_of_weights("smolvlm2-2.2b", "some/weights") == commit
-    assert commit_of_weights("smolvlm2-2.2b", tmp_path) is None, "a folder has no commit"
+    for folder in (tmp_path, tmp_path / "missing"):
+        assert commit_of_weights("smolvlm2-2.2b", folder) is None, "a folder has no commit"
 
 
 def test_labels_are_the_answers_alone(model):

@@ -86,6 +86,16 @@ def test_the_reference_of_what_is_unfrozen_is_its_value_before_a_step_of_the_wra
     assert_same_bits(at_reference(optimizer), before)
 
 
+@pytest.mark.parametrize("compact", [False, True])
+def test_what_is_unfrozen_shares_no_memory_with_another(compact):
+    first, other = parameters((4,), (4,), frozen=[1])
+    other.data = first.data
+    optimizer = sgd([first, other], mask=Magnitude(0.5) if compact else None, compact=compact)
+    other.requires_grad_(True)
+    with pytest.raises(ValueError, match="parameters 0 and 1 share memory"):
+        at_reference(optimizer)
+
+
 RULES = {
     "Anchor": lambda model: Anchor(model, 50.0, tokens="all", warmup=1, text_module=model.decoder),
     "ProtectInputs": lambda model: ProtectInputs(model, 0.5, refresh=1, text_module=model.decoder),

@@ -22,7 +22,7 @@ from torch_mdgd.masks.base import Mask
 from torch_mdgd.parallel import dtensor
 from torch_mdgd.rules.base import require_shapes
 from torch_mdgd.storage.base import Correct, Entries, Storage, counts, is_per_element, snapshot, warn_of_late
-from torch_mdgd.storage.exchange import all_or_none, forget_casts
+from torch_mdgd.storage.exchange import all_or_none, forget_casts, require_apart
 from torch_mdgd.storage.probe import require_elementwise
 
 TOO_EARLY = (
@@ -75,6 +75,7 @@ class CompactStorage(Storage):
         """Move all to the parameters' devices; a ValueError if they were sharded after the mask was chosen."""
         for t, p in enumerate(parameters):
             if p.requires_grad and not self.trained[t]:
+                require_apart(parameters)
                 self.trained[t] = True
                 if self.positions is not None:
                     warn_of_late(t)

@@ -13,7 +13,7 @@ from torch_mdgd.masks.base import Mask, restore_outside_
 from torch_mdgd.parallel import dtensor
 from torch_mdgd.rules.base import as_count, count_of, require_shapes
 from torch_mdgd.storage.base import Correct, Entries, Storage, counts, is_per_element, snapshot, warn_of_late
-from torch_mdgd.storage.exchange import exchange_
+from torch_mdgd.storage.exchange import exchange_, require_apart
 
 AGE, DROPPED = "mask_age", "dropped"
 CODES = (None, True, False)
@@ -72,6 +72,7 @@ class DenseStorage(Storage):
         for t, (p, held) in enumerate(zip(parameters, self.reference, strict=True)):
             if held is None:
                 if p.requires_grad and self.zero[t] is None:
+                    require_apart(parameters)
                     self.reference[t], self.trained[t] = self._snapshot(p), True
                     if self.masks is not None:
                         warn_of_late(t)

@@ -1,7 +1,7 @@
 """The frontier: target score against what is kept, so that a method that only learns less does not look better."""
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from statistics import fmean
 
 import matplotlib
@@ -17,6 +17,7 @@ from reproductions.mini.experiment.outcomes import SCORES, CellOutcomes
 from reproductions.mini.experiment.scores import mean
 from reproductions.mini.experiment.systems import SYSTEMS
 from reproductions.mini.report.labels import label_points
+from reproductions.mini.report.opening import SHOWN
 from reproductions.mini.report.verdicts import FEWEST_SEEDS
 from reproductions.shared.figures import label
 from reproductions.shared.results import Result
@@ -51,6 +52,8 @@ _FAMILIES = {
 FAMILY_COLOURS = {name: colour for colour, names in _FAMILIES.values() for name in names}
 _FAR = 12.0
 """Systems whose H lies so many points below the best's are named beside the frontier, which they would flatten."""
+_MANY = 24
+"""Of more systems than this not all are named."""
 _BASELINE = "fine-tune-low"
 """What the others are held against is shown however far it is."""
 
@@ -69,8 +72,12 @@ def draw_frontier(cell: CellOutcomes) -> Figure | None:
     near = {
         name: pair for name, pair in points.items() if name == _BASELINE or _h(pair[0].mean, pair[1].mean) > best - _FAR
     }
+    # What a reader looks for first is named in any case, then what has most of H.
+    near = dict(sorted(near.items(), key=lambda item: (item[0] not in SHOWN, -_h(item[1][0].mean, item[1][1].mean))))
     far = [f"{SYSTEMS[n].marked} ({T.mean:.0f}, {P.mean:.0f})" for n, (T, P) in points.items() if n not in near]
     outside = textwrap.wrap(f"outside (T, P): {', '.join(far)}", 200, break_on_hyphens=False) if far else []
+    named = named_in_any_case(near)
+    outside += [f"Where points lie close, the tables alone name some of these {len(near)}."] * (named is not None)
     # In inches, so that the names below have room however many they are.
     below, height, above = 0.95 + 0.15 * len(outside), 4.6, 0.9
     whole = below + height + above
@@ -104,7 +111,7 @@ def draw_frontier(cell: CellOutcomes) -> Figure | None:
     figure.canvas.draw()
     label_points(
         left, [(T.mean, P.mean) for T, P in near.values()], [SYSTEMS[n].marked for n in near],
-        [FAMILY_COLOURS[n] for n in near],
+        [FAMILY_COLOURS[n] for n in near], sure=named,
     )  # fmt: skip
     last = {
         name: _end(line, right) if cell.frontier else max(line, key=lambda p: _h(*p)) for name, line in curves.items()
@@ -114,6 +121,11 @@ def draw_frontier(cell: CellOutcomes) -> Figure | None:
         avoid=[point for line in curves.values() for point in line],
     )  # fmt: skip
     return figure
+
+
+def named_in_any_case(names: Collection[str]) -> int | None:
+    """How many of these systems, which begin with those of the page's first picture; None, for all, of a few."""
+    return sum(name in SHOWN for name in names) if len(names) > _MANY else None
 
 
 def _varied(cell: CellOutcomes) -> tuple[dict[str, list[tuple[float, float]]], str]:

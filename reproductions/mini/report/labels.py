@@ -8,6 +8,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.transforms import Bbox
 
 _RADII = (7, 10, 13, 17, 21, 26, 31, 37, 43, 50, 57, 73)
+_NEAR = _RADII[:4]
 # Diagonals first: error bars are drawn along the axes.
 _ANGLES = tuple(math.radians(angle) for angle in (30, 150, 330, 210, 60, 120, 300, 240, 90, 270, 0, 180))
 _HALF_MARKER = 4.0
@@ -21,7 +22,8 @@ def label_points(
     colours: Sequence[str],
     avoid: Sequence[tuple[float, float]] = (),
     size: float = 8,
-) -> None:
+    sure: int | None = None,
+) -> list[str]:
     """Write each text at the nearest free place to its point, with a thin line where that is not beside it.
 
     Args:
@@ -31,6 +33,10 @@ def label_points(
         colours: of the texts.
         avoid: other points that no text may cover.
         size: of the font, in points.
+        sure: how many, from the first, are written in any case, the others where there is room near by; all if None.
+
+    Returns:
+        the texts that were not written.
     """
     figure = axis.figure.get_figure(root=True)
     assert figure is not None
@@ -40,11 +46,13 @@ def label_points(
     reach = _HALF_MARKER * pixels
     covered = [*places, *(axis.transData.transform(point) for point in avoid)]
     taken = [Bbox.from_extents(x - reach, y - reach, x + reach, y + reach) for x, y in covered]
-    for text, point, (x, y), colour in zip(texts, points, places, colours, strict=True):
+    left_out = []
+    for i, (text, point, (x, y), colour) in enumerate(zip(texts, points, places, colours, strict=True)):
+        optional = sure is not None and i >= sure
         note = axis.annotate(text, point, fontsize=size, color=colour, ha="center", va="center")
         extent = note.get_window_extent(renderer)
         best: tuple[float, Bbox, int] | None = None
-        for radius in _RADII:
+        for radius in _NEAR if optional else _RADII:
             for angle in _ANGLES:
                 box = _beside(x, y, radius * pixels, angle, extent.width, extent.height)
                 cost = sum(_overlap(box, other) for other in taken) + 3 * _outside(box, axis.bbox)
@@ -54,8 +62,11 @@ def label_points(
                 break
         assert best is not None
         box = best[1]
-        taken.append(box)
         note.remove()
+        if optional and best[0] > 0:
+            left_out.append(text)
+            continue
+        taken.append(box)
         centre = ((box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2)
         line = {"arrowstyle": "-", "color": colour, "linewidth": 0.5, "alpha": 0.6, "shrinkA": 0, "shrinkB": 3}
         # The white outline keeps lines below a text from being read as part of its letters.
@@ -64,6 +75,7 @@ def label_points(
             fontsize=size, color=colour, ha="center", va="center", arrowprops=line if best[2] >= _LINE_FROM else None,
             path_effects=[withStroke(linewidth=2, foreground="white")],
         )  # fmt: skip
+    return left_out
 
 
 def _beside(x: float, y: float, radius: float, angle: float, width: float, height: float) -> Bbox:

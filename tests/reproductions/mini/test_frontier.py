@@ -1,6 +1,7 @@
 """The frontier's figure: what it shows, and that names can be read."""
 
 import json
+from itertools import combinations
 
 import matplotlib.pyplot as plt
 from matplotlib.text import Text
@@ -8,6 +9,7 @@ from matplotlib.text import Text
 from reproductions.mini.experiment.outcomes import load
 from reproductions.mini.experiment.systems import SYSTEMS
 from reproductions.mini.report.frontier import draw_frontier
+from reproductions.mini.report.opening import SHOWN
 from tests.reproductions.mini.made_up import SCORES, made_up
 
 
@@ -49,3 +51,19 @@ def test_a_curve_that_leaves_the_figure_is_named_where_it_can_be_seen(tmp_path):
     plt.close(figure)
     assert right.bbox.contains(box.x0, box.y0)
     assert right.bbox.contains(box.x1, box.y1)
+
+
+def test_of_many_systems_the_first_are_named_and_no_name_covers_another(tmp_path):
+    near = {name: (88 + i % 2, 92, 60) for i, name in enumerate(SYSTEMS) if name != "zero-shot"}
+    figure = draw_frontier(load(made_up(tmp_path, {"zero-shot": SCORES["zero-shot"], **near}, noise=0))[0])
+    figure.canvas.draw()
+    left, names = figure.axes[0], {system.marked for system in SYSTEMS.values()}
+    texts = [text for text in left.texts if text.get_text() in names]
+    first = {SYSTEMS[name].marked for name in SHOWN}
+    boxes = [Text.get_window_extent(text) for text in texts if text.get_text() not in first]
+    told = [text.get_text() for text in figure.texts]
+    plt.close(figure)
+    assert first <= {text.get_text() for text in texts}
+    assert 0 < len(boxes) < len(near) - len(SHOWN)
+    assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
+    assert any(f"some of these {len(near)}" in text for text in told)

@@ -1,5 +1,6 @@
 """What happened, before anything else: five sentences and one picture, made from the results."""
 
+import textwrap
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
@@ -126,8 +127,9 @@ def _rows(cell: CellOutcomes) -> list[str]:
 
 def _panel(cell: CellOutcomes, left: float) -> Figure:
     """For each system what was learned and what was kept, as two dots on one line; panels share their axis."""
-    names = _rows(cell)
-    figure, axis = plt.subplots(figsize=(4.4, 0.9 + 0.3 * len(names)), layout="constrained")
+    names, title = _rows(cell), textwrap.wrap(cell.title, 36)
+    height = 0.75 + 0.15 * len(title) + 0.3 * len(names)
+    figure, axis = plt.subplots(figsize=(4.4, height), layout="constrained")
     for row, name in enumerate(reversed(names)):
         T, P = (_mean(cell, name, measure) for measure in ("T", "P"))
         axis.plot([T, P], [row, row], color="0.8", linewidth=3, zorder=0, solid_capstyle="round")
@@ -137,6 +139,6 @@ def _panel(cell: CellOutcomes, left: float) -> Figure:
     axis.set_xlim(left, 100.8)
     axis.set_ylim(-0.5, len(names) - 0.5)
     axis.grid(axis="x", alpha=0.2)
-    label(axis, cell.title, "%", "")
+    label(axis, "\n".join(title), "%", "")
     figure.legend(loc="outside lower left", ncols=2, frameon=False, fontsize=9, handletextpad=0.2)
     return figure

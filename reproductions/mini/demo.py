@@ -132,15 +132,14 @@ def table(found: Mapping[str, Sequence[Result]], target: str) -> Table:
 
 
 def comparison(found: Mapping[str, Sequence[Result]]) -> str:
-    """What the anchor has more than αv, or less, on the same seeds; empty without both."""
+    """What the anchor has more than αv on the same seeds; empty without both."""
     if not {"anchor", "align"} <= found.keys():
         return ""
     pairs = list(zip(found["anchor"], found["align"], strict=True))
     measures = {"H": "H", "T": "T", "P": "P", "P_restricted": "P restricted"}
     more = {words: [a[name] - b[name] for a, b in pairs] for name, words in measures.items()}
     told = ", ".join(f"{words} {_signed(values)}" for words, values in more.items())
-    which = "more" if fmean(more["H"]) > 0 else "less"
-    sentence = f"The anchor has {which} H than αv here: {told}, on the same seed{'s' if len(pairs) > 1 else ''}."
+    sentence = f"The anchor against αv, on the same seed{'s' if len(pairs) > 1 else ''}: {told}."
     if len(pairs) == 1:
         return sentence
     return f"{sentence} All seeds are measured by the same examples: ± is a standard deviation, and of training alone."

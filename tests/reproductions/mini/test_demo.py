@@ -74,7 +74,7 @@ def test_table_and_files_hold_the_results(finished):
     assert (folder / "demo.png").read_bytes().startswith(b"\x89PNG")
     table, told = (folder / "demo.md").read_text().split("\n\n")
     lines = table.splitlines()
-    assert told.startswith("The anchor does ")
+    assert told.startswith("The anchor against αv, on the same seed")
     assert told.split(":")[0] in printed
     assert len({line.count("|") for line in lines}) == 1
     assert all(f"{r['H']:.1f}" in next(line for line in lines if "H(P, T)" in line) for r in results)
@@ -108,11 +108,10 @@ def test_other_methods_are_shown_when_they_are_named(finished, tmp_path):
     assert "The anchor" not in (tmp_path / "demo.md").read_text()
 
 
-def test_it_says_whether_the_anchor_does_better():
+def test_it_says_what_the_anchor_has_more():
     scores = dict.fromkeys(("T", "P", "P_restricted", "H"), 90.0)
     told = demo.comparison({"align": [scores], "anchor": [scores | {"T": 88.0, "H": 89.0}]})
-    assert told.startswith("The anchor has less H than αv here: H -1.0, T -2.0, P +0.0")
-    assert "has more H" in demo.comparison({"align": [scores], "anchor": [scores | {"H": 91.0}]})
+    assert told.startswith("The anchor against αv, on the same seed: H -1.0, T -2.0, P +0.0")
     several = demo.comparison({"align": [scores] * 2, "anchor": [scores, scores | {"H": 92.0}]})
     assert "H +1.0 ± 1.4" in several, "a standard deviation, and no interval"
     assert "standard deviation" in several

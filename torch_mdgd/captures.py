@@ -116,10 +116,10 @@ class Captures:
         there |= set(KINDS[:2] if JOINT in self.gradients else ())
         missing = [kind for kind in kinds if kind not in there]
         if missing:
-            hint = (
-                "; a step without pictures says so by set_gradients(visual=[None] * T)" if missing == ["visual"] else ""
-            )
-            if missing[0] in KINDS[2:]:
+            hint = ""
+            if missing == ["visual"]:
+                hint = "; a step without pictures says so by set_gradients(visual=[None] * T)"
+            elif missing[0] in KINDS[2:]:
                 hint = " inside reference(); rules.Project() and MDGD(regularize=0) need no gradients at the reference"
             raise RuntimeError(
                 f"this update needs the {' and '.join(missing)} gradient{'s'[: len(missing) > 1]}, not captured: run "

@@ -487,12 +487,12 @@ class MDGDOptimizer(Around):
             before(self)
         inner, own = self._storage.save(self.base)
         for name, x in self.rule.state().items():
-            each = [x] * len(self._storage) if isinstance(x, Tensor) else x
-            # Of a parameter that was never trained, what the rule knows of it by itself, for when it is unfrozen.
-            alone = not isinstance(x, Tensor)
-            own[name] = [
-                x if one or (alone and x.numel()) else None for x, one in zip(each, self._storage.trained, strict=True)
-            ]
+            if isinstance(x, Tensor):
+                own[name] = [x if one else None for one in self._storage.trained]
+            else:
+                # Of one that was never trained too, what the rule knows of it, for when it is unfrozen.
+                pairs = zip(x, self._storage.trained, strict=True)
+                own[name] = [y if one or y.numel() else None for y, one in pairs]
         packed = pack(inner, own)
         for after in self._optimizer_state_dict_post_hooks.values():
             packed = after(self, packed) or packed

@@ -73,12 +73,13 @@ class CompactStorage(Storage):
 
     def follow(self, parameters: Sequence[Tensor]) -> None:
         """Move all to the parameters' devices; a ValueError if they were sharded after the mask was chosen."""
-        for t, p in enumerate(parameters):
-            if p.requires_grad and not self.trained[t]:
-                require_apart(parameters)
-                self.trained[t] = True
-                if self.positions is not None:
-                    warn_of_late(t)
+        late = [t for t, p in enumerate(parameters) if p.requires_grad and not self.trained[t]]
+        if late:
+            require_apart(parameters)
+        for t in late:
+            self.trained[t] = True
+            if self.positions is not None:
+                warn_of_late(t)
         devices = [p.device for p in self._parts(parameters)]
         if self.positions is not None and any(x.device != d for x, d in zip(self.positions, devices, strict=True)):
             self.positions = [x.to(d) for x, d in zip(self.positions, devices, strict=True)]

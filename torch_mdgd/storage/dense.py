@@ -69,15 +69,17 @@ class DenseStorage(Storage):
 
     def follow(self, parameters: Sequence[Tensor]) -> None:
         """Move φ and the mask to where the parameters are."""
+        rows = enumerate(zip(parameters, self.reference, self.zero, strict=True))
+        late = [t for t, (p, held, zero) in rows if held is None and zero is None and p.requires_grad]
+        if late:
+            require_apart(parameters)
+        for t in late:
+            self.reference[t], self.trained[t] = self._snapshot(parameters[t]), True
+            if self.masks is not None:
+                warn_of_late(t)
+                self.masks[t] = torch.zeros_like(parameters[t], dtype=torch.bool)
         for t, (p, held) in enumerate(zip(parameters, self.reference, strict=True)):
-            if held is None:
-                if p.requires_grad and self.zero[t] is None:
-                    require_apart(parameters)
-                    self.reference[t], self.trained[t] = self._snapshot(p), True
-                    if self.masks is not None:
-                        warn_of_late(t)
-                        self.masks[t] = torch.zeros_like(p, dtype=torch.bool)
-            else:
+            if held is not None:
                 self.reference[t] = self._follow(held, p)
                 mask = None if self.masks is None else self.masks[t]
                 if self.masks is not None and mask is not None and not dtensor.same_place(mask, p):

@@ -72,12 +72,12 @@ def draw_frontier(cell: CellOutcomes) -> Figure | None:
     near = {
         name: pair for name, pair in points.items() if name == _BASELINE or _h(pair[0].mean, pair[1].mean) > best - _FAR
     }
-    # What a reader looks for first is named in any case, then what has most of H.
-    near = dict(sorted(near.items(), key=lambda item: (item[0] not in SHOWN, -_h(item[1][0].mean, item[1][1].mean))))
+    # Where not all can be named, what has most of H comes first.
+    near = dict(sorted(near.items(), key=lambda item: -_h(item[1][0].mean, item[1][1].mean)))
     far = [f"{SYSTEMS[n].marked} ({T.mean:.0f}, {P.mean:.0f})" for n, (T, P) in points.items() if n not in near]
     outside = textwrap.wrap(f"outside (T, P): {', '.join(far)}", 200, break_on_hyphens=False) if far else []
-    named = named_in_any_case(near)
-    outside += [f"Where points lie close, the tables alone name some of these {len(near)}."] * (named is not None)
+    if len(near) > _MANY:
+        outside.append(f"Where points lie close, the tables alone name some of these {len(near)}.")
     # In inches, so that the names below have room however many they are.
     below, height, above = 0.95 + 0.15 * len(outside), 4.6, 0.9
     whole = below + height + above
@@ -111,7 +111,7 @@ def draw_frontier(cell: CellOutcomes) -> Figure | None:
     figure.canvas.draw()
     label_points(
         left, [(T.mean, P.mean) for T, P in near.values()], [SYSTEMS[n].marked for n in near],
-        [FAMILY_COLOURS[n] for n in near], sure=named,
+        [FAMILY_COLOURS[n] for n in near], sure=named_in_any_case(near),
     )  # fmt: skip
     last = {
         name: _end(line, right) if cell.frontier else max(line, key=lambda p: _h(*p)) for name, line in curves.items()
@@ -123,9 +123,9 @@ def draw_frontier(cell: CellOutcomes) -> Figure | None:
     return figure
 
 
-def named_in_any_case(names: Collection[str]) -> int | None:
-    """How many of these systems, which begin with those of the page's first picture; None, for all, of a few."""
-    return sum(name in SHOWN for name in names) if len(names) > _MANY else None
+def named_in_any_case(names: Collection[str]) -> list[bool]:
+    """Whether each of these systems is: of many those of the page's first picture, which a reader looks for."""
+    return [name in SHOWN or len(names) <= _MANY for name in names]
 
 
 def _varied(cell: CellOutcomes) -> tuple[dict[str, list[tuple[float, float]]], str]:

@@ -22,8 +22,8 @@ def label_points(
     colours: Sequence[str],
     avoid: Sequence[tuple[float, float]] = (),
     size: float = 8,
-    sure: int | None = None,
-) -> list[str]:
+    sure: Sequence[bool] | None = None,
+) -> None:
     """Write each text at the nearest free place to its point, with a thin line where that is not beside it.
 
     Args:
@@ -33,10 +33,7 @@ def label_points(
         colours: of the texts.
         avoid: other points that no text may cover.
         size: of the font, in points.
-        sure: how many, from the first, are written in any case, the others where there is room near by; all if None.
-
-    Returns:
-        the texts that were not written.
+        sure: whether each is written in any case, as all are if None; the others come last, where there is room.
     """
     figure = axis.figure.get_figure(root=True)
     assert figure is not None
@@ -46,13 +43,13 @@ def label_points(
     reach = _HALF_MARKER * pixels
     covered = [*places, *(axis.transData.transform(point) for point in avoid)]
     taken = [Bbox.from_extents(x - reach, y - reach, x + reach, y + reach) for x, y in covered]
-    left_out = []
-    for i, (text, point, (x, y), colour) in enumerate(zip(texts, points, places, colours, strict=True)):
-        optional = sure is not None and i >= sure
+    every = [True] * len(texts) if sure is None else sure
+    rows = zip(texts, points, places, colours, every, strict=True)
+    for text, point, (x, y), colour, needed in sorted(rows, key=lambda row: not row[-1]):
         note = axis.annotate(text, point, fontsize=size, color=colour, ha="center", va="center")
         extent = note.get_window_extent(renderer)
         best: tuple[float, Bbox, int] | None = None
-        for radius in _NEAR if optional else _RADII:
+        for radius in _RADII if needed else _NEAR:
             for angle in _ANGLES:
                 box = _beside(x, y, radius * pixels, angle, extent.width, extent.height)
                 cost = sum(_overlap(box, other) for other in taken) + 3 * _outside(box, axis.bbox)
@@ -63,8 +60,7 @@ def label_points(
         assert best is not None
         box = best[1]
         note.remove()
-        if optional and best[0] > 0:
-            left_out.append(text)
+        if best[0] > 0 and not needed:
             continue
         taken.append(box)
         centre = ((box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2)
@@ -75,7 +71,6 @@ def label_points(
             fontsize=size, color=colour, ha="center", va="center", arrowprops=line if best[2] >= _LINE_FROM else None,
             path_effects=[withStroke(linewidth=2, foreground="white")],
         )  # fmt: skip
-    return left_out
 
 
 def _beside(x: float, y: float, radius: float, angle: float, width: float, height: float) -> Bbox:

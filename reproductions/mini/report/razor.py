@@ -12,7 +12,6 @@ from reproductions.mini.experiment.systems import SYSTEMS
 from reproductions.mini.report.divergence import correlation, diverged, points
 from reproductions.mini.report.frontier import FAMILY_COLOURS, named_in_any_case
 from reproductions.mini.report.labels import label_points
-from reproductions.mini.report.opening import SHOWN
 from reproductions.shared.figures import grid, label
 
 
@@ -35,7 +34,6 @@ def draw_razor(cells: Sequence[CellOutcomes]) -> Figure | None:
     figure.suptitle("What was forgotten against how far answers to the new task moved")
     figure.canvas.draw()
     for axis, each in zip(axes, found.values(), strict=False):
-        each = dict(sorted(each.items(), key=lambda item: item[0] not in SHOWN))
         colours, sure = [FAMILY_COLOURS[name] for name in each], named_in_any_case(each)
         label_points(axis, points(each), [SYSTEMS[name].marked for name in each], colours, size=7, sure=sure)
     return figure

@@ -57,6 +57,19 @@ def test_what_was_frozen_in_a_checkpoint_has_no_place_in_its_mask(compact):
     assert optimizer.diagnostics["kept_fraction"] == 3 / 12
 
 
+@pytest.mark.parametrize("compact", [False, True])
+def test_a_mask_after_resuming_does_not_count_what_was_frozen_in_the_checkpoint(compact):
+    settings = {"mask": TopK(0.5), "compact": compact}
+    source = sgd(parameters((6,), (6,), frozen=[1]), **settings)
+    held = parameters((6,), (6,))
+    optimizer = sgd(held, **settings)
+    held[1].requires_grad_(False)
+    optimizer.load_state_dict(source.state_dict())
+    before = held[0].detach().clone()
+    step(optimizer)
+    assert (held[0] != before).sum() == 3, "half of its six, and not of twelve"
+
+
 def test_a_mask_after_resuming_counts_what_has_been_trained_before():
     outcomes = []
     for resumed in (False, True):

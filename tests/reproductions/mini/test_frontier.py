@@ -62,9 +62,11 @@ def test_of_many_systems_the_first_are_named_and_no_name_covers_another(tmp_path
     texts = [text for text in left.texts if text.get_text() in names]
     first = {SYSTEMS[name].marked for name in SHOWN}
     boxes = [Text.get_window_extent(text) for text in texts if text.get_text() not in first]
+    far = [text for text in texts if text.get_text() in first and text.arrow_patch is not None]
     told = [text.get_text() for text in figure.texts]
     plt.close(figure)
     assert first <= {text.get_text() for text in texts}
     assert 0 < len(boxes) < len(near) - len(SHOWN)
+    assert not far, "others have not taken the places near by"
     assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
     assert any(f"some of these {len(near)}" in text for text in told)

@@ -62,7 +62,6 @@ CELLS: tuple[Cell, ...] = (
 )
 
 SEQUENCES: tuple[Cell, ...] = (
-    Cell("caption", "adamw", 200, rate=2, first=("digits",)),
     Cell("tiles", "adamw", 200, rate=2, first=("digits", "caption")),
     Cell("tiles", "adamw", 200, rate=2, first=("digits", "caption"), reference="kept"),
 )

@@ -33,10 +33,10 @@ class Architecture:
 ARCHITECTURES: dict[str, Architecture] = {
     "llava": Architecture(llava.build_model, lambda model: model.model.vision_tower, llava.patch_features, WIDTH),
     "llava-10m": Architecture(
-        lambda tokenizer: llava.build_model(tokenizer, llava.LARGE_WIDTH),
+        lambda tokenizer: llava.build_model(tokenizer, llava.LARGE),
         lambda model: model.model.vision_tower,
         llava.patch_features,
-        llava.LARGE_WIDTH,
+        llava.LARGE.width,
         torch.bfloat16,
     ),
     "smolvlm": Architecture(

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -20,9 +21,16 @@ SECOND_CHECKPOINT = CHECKPOINT.with_name("second")
 CHECKPOINTS: dict[str, tuple[Path, Path]] = {
     "llava": (CHECKPOINT, SECOND_CHECKPOINT),
     "smolvlm": (_FOLDER / "smolvlm-0", _FOLDER / "smolvlm-1"),
-    "llava-10m": (Path("runs/mini/llava-10m-0"), Path("runs/mini/llava-10m-1")),
+    "llava-10m": (Path("runs/mini/llava-10m-0"), Path("runs/mini/llava-10m-3")),
 }
 """Two of each architecture, pre-trained independently. All but the larger ones come with the repository."""
+
+_OPTIONS = {
+    "llava": ("", "--seed 3 --language-steps 1800"),
+    "smolvlm": ("--architecture smolvlm", "--architecture smolvlm --seed 3 --language-steps 1800"),
+    "llava-10m": ("--architecture llava-10m", "--architecture llava-10m --seed 3"),
+}
+"""What makes each of them."""
 
 REPORT_FILE = "training.json"
 
@@ -59,14 +67,11 @@ def require_checkpoint(path: Path) -> None:
 
 
 def command(path: Path) -> str:
-    """What makes the checkpoint in the folder `path`: of `CHECKPOINTS` the architecture and seed of its own."""
-    own = {
-        folder: f"--architecture {name} --seed {seed} "
-        for name, folders in CHECKPOINTS.items()
-        if name != "llava"
-        for seed, folder in enumerate(folders)
-    }
-    return f"python -m reproductions mini pretrain {own.get(path, '')}--output {path}"
+    """What makes the checkpoint in the folder `path`: of `CHECKPOINTS` the very one, elsewhere the first LLaVA."""
+    made = {folder: _OPTIONS[name][i] for name, folders in CHECKPOINTS.items() for i, folder in enumerate(folders)}
+    return " ".join(
+        ["python -m reproductions mini pretrain", *filter(None, [made.get(path)]), f"--output {quote(str(path))}"]
+    )
 
 
 def knows_facts(path: Path) -> bool:

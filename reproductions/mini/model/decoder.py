@@ -8,18 +8,24 @@ WIDTH = 128
 LONGEST_ANSWER = 10
 
 
-def decoder(tokenizer: PreTrainedTokenizerFast, width: int = WIDTH, key_value_heads: int = 4) -> LlamaConfig:
+def decoder(
+    tokenizer: PreTrainedTokenizerFast,
+    width: int = WIDTH,
+    heads: int = 4,
+    key_value_heads: int | None = None,
+    initializer_range: float = 0.08,
+) -> LlamaConfig:
     """Four layers of so many numbers a token, with the tokenizer's vocabulary and special tokens."""
-    # The usual initializer_range of 0.02 leaves so narrow a decoder on a plateau for hundreds of steps.
+    # An initializer_range of 0.02, the usual one, leaves so narrow a decoder on a plateau for hundreds of steps.
     return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
         intermediate_size=3 * width,
         num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=key_value_heads,
+        num_attention_heads=heads,
+        num_key_value_heads=key_value_heads or heads,
         max_position_embeddings=256,
-        initializer_range=0.08,
+        initializer_range=initializer_range,
         tie_word_embeddings=False,
         **_special(tokenizer),
     )

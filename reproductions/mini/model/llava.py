@@ -1,4 +1,6 @@
-"""The small LLaVA, about 1.6 million parameters."""
+"""The small LLaVA, about 1.6 million parameters, and a larger one."""
+
+from dataclasses import dataclass
 
 import torch
 from transformers import (
@@ -12,25 +14,43 @@ from reproductions.mini.model.decoder import WIDTH, answers, decoder
 from reproductions.mini.world.pictures import SIZE
 from reproductions.mini.world.text import IMAGE, IMAGE_TOKENS
 
-LARGE_WIDTH = 328
-"""Of a model of ten million parameters."""
 _PATCH = 12
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast, width: int = WIDTH) -> LlavaForConditionalGeneration:
+@dataclass(frozen=True)
+class Size:
+    """Of vision tower and decoder.
+
+    Attributes:
+        width: numbers a token.
+        heads: of the attention, of which `width` is a multiple.
+        initializer_range: of the decoder's weights, smaller where sums have more terms.
+    """
+
+    width: int = WIDTH
+    heads: int = 4
+    initializer_range: float = 0.08
+
+
+SMALL = Size()
+LARGE = Size(width=320, heads=10, initializer_range=0.05)
+"""Of a model of ten million parameters."""
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast, size: Size = SMALL) -> LlavaForConditionalGeneration:
     """A new model with random weights (from torch's global generator), in float32."""
     vision = CLIPVisionConfig(
-        hidden_size=width,
-        intermediate_size=4 * width,
+        hidden_size=size.width,
+        intermediate_size=4 * size.width,
         num_hidden_layers=3,
-        num_attention_heads=4,
+        num_attention_heads=size.heads,
         image_size=SIZE,
         patch_size=_PATCH,
-        projection_dim=width,
+        projection_dim=size.width,
     )
     config = LlavaConfig(
         vision_config=vision,
-        text_config=decoder(tokenizer, width),
+        text_config=decoder(tokenizer, size.width, size.heads, initializer_range=size.initializer_range),
         image_token_index=tokenizer.get_vocab()[IMAGE],
         image_seq_length=IMAGE_TOKENS,
         vision_feature_layer=-1,

@@ -17,6 +17,7 @@ class PretrainSettings:
         language_rate: peak learning rate of the language steps.
         architecture: a name in `architectures.ARCHITECTURES`.
         facts: whether questions without a picture are part of it, see `world.language`.
+        autocast: whether products of matrices are bfloat16's; the weights stay float32.
     """
 
     seed: int = 0
@@ -28,6 +29,7 @@ class PretrainSettings:
     language_rate: float = 2e-3
     architecture: str = "llava"
     facts: bool = False
+    autocast: bool = False
 
 
 PRETRAIN = PretrainSettings()
@@ -35,7 +37,7 @@ PRETRAIN = PretrainSettings()
 
 RECIPES: dict[str, PretrainSettings] = {
     "llava": PRETRAIN,
-    "llava-10m": PretrainSettings(architecture="llava-10m", language_rate=1e-3),
+    "llava-10m": PretrainSettings(architecture="llava-10m", language_rate=1e-3, autocast=True),
     "smolvlm": PretrainSettings(architecture="smolvlm", facts=True),
 }
 """By architecture; the models of one differ by their seed."""

@@ -1,12 +1,16 @@
 """The committed checkpoint is what it says: small, licensed, loadable offline, and able to see."""
 
 import json
+import shlex
 
 import pytest
 import torch
 from safetensors import safe_open
+from typer.testing import CliRunner
 
-from reproductions.mini.model.checkpoint import CHECKPOINT, SECOND_CHECKPOINT, load_checkpoint
+from reproductions.__main__ import app
+from reproductions.mini.model import pretrain
+from reproductions.mini.model.checkpoint import CHECKPOINT, CHECKPOINTS, SECOND_CHECKPOINT, command, load_checkpoint
 from reproductions.mini.model.evaluate import evaluate
 from reproductions.mini.model.settings import PRETRAIN, PretrainSettings
 from reproductions.mini.world.data import pretrained_task_data, target_data
@@ -55,6 +59,23 @@ def test_the_checkpoint_belongs_to_this_code(path, settings):
     assert load_checkpoint(path)[1].get_vocab() == make_tokenizer().get_vocab()
     report = json.loads((path / "training.json").read_text())
     assert PretrainSettings(**report["settings"]) == settings
+
+
+@pytest.mark.parametrize("path", [*CHECKPOINTS["llava"], *CHECKPOINTS["smolvlm"]], ids=lambda path: path.name)
+def test_the_command_that_is_named_for_a_checkpoint_makes_it(path, monkeypatch):
+    asked = []
+
+    def noted(output, settings, *args, **options):
+        asked.append((output, settings))
+        return {"validation": {"exact": {}}, "seconds": 0}
+
+    monkeypatch.setattr(pretrain, "pretrain", noted)
+    python, option, module, *words = shlex.split(command(path))
+    assert (python, option, module) == ("python", "-m", "reproductions")
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    report = json.loads((path / "training.json").read_text())
+    assert asked == [(path, PretrainSettings(**report["settings"]))]
 
 
 def test_the_checkpoints_are_independent():

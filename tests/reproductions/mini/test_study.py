@@ -15,7 +15,7 @@ from reproductions.mini.commands import STUDY
 from reproductions.mini.experiment import calibration, costs, own_answers, remembered, study
 from reproductions.mini.experiment.adapters import PullOfAdapters, adapt_all
 from reproductions.mini.experiment.calibration import prompts
-from reproductions.mini.experiment.cells import CELLS, SEQUENCES
+from reproductions.mini.experiment.cells import CELLS, Cell
 from reproductions.mini.experiment.finetune import finetune, prepare, replayed, trainable_parameters, training
 from reproductions.mini.experiment.losses import Additions
 from reproductions.mini.experiment.measure import divergence, pretrained_answers
@@ -500,7 +500,7 @@ def test_a_sequence_trains_one_target_after_the_other_and_asks_for_both(monkeypa
         return finetune(model, tokenizer, data, *args, **options)
 
     monkeypatch.setattr(f"{execute.__module__}.finetune", noted)
-    place = SEQUENCES[0]
+    place = Cell("caption", "adamw", 200, rate=2, first=("digits",))
     size = study.Size(steps=1, batch=2, tuning_examples=1, examples=2)
     (run,) = study.runs_of(place, [SYSTEMS["fine-tune"].method], [0], size)
     assert json.loads(run.key)["first"] == ["digits"]

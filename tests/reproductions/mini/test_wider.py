@@ -108,7 +108,7 @@ def test_the_systems_train_it(small, name, monkeypatch):
 def test_the_large_model_has_ten_million_numbers(tokenizer):
     with torch.device("meta"):
         model = ARCHITECTURES["llava-10m"].build(tokenizer)
-    assert 9.5e6 < sum(p.numel() for p in model.parameters()) < 10.5e6
+    assert 9e6 < sum(p.numel() for p in model.parameters()) < 11e6
     assert set(RECIPES) == set(ARCHITECTURES) == set(CHECKPOINTS)
     assert all(RECIPES[name].architecture == name for name in RECIPES)
 
@@ -217,7 +217,7 @@ def test_three_targets_in_a_row_are_all_asked_for(monkeypatch):
     words = {"digits": 12.5, "caption": 25.0}
     monkeypatch.setattr(running, "evaluate", lambda model, tokenizer, data: SimpleNamespace(words=words[data.task]))
     threads = torch.get_num_threads()
-    place = SEQUENCES[2]
+    place = SEQUENCES[1]
     size = study.Size(steps=1, batch=2, examples=2)
     (run,) = study.runs_of(place, [SYSTEMS["align"].method], [0], size)
     assert json.loads(run.key)["first"] == ["digits", "caption"]
@@ -231,15 +231,17 @@ def test_three_targets_in_a_row_are_all_asked_for(monkeypatch):
     assert {name for name in SYSTEMS if name not in fitting} == {
         n for n, system in SYSTEMS.items() if system.method.lora
     }
-    assert all(system.fits(SEQUENCES[1]) for system in SYSTEMS.values())
+    assert all(system.fits(SEQUENCES[0]) for system in SYSTEMS.values())
 
 
 def test_a_model_that_is_not_there_is_named_with_the_command_that_makes_it(monkeypatch, tmp_path):
     monkeypatch.setitem(CHECKPOINTS, "smolvlm", (tmp_path / "0", tmp_path / "1"))
-    with pytest.raises(FileNotFoundError, match=f"--architecture smolvlm --seed 0 --output {tmp_path}/0` makes one"):
+    with pytest.raises(FileNotFoundError, match=f"--architecture smolvlm --output {tmp_path}/0` makes one"):
         study.study(tmp_path, [WIDER[1]], [], [0], study.STAGES, study.Size(), Console())
     assert not list(tmp_path.iterdir())
-    with pytest.raises(FileNotFoundError, match=f"--architecture smolvlm --seed 1 --output {tmp_path}/1` makes one"):
+    with pytest.raises(
+        FileNotFoundError, match=f"--architecture smolvlm --seed 3 --language-steps 1800 --output {tmp_path}/1` makes"
+    ):
         load_checkpoint(tmp_path / "1")
 
 

@@ -8,7 +8,7 @@ from benchmarks.timing import Contender, Races, Times, interleave
 
 M = 1_000_000
 # Rounds of whole training steps in a lap.
-STEPS = 5
+STEPS = 3
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class Settings:
     divide: int = 8
     hidden: int = 512
     layers: int = 4
-    laps: int = 3
-    rounds: int = 7
+    laps: int = 5
+    rounds: int = 5
     seconds: float = 0.3
     threads: tuple[int, ...] = tuple(sorted({1, min(2, os.cpu_count() or 1)}))
     races: Races | None = None

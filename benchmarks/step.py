@@ -28,7 +28,6 @@ CALLS = (
     "Python asks each tensor of each list for its address, dtype and layout: five lists for two gradients, twelve for "
     "four"
 )
-
 BOOKKEEPING = "no kernel runs: it is Python, three microseconds a tensor"
 
 

@@ -1,5 +1,6 @@
 """What the small models share: a narrow decoder, and greedy answers."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
@@ -8,24 +9,36 @@ WIDTH = 128
 LONGEST_ANSWER = 10
 
 
-def decoder(
-    tokenizer: PreTrainedTokenizerFast,
-    width: int = WIDTH,
-    heads: int = 4,
-    key_value_heads: int | None = None,
-    initializer_range: float = 0.08,
-) -> LlamaConfig:
-    """Four layers of so many numbers a token, with the tokenizer's vocabulary and special tokens."""
-    # An initializer_range of 0.02, the usual one, leaves so narrow a decoder on a plateau for hundreds of steps.
+@dataclass(frozen=True)
+class Size:
+    """Of a vision tower and its decoder.
+
+    Attributes:
+        width: numbers a token.
+        heads: of the attention, of which `width` is a multiple.
+        initializer_range: of the decoder's weights, smaller where sums have more terms.
+    """
+
+    width: int = WIDTH
+    heads: int = 4
+    # The usual 0.02 leaves so narrow a decoder on a plateau for hundreds of steps.
+    initializer_range: float = 0.08
+
+
+SMALL = Size()
+
+
+def decoder(tokenizer: PreTrainedTokenizerFast, size: Size = SMALL, key_value_heads: int | None = None) -> LlamaConfig:
+    """Four layers of this size, with the tokenizer's vocabulary and special tokens."""
     return LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=3 * width,
+        hidden_size=size.width,
+        intermediate_size=3 * size.width,
         num_hidden_layers=4,
-        num_attention_heads=heads,
-        num_key_value_heads=key_value_heads or heads,
+        num_attention_heads=size.heads,
+        num_key_value_heads=key_value_heads or size.heads,
         max_position_embeddings=256,
-        initializer_range=initializer_range,
+        initializer_range=size.initializer_range,
         tie_word_embeddings=False,
         **_special(tokenizer),
     )

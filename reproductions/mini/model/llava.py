@@ -1,7 +1,5 @@
 """The small LLaVA, about 1.6 million parameters, and a larger one."""
 
-from dataclasses import dataclass
-
 import torch
 from transformers import (
     CLIPVisionConfig,
@@ -10,29 +8,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from reproductions.mini.model.decoder import WIDTH, answers, decoder
+from reproductions.mini.model.decoder import SMALL, Size, answers, decoder
 from reproductions.mini.world.pictures import SIZE
 from reproductions.mini.world.text import IMAGE, IMAGE_TOKENS
 
 _PATCH = 12
 
 
-@dataclass(frozen=True)
-class Size:
-    """Of vision tower and decoder.
-
-    Attributes:
-        width: numbers a token.
-        heads: of the attention, of which `width` is a multiple.
-        initializer_range: of the decoder's weights, smaller where sums have more terms.
-    """
-
-    width: int = WIDTH
-    heads: int = 4
-    initializer_range: float = 0.08
-
-
-SMALL = Size()
 LARGE = Size(width=320, heads=10, initializer_range=0.05)
 """Of a model of ten million parameters."""
 
@@ -50,7 +32,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, size: Size = SMALL) -> Llava
     )
     config = LlavaConfig(
         vision_config=vision,
-        text_config=decoder(tokenizer, size.width, size.heads, initializer_range=size.initializer_range),
+        text_config=decoder(tokenizer, size),
         image_token_index=tokenizer.get_vocab()[IMAGE],
         image_seq_length=IMAGE_TOKENS,
         vision_feature_layer=-1,
@@ -63,5 +45,5 @@ def build_model(tokenizer: PreTrainedTokenizerFast, size: Size = SMALL) -> Llava
 
 
 def patch_features(model: LlavaForConditionalGeneration, pixel_values: torch.Tensor) -> torch.Tensor:
-    """What the vision tower hands to the projector: (batch, 16, 128) from pixels (batch, 3, 48, 48)."""
+    """What the vision tower hands to the projector: (batch, 16, width) from pixels (batch, 3, 48, 48)."""
     return model.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states[-1][:, 1:]

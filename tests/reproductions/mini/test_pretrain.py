@@ -1,6 +1,7 @@
 """Pre-training runs end to end, is a function of its settings, and survives being killed."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -66,6 +67,14 @@ def test_another_process_draws_the_same_pictures(whole, tmp_path):
 def test_another_seed_gives_other_weights(whole, tmp_path):
     weights = run(tmp_path, PretrainSettings(1, 1, 1, 4, 4))[0]
     assert all(not torch.equal(weights[name], whole[0][name]) for name in weights if weights[name].ndim > 1)
+
+
+def test_products_in_bfloat16_are_coarser_and_the_weights_are_not(whole, tmp_path):
+    weights, seen = run(tmp_path, replace(TINY, autocast=True))
+    first, exact = seen[0][2], whole[1][0][2]
+    assert first != exact
+    assert first == pytest.approx(exact, rel=0.05)
+    assert all(x.dtype == torch.float32 for x in weights.values())
 
 
 def test_a_resume_file_of_other_settings_is_refused(tmp_path):

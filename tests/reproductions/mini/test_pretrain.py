@@ -72,7 +72,7 @@ def test_another_seed_gives_other_weights(whole, tmp_path):
 def test_products_in_bfloat16_are_coarser_and_the_weights_are_not(whole, tmp_path):
     weights, seen = run(tmp_path, replace(TINY, autocast=True))
     first, exact = seen[0][2], whole[1][0][2]
-    assert first != exact
+    assert abs(first - exact) > 1e-5 * exact, "more than another order of sums makes"
     assert first == pytest.approx(exact, rel=0.05)
     assert all(x.dtype == torch.float32 for x in weights.values())
 

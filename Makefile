@@ -39,13 +39,21 @@ help:
 
 # The build tools first, so that they are pinned too: pip does not apply constraints to an isolated build. With them a
 # pip that resolves in a third of the time of the one that Python brings.
-$(VENV)/.dev: pyproject.toml constraints.txt
+$(VENV)/.made: constraints.txt
 	@"$(PYTHON)" -c '$(supported)' 2>/dev/null || { \
 		echo "make: no working Python 3.10 to 3.13 with venv and ensurepip (tried: $(or $(PYTHON),$(candidates)))."; \
 		echo "      Install one (Debian: apt install python3 python3-venv) or name it: make PYTHON=/path/to/python3.11"; \
 		exit 1; } >&2
 	"$(PYTHON)" -m venv $(VENV)
 	$(pip_install) pip hatchling editables setuptools
+	@touch $@
+
+# What the demo alone needs takes half as long to install as what all tests need.
+$(VENV)/.demo: $(VENV)/.made pyproject.toml
+	$(pip_install) --no-build-isolation -e '.[mini]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.made pyproject.toml
 	$(pip_install) --no-build-isolation -e '.[dev]'
 	@touch $@
 
@@ -53,7 +61,7 @@ $(VENV)/.bench: $(VENV)/.dev
 	$(pip_install) --no-build-isolation -e '.[bench]'
 	@touch $@
 
-demo: $(VENV)/.dev
+demo: $(VENV)/.demo
 	$(BIN)/python -m reproductions mini demo
 
 test: $(VENV)/.dev

@@ -4,7 +4,7 @@ import importlib.util
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -38,6 +38,8 @@ PICTURES, WORDS = 8, 32
 SIDE, PATCH = 8, 14
 LORA_RANK = 8
 EVERY = 8
+# It has one lap.
+ROUNDS = 5
 WHOLE, LAST = "connector and whole decoder", "connector and last 2 layers"
 
 
@@ -320,7 +322,7 @@ def section(settings: Settings) -> Section:
     with threads(1), _quiet():
         ways = [*WAYS, *(LORA_WAYS if _has_peft() else ())]
         for part in parts(llava(settings)):
-            times = race(ways, settings, part)
+            times = race(ways, replace(settings, rounds=ROUNDS), part)
             memory = {way.name: measure(way, settings, part) for way in ways}
             layers = layers_state(settings, part)
             series[part] = {way.name: ratio(times, way.name, PLAIN.name) for way in ways}

@@ -20,7 +20,7 @@ MASKS = (masking.OURS, masking.PARTITION)
 VECTORS = {"update": 6, "mask": 4}
 LARGEST_NAIVE = 16_000_000
 # From here on a round takes seconds, and rounds are few.
-LARGE, FEW = 64_000_000, 3
+LARGE, FEW = 64_000_000, 2
 
 
 def slope(points: Sequence[tuple[int, float]]) -> float:

@@ -8,7 +8,7 @@ from benchmarks.timing import Contender, Races, Times, interleave
 
 M = 1_000_000
 # Rounds of whole training steps in a lap.
-STEPS = 3
+STEPS = 2
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ class Settings:
     divide: int = 8
     hidden: int = 512
     layers: int = 4
-    laps: int = 5
-    rounds: int = 5
-    seconds: float = 0.3
+    laps: int = 7
+    rounds: int = 3
+    seconds: float = 0.2
     threads: tuple[int, ...] = tuple(sorted({1, min(2, os.cpu_count() or 1)}))
     races: Races | None = None
 

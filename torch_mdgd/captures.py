@@ -101,7 +101,8 @@ class Captures:
         gradients = [task, visual, reference]
         while len(gradients) > 1 and all(x is None for x in gradients[-1]):
             gradients.pop()
-        d = [_destination(xs, p) for p, *xs in zip(parameters, *gradients, strict=True)]
+        rows = zip(task, parameters, *gradients[1:], strict=True)
+        d = [x if x is not None else _destination(xs, p) for x, p, *xs in rows]
         return Step(task, visual, reference, gradients, d, scale)
 
     @property
@@ -258,8 +259,7 @@ def as_grad(gradient: Tensor | None, parameter: Any) -> Tensor | None:
 
 
 def _destination(gradients: Tensors, parameter: Tensor) -> Tensor | None:
-    if gradients[0] is not None:
-        return gradients[0]
+    """Where d of a parameter without g goes."""
     return None if all(x is None for x in gradients) else torch.zeros_like(parameter)
 
 

@@ -87,10 +87,9 @@ def _unfinished(out: Tensors, vectors: Sequence[Tensors], coefficients: Tensor) 
     if any(all([x is not None for x in vector]) for vector in others):
         return out
     once = (coefficients[:, 0] == 1).tolist()
-    return [
-        None if once[t] and x is first[t] and all(vector[t] is None for vector in others) else x
-        for t, x in enumerate(out)
-    ]
+    alone = [all([x is None for x in xs]) for xs in zip(*others, strict=True)] if others else [True] * len(first)
+    rows = zip(out, first, once, alone, strict=True)
+    return [None if x is one and is_once and is_alone else x for x, one, is_once, is_alone in rows]
 
 
 @torch.no_grad()

@@ -431,6 +431,9 @@ class MDGDOptimizer(Around):
                 loss = closure()
         if self._captures:
             self.combine()
+        else:
+            # Also before a step of the wrapped optimizer alone: φ of what is unfrozen is its value before it moves.
+            self._storage.follow(parameters)
         if self._made.refused is not None and not self._made.replaced(parameters):
             raise RuntimeError(self._made.refused)
         self._storage.step(self.base, parameters, self._correction(parameters))

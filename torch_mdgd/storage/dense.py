@@ -11,6 +11,7 @@ from torch_mdgd import kernels
 from torch_mdgd.kernels import Tensors
 from torch_mdgd.masks.base import Mask, restore_outside_
 from torch_mdgd.parallel import dtensor
+from torch_mdgd.parallel.dtensor import same_place
 from torch_mdgd.rules.base import as_count, count_of, require_shapes
 from torch_mdgd.storage.base import Correct, Entries, Storage, counts, is_per_element, snapshot, warn_of_late
 from torch_mdgd.storage.exchange import exchange_, require_apart
@@ -50,7 +51,7 @@ class DenseStorage(Storage):
 
     def _follow(self, held: Tensor, p: Tensor) -> Tensor:
         """φ of a parameter that may have been moved or sharded since."""
-        return held if dtensor.same_place(held, p) else dtensor.shard_like(held, p)
+        return held if same_place(held, p) else dtensor.shard_like(held, p)
 
     @property
     def masked(self) -> bool:
@@ -78,12 +79,11 @@ class DenseStorage(Storage):
             if self.masks is not None:
                 warn_of_late(t)
                 self.masks[t] = torch.zeros_like(parameters[t], dtype=torch.bool)
-        for t, (p, held) in enumerate(zip(parameters, self.reference, strict=True)):
-            if held is not None:
-                self.reference[t] = self._follow(held, p)
-                mask = None if self.masks is None else self.masks[t]
-                if self.masks is not None and mask is not None and not dtensor.same_place(mask, p):
-                    self.masks[t] = dtensor.shard_like(mask, p)
+        pairs = zip(self.reference, parameters, strict=True)
+        self.reference = [x if x is None else self._follow(x, p) for x, p in pairs]
+        if self.masks is not None:
+            pairs = zip(self.masks, parameters, strict=True)
+            self.masks = [m if m is None or same_place(m, p) else dtensor.shard_like(m, p) for m, p in pairs]
 
     def drop(self, zero: Sequence[bool | None]) -> bool:
         """Not under a mask, which is chosen by gradients at φ or lies in a checkpoint with it."""
@@ -160,8 +160,6 @@ class DenseStorage(Storage):
 
     def step(self, base: Optimizer, parameters: Sequence[Tensor], correct_: Correct | None) -> None:
         """Step; elements outside the mask get back their values."""
-        # Also before a step of the wrapped optimizer alone: φ of what is unfrozen is its value before it moves.
-        self.follow(parameters)
         if self.masks is None and correct_ is None:
             base.step()
             return

@@ -1,4 +1,4 @@
-"""Labels beside points of a plot, placed so that they cover neither each other nor the points."""
+"""Labels beside points of a plot, placed so that they cover neither each other nor the points nor other texts."""
 
 import math
 from collections.abc import Sequence
@@ -43,6 +43,7 @@ def label_points(
     reach = _HALF_MARKER * pixels
     covered = [*places, *(axis.transData.transform(point) for point in avoid)]
     taken = [Bbox.from_extents(x - reach, y - reach, x + reach, y + reach) for x, y in covered]
+    taken += [text.get_window_extent(renderer) for text in axis.texts]
     every = [True] * len(texts) if sure is None else sure
     rows = zip(texts, points, places, colours, every, strict=True)
     for text, point, (x, y), colour, needed in sorted(rows, key=lambda row: not row[-1]):

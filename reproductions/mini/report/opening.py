@@ -133,8 +133,8 @@ def _panel(cell: CellOutcomes, left: float) -> Figure:
     for row, name in enumerate(reversed(names)):
         T, P = (_mean(cell, name, measure) for measure in ("T", "P"))
         axis.plot([T, P], [row, row], color="0.8", linewidth=3, zorder=0, solid_capstyle="round")
-        axis.plot(T, row, "s", color=LEARNED, label="learned, T" if row == 0 else None)
-        axis.plot(P, row, "o", color=KEPT, label="kept, P" if row == 0 else None)
+        axis.plot(T, row, "s", color=LEARNED, clip_on=False, label="learned, T" if row == 0 else None)
+        axis.plot(P, row, "o", color=KEPT, clip_on=False, label="kept, P" if row == 0 else None)
     axis.set_yticks(range(len(names)), [SYSTEMS[name].marked for name in reversed(names)])
     axis.set_xlim(left, 100.8)
     axis.set_ylim(-0.5, len(names) - 0.5)

@@ -17,17 +17,18 @@ from reproductions.shared.masked_cosine import masked_cosine
 QUIET = Console(quiet=True)
 
 
-def test_labels_cover_neither_each_other_nor_points():
+def test_labels_cover_neither_each_other_nor_points_nor_what_is_written_there():
     figure, axis = plt.subplots(figsize=(8, 6))
     points = [(x / 10, y / 10) for x in range(3) for y in range(3)] + [(0.1, 0.1)]
     axis.set_xlim(-1, 1)
     axis.set_ylim(-1, 1)
+    axis.text(0.21, 0.21, "H 95")
     figure.canvas.draw()
     label_points(axis, points, [f"a system {i}" for i in range(len(points))], ["k"] * len(points))
     figure.canvas.draw()
     boxes = [Text.get_window_extent(text) for text in axis.texts]
     plt.close(figure)
-    assert len(boxes) == len(points)
+    assert len(boxes) == 1 + len(points)
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
     places = axis.transData.transform(points)
     assert not any(box.contains(*place) for box in boxes for place in places)

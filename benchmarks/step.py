@@ -28,7 +28,7 @@ CALLS = (
     "Python asks each tensor of each list for its address, dtype and layout: five lists for two gradients, twelve for "
     "four"
 )
-BOOKKEEPING = "no kernel runs: it is Python, three microseconds a tensor"
+BOOKKEEPING = "no kernel runs: it is Python, two microseconds a tensor"
 
 
 def contenders(shapes: Sequence[Shape], names: Sequence[str] = NAMES) -> list[Contender]:

@@ -164,9 +164,14 @@ def spread(results: Sequence[Result], *path: str) -> str:
 
 def _score(results: Sequence[Result], task: str) -> str:
     exact = spread(results, "exact", task)
-    if all(result["restricted"].get(task, result["exact"][task]) == result["exact"][task] for result in results):
+    if all(_restricted(result, task) == result["exact"][task] for result in results):
         return exact
     return f"{exact} / {spread(results, 'restricted', task)}"
+
+
+def _restricted(result: Result, task: str | None) -> float:
+    """The score among the task's own answers, None for the mean; of free text there is none but the exact one."""
+    return float(result["P_restricted"] if task is None else result["restricted"].get(task, result["exact"][task]))
 
 
 def draw_demo(found: Mapping[str, Sequence[Result]], target: str, path: Path) -> None:
@@ -184,7 +189,7 @@ def draw_demo(found: Mapping[str, Sequence[Result]], target: str, path: Path) ->
     pictures = figure.add_gridspec(
         1, 2 * SHOWN, left=0.05, right=0.99, top=0.88, bottom=0.61, wspace=0.05, width_ratios=widths
     )
-    below = figure.add_gridspec(1, 2, width_ratios=(4.2, 1), left=0.05, right=0.97, top=0.49, bottom=0.07, wspace=0.28)
+    below = figure.add_gridspec(1, 2, width_ratios=(4.2, 1), left=0.05, right=0.97, top=0.49, bottom=0.11, wspace=0.28)
     for place, (example, answers) in enumerate(telling_examples(results, SHOWN)):
         picture, text = (figure.add_subplot(pictures[0, 2 * place + side]) for side in range(2))
         _answers(picture, text, example, answers, results)
@@ -236,6 +241,8 @@ def _bars(axis: Axes, found: Mapping[str, Sequence[Result]], target: str) -> Non
     for i, (method, results) in enumerate(found.items()):
         places = [column + (i - (len(found) - 1) / 2) * width for column in range(len(columns))]
         scores = [[r["P"] if task is None else r["exact"][task] for r in results] for _, task in columns]
+        among = [[_restricted(r, task) for r in results] for _, task in columns]
+        axis.bar(places, [fmean(s) for s in among], width, color=COLOURS[method], alpha=0.3)
         axis.bar(places, [fmean(s) for s in scores], width, label=METHODS[method].label, color=COLOURS[method])
         if len(results) > 1:
             points = [(place, score) for place, seeds in zip(places, scores, strict=True) for score in seeds]
@@ -243,6 +250,9 @@ def _bars(axis: Axes, found: Mapping[str, Sequence[Result]], target: str) -> Non
     axis.set_xticks(range(len(columns)), [name for name, _ in columns])
     axis.axvline(len(PRETRAINED_TASKS) - 0.5, color="0.7", linewidth=0.8)
     axis.set_ylabel("right answers, %")
+    axis.set_xlabel(
+        "solid: generated answers; pale: the likeliest of the task's own answers, sight without form", fontsize=9
+    )
     axis.set_ylim(0, 101)
     axis.legend(
         ncols=len(found), loc="lower left", bbox_to_anchor=(-0.04, 1.02), frameon=False, columnspacing=1.2,

@@ -49,10 +49,17 @@ def test_savings_are_there_or_not(way, forward):
     assert len(heads) == forward
 
 
-def test_a_round_is_averaged():
+def test_each_round_has_plain_fine_tuning_beside_it():
     way = replace(LAZY, steps=4)
     times = costs.race([PLAIN, way], replace(SETTINGS, rounds=2), LAST)
-    assert {name: len(values) for name, values in times.items()} == {PLAIN.name: 2, way.name: 2}
+    assert {name: len(values) for name, values in times[way.name].items()} == {PLAIN.name: 2, way.name: 2}
+    assert list(times[PLAIN.name]) == [PLAIN.name]
+
+
+def test_what_is_adapted_has_lora_beside_it_too():
+    way = LORA_WAYS[-1]
+    times = costs.race([way], replace(SETTINGS, rounds=1), LAST)
+    assert list(times[way.name]) == [PLAIN.name, LORA_WAYS[0].name, way.name]
 
 
 def test_names_differ_and_rounds_are_whole():

@@ -163,7 +163,7 @@ def _page(
 
 
 def _opening(cells: Sequence[CellOutcomes], panels: Sequence[Path]) -> str:
-    """The picture, in panels that stand beside each other where there is room, and the sentences."""
+    """The sentences, and the picture in panels that stand beside each other where there is room."""
     told = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in sentences(cells))
     images = "".join(f'<img alt="{html.escape(path.stem)}" src="{embedded(path.read_bytes())}">' for path in panels)
     caption = (
@@ -171,7 +171,7 @@ def _opening(cells: Sequence[CellOutcomes], panels: Sequence[Path]) -> str:
         "share of old questions whose right answer is the likeliest of the task's own."
     )
     picture = f'<figure class="panels">{images}<figcaption>{caption}</figcaption></figure>' if panels else ""
-    return f'{picture}<ul class="told">{told}</ul>' if told else picture
+    return f'<ul class="told">{told}</ul>{picture}' if told else picture
 
 
 def _overview(cells: Sequence[CellOutcomes]) -> str:

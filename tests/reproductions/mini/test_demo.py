@@ -80,6 +80,21 @@ def test_table_and_files_hold_the_results(finished):
     assert all(f"{r['H']:.1f}" in next(line for line in lines if "H(P, T)" in line) for r in results)
 
 
+def test_the_picture_shows_sight_beside_form(finished, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(demo.plt, "close", drawn.append)
+    draw_demo({r["method"]: [r] for r in finished[1]}, "digits", tmp_path / "demo.png")
+    monkeypatch.undo()
+    bars = drawn[0].axes[-2].containers
+    demo.plt.close(drawn[0])
+    assert len(bars) == 2 * len(finished[1])
+    for result, among, generated in zip(finished[1], bars[::2], bars[1::2], strict=True):
+        for name, mean, drawn_bars in (("restricted", "P_restricted", among), ("exact", "P", generated)):
+            *old, average, target = (bar.get_height() for bar in drawn_bars)
+            assert old == [result[name][task] for task in PRETRAINED_TASKS]
+            assert (average, target) == (result[mean], result[name]["digits"])
+
+
 def test_a_second_call_runs_nothing_again(finished):
     folder, results, _ = finished
     lines = (folder / "results.jsonl").read_text()

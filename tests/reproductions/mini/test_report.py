@@ -485,7 +485,7 @@ def test_the_page_stands_alone(tmp_path):
     assert "### digits, AdamW: scores" in (tmp_path / "out" / "tables.md").read_text()
 
 
-def test_the_page_begins_with_a_picture_and_with_sentences_of_the_results(tmp_path):
+def test_the_page_begins_with_sentences_of_the_results_and_a_picture(tmp_path):
     folder = made_up(tmp_path, noise=0)
     told = sentences(load(folder))
     assert len(told) == 4, "nothing is said of the form after captions, which were not tested"
@@ -495,7 +495,7 @@ def test_the_page_begins_with_a_picture_and_with_sentences_of_the_results(tmp_pa
         assert part in text
         assert "(digits, AdamW)" in text
     page = write_report(folder, tmp_path / "out", QUIET).read_text()
-    assert page.index("<img") < page.index(told[0]) < page.index("<nav>") < page.index("Verdicts</h2>")
+    assert page.index(told[0]) < page.index("<img") < page.index("<nav>") < page.index("Verdicts</h2>")
 
 
 def test_five_sentences_at_most_and_what_was_asked_of_the_anchor_before_the_rest(tmp_path):

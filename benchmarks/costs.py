@@ -39,7 +39,7 @@ SIDE, PATCH = 8, 14
 LORA_RANK = 8
 EVERY = 8
 PULL = f"the pull takes as long at any batch, and this one is of {PICTURES * (SIDE * SIDE + WORDS)} tokens alone"
-# It has one lap.
+# More than in a lap of other pages, since this one has no second.
 ROUNDS = 5
 WHOLE, LAST = "connector and whole decoder", "connector and last 2 layers"
 

@@ -4,4 +4,3 @@ import os
 
 # Read when torch is loaded: its profiler otherwise announces every measurement of memory, between the progress bars.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

@@ -56,6 +56,12 @@ def test_each_round_has_plain_fine_tuning_beside_it():
     assert list(times[PLAIN.name]) == [PLAIN.name]
 
 
+def test_a_round_is_averaged_over_its_steps(monkeypatch):
+    monkeypatch.setattr(type(SETTINGS), "race", lambda self, contenders: {one.name: [8.0] for one in contenders})
+    way = replace(LAZY, steps=4)
+    assert costs.race([way], SETTINGS, LAST) == {way.name: {PLAIN.name: [8.0], way.name: [2.0]}}
+
+
 def test_what_is_adapted_has_lora_beside_it_too():
     way = LORA_WAYS[-1]
     times = costs.race([way], replace(SETTINGS, rounds=1), LAST)

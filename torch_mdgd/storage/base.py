@@ -141,7 +141,7 @@ class Storage(ABC):
 
     @abstractmethod
     def step(self, base: Optimizer, parameters: Sequence[Tensor], correct_: Correct | None) -> None:
-        """One step of the wrapped optimizer, and the correction of its moves."""
+        """One step of the wrapped optimizer, and the correction of its moves; :meth:`follow` was called before."""
 
     @abstractmethod
     def switch(self, base: Optimizer, parameters: Sequence[Tensor], mode: Callable[[], Any]) -> None:

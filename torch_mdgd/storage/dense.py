@@ -11,7 +11,6 @@ from torch_mdgd import kernels
 from torch_mdgd.kernels import Tensors
 from torch_mdgd.masks.base import Mask, restore_outside_
 from torch_mdgd.parallel import dtensor
-from torch_mdgd.parallel.dtensor import same_place
 from torch_mdgd.rules.base import as_count, count_of, require_shapes
 from torch_mdgd.storage.base import Correct, Entries, Storage, counts, is_per_element, snapshot, warn_of_late
 from torch_mdgd.storage.exchange import exchange_, require_apart
@@ -51,7 +50,7 @@ class DenseStorage(Storage):
 
     def _follow(self, held: Tensor, p: Tensor) -> Tensor:
         """φ of a parameter that may have been moved or sharded since."""
-        return held if same_place(held, p) else dtensor.shard_like(held, p)
+        return held if dtensor.same_place(held, p) else dtensor.shard_like(held, p)
 
     @property
     def masked(self) -> bool:
@@ -82,8 +81,10 @@ class DenseStorage(Storage):
         pairs = zip(self.reference, parameters, strict=True)
         self.reference = [x if x is None else self._follow(x, p) for x, p in pairs]
         if self.masks is not None:
-            pairs = zip(self.masks, parameters, strict=True)
-            self.masks = [m if m is None or same_place(m, p) else dtensor.shard_like(m, p) for m, p in pairs]
+            self.masks = [
+                m if m is None or dtensor.same_place(m, p) else dtensor.shard_like(m, p)
+                for m, p in zip(self.masks, parameters, strict=True)
+            ]
 
     def drop(self, zero: Sequence[bool | None]) -> bool:
         """Not under a mask, which is chosen by gradients at φ or lies in a checkpoint with it."""

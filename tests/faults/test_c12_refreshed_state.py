@@ -35,6 +35,18 @@ def test_an_element_that_comes_in_anew_moves_as_in_a_fresh_optimizer(kind):
     assert all(not x[:2].any() for x in optimizer.state[p].values() if x.dim())
 
 
+def test_what_weight_decay_left_outside_the_earlier_mask_does_not_move_it():
+    p = nn.Parameter(torch.ones(4))
+    base = torch.optim.SGD([p], lr=0.125, momentum=0.5, weight_decay=0.25)
+    optimizer = MDGDOptimizer(base, mask=TopK(0.5, refresh=1))
+    for g in ([4.0, 3.0, 0.5, 0.5], [0.5, 0.5, 3.0, 4.0]):
+        given = [torch.tensor(g)]
+        optimizer.set_gradients(task=given, visual=[None], reference_task=given, reference_visual=[None])
+        optimizer.step()
+        optimizer.zero_grad()
+    assert p[2:].tolist() == [1 - 0.125 * (g + 0.25) for g in (3.0, 4.0)]
+
+
 @pytest.mark.parametrize("kind", REFUSED)
 def test_one_mask_for_good_is_taken(kind):
     p = nn.Parameter(torch.ones(4))

@@ -388,6 +388,8 @@ def test_misuse():
     MDGDOptimizer(sgd(parameters), anchor)
     with pytest.raises(ValueError, match="belongs to another optimizer"):
         MDGDOptimizer(sgd(parameters), anchor)
+    with pytest.raises(ValueError, match=r"calibrate: tokens='image' needs images"):
+        Anchor(model, tokens="image").calibrate(BATCHES)
     with pytest.raises(ValueError, match="batches is empty"):
         anchor.calibrate([])
     with pytest.raises(RuntimeError, match="hold"):

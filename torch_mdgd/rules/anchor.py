@@ -190,7 +190,7 @@ class Anchor(Around):
         Args:
             batches: what the model is called with: pictures of the task under general questions, such as
                 :func:`torch_mdgd.prompts.question_batches` makes, or the task's own batches. A few hundred prompts do.
-            images: marks image tokens, for ``tokens="image"``.
+            images: marks image tokens, bool of shape (batch, tokens); asked for by ``tokens="image"``.
             group: processes that each have batches of their own, as many on each; without it, all processes have the
                 same batches.
 
@@ -198,8 +198,10 @@ class Anchor(Around):
             this rule.
 
         Raises:
-            ValueError: no batch.
+            ValueError: no batch; no ``images`` where ``tokens="image"``.
         """
+        if self.tokens == "image" and images is None:
+            raise ValueError("Anchor.calibrate: tokens='image' needs images, which marks the image tokens of a batch")
         if not self.layers:
             # Which layers are trained is known when the optimizer is built.
             self._pending = batches, images, group

@@ -69,6 +69,8 @@ class Method:
         connector: what Model Tailor makes of the projector: "revert" as published, or "keep".
         anchor: strength of an `Anchor` around the rule; 0 for none.
         relative: whether that is relative to the size of a layer's answers.
+        rank: how many directions of each input the anchor holds exactly; None for the whole C.
+        tokens: what its C is made of.
         calibration: what the anchor is made of, see `calibration.prompts`; "running" for the prompts of the first
             steps. So are the questions that the pre-trained model answers itself, see `memory` and `kl_at`.
         trained: which parts; "last" for the last decoder layers and the projector, or in these layers "attention" or
@@ -107,6 +109,8 @@ class Method:
     connector: Literal["revert", "keep"] = "revert"
     anchor: float = 0.0
     relative: bool = True
+    rank: int | None = 8
+    tokens: Literal["prompt", "image", "all"] = "prompt"
     calibration: Calibration = "random"
     adapters: Literal["paper", "all", "corda"] = "paper"
     trained: Literal["last", "attention", "gate-up"] = "last"
@@ -164,9 +168,9 @@ class Method:
         if self.inputs is not None:
             rule = _inputs(model, self.layers, self.inputs)
         if self.anchor:
-            rule = Anchor(model, self.anchor, relative=self.relative, rule=rule)
+            rule = Anchor(model, self.anchor, rank=self.rank, tokens=self.tokens, relative=self.relative, rule=rule)
             if self.calibration != "running":
-                rule.calibrate(prompts())
+                rule.calibrate(prompts(), _image_tokens(model))
         with warnings.catch_warnings():
             # Norms are trained freely in every system.
             warnings.filterwarnings("ignore", "Anchor holds linear layers")
@@ -272,6 +276,10 @@ def _inputs(model: Any, layers: str, energy: float) -> Rule:
         "mlp": [layer.mlp for layer in decoder.layers],
     }
     return ProtectInputs(model, energy, parts=parts[layers])
+
+
+def _image_tokens(model: Any) -> Callable[[Mapping[str, Any]], torch.Tensor]:
+    return lambda batch: batch["input_ids"] == model.config.image_token_id
 
 
 _FIELDS = {f.name for f in fields(Method)}

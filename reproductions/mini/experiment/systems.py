@@ -274,6 +274,23 @@ _ALL = (
         "the same to the prompts of the first steps", {"learning_rate": PAIR, "anchor": STRENGTHS},
     ),
     System(
+        _plain("anchor-image", "anchor, image tokens", anchor=3.0, tokens="image"),
+        "the same as anchor, but words do not count", {"learning_rate": PAIR, "anchor": STRENGTHS},
+    ),
+    System(
+        _plain("anchor-all", "anchor, all tokens", anchor=3.0, tokens="all", calibration="running"),
+        "the same as anchor, not calibrated, but the task's answers count too",
+        {"learning_rate": PAIR, "anchor": STRENGTHS},
+    ),
+    System(
+        _plain("anchor-2", "anchor, rank 2", anchor=3.0, rank=2), "two directions of each input in place of eight",
+        {"learning_rate": PAIR, "anchor": STRENGTHS},
+    ),
+    System(
+        _plain("anchor-whole", "anchor, whole C", anchor=3.0, rank=None), "all directions of each input",
+        {"learning_rate": PAIR, "anchor": STRENGTHS},
+    ),
+    System(
         _wrapped("anchor-lazy", "anchor + lazy αv", align=3.0, regularize=0.0, every=8).with_settings(anchor=1.0),
         "the anchor, weaker, with αv at every 8th step", {"learning_rate": PAIR, "anchor": (1.0, 3.0)},
     ),

@@ -38,7 +38,8 @@ _FAMILIES = {
          "lazy-16", "align-middle", "lora-align"),
     ),
     "anchor": (
-        "#7A6A00", ("anchor", "anchor-questions", "anchor-own", "anchor-running", "anchor-lazy", "lora-anchor"),
+        "#7A6A00", ("anchor", "anchor-questions", "anchor-own", "anchor-running", "anchor-image", "anchor-all",
+         "anchor-2", "anchor-whole", "anchor-lazy", "lora-anchor"),
     ),
     "in the step": ("#00805C", ("step", "history", "restore", "inputs", "inputs-projector")),
     "10 % of the numbers": (

@@ -113,6 +113,10 @@ def test_the_rule_that_settings_tell(name, rule):
         ("anchor-running", "Anchor(3, rank=8)"),
         ("anchor-lazy", "Anchor(1, rank=8, rule=MDGD(align=3, regularize=0))"),
         ("lora-anchor", "Anchor(3, rank=8)"),
+        ("anchor-image", "Anchor(3, rank=8)"),
+        ("anchor-all", "Anchor(3, rank=8)"),
+        ("anchor-2", "Anchor(3, rank=2)"),
+        ("anchor-whole", "Anchor(3, rank=None)"),
     ],
 )
 def test_the_anchor_that_settings_tell(name, rule):
@@ -130,10 +134,16 @@ def test_the_anchor_that_settings_tell(name, rule):
     assert repr(optimizer.rule) == rule
     assert optimizer.rule.relative
     assert len(optimizer.rule.layers) == (4 * 7 + 2 if method.lora else 2 * 7 + 2)
-    assert optimizer.rule.covariances.seen == (0 if name == "anchor-running" else optimizer.rule.warmup)
-    assert bool(drawn) == (name != "anchor-running")
+    running = name in ("anchor-running", "anchor-all")
+    assert optimizer.rule.tokens == {"anchor-image": "image", "anchor-all": "all"}.get(name, "prompt")
+    assert optimizer.rule.covariances.seen == (0 if running else optimizer.rule.warmup)
+    assert bool(drawn) == (not running)
     if name == "anchor-lazy":
         assert optimizer.rule.rule.every == 8
+    if name == "anchor-image":
+        counted = {int(optimizer.rule.covariances.moments[layer.key].size[1]) for layer in optimizer.rule.layers}
+        pictures = sum(int(b["input_ids"].eq(model.config.image_token_id).sum()) for b in drawn)
+        assert counted == {pictures}, "in the decoder, and in the connector, which has a token each"
 
 
 @pytest.mark.parametrize("kind", ["questions", "random"])

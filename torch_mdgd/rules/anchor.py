@@ -53,8 +53,9 @@ class Anchor(Around):
             tasks, full fine-tuning and LoRA, AdamW and clipped SGD.
         rank: how many directions of each input are held exactly, beside an isotropic rest; None for the whole C, the
             square of each width.
-        tokens: what C is made of in the text decoder: "prompt" (image and question tokens), "image", or "all". Other
-            layers, as the connector's, count all that enters them.
+        tokens: what C is made of in the text decoder: "prompt" (image and question tokens), "image", which keeps more
+            sight and less of the form of old answers, or "all", answers too. Other layers, as the connector's, count
+            all that enters them.
         warmup: from how many steps C is made where :meth:`calibrate` was not called.
         every: k ≥ 1: the pull comes at one step of k, k-fold.
         relative: whether λ is relative to the size of each layer's answers; else C is divided by the mean of its own

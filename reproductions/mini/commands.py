@@ -258,6 +258,9 @@ def claims(
     steps: Annotated[int, typer.Option(min=0, help="Steps of each fine-tuning; 0 for each target's own.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Examples a step.")] = 16,
     examples: Annotated[int, typer.Option(min=1, help="Test examples a task.")] = 200,
+    own_examples: Annotated[
+        bool, typer.Option("--own-examples", help="Draw test examples for each seed, in place of the study's for all.")
+    ] = False,
 ) -> None:
     """Run the claims that carry the recommendation again, with the study's settings: under an hour on two cores."""
     from reproductions.mini.experiment.study import Size
@@ -265,9 +268,8 @@ def claims(
 
     _require(settings)
     with _refused():
-        rerun(
-            output, settings, _seeds(seeds), Size(steps or None, batch, examples=examples), _console(), workers or None
-        )
+        size = Size(steps or None, batch, examples=examples, own_examples=own_examples)
+        rerun(output, settings, _seeds(seeds), size, _console(), workers or None)
 
 
 @app.command()

@@ -30,10 +30,10 @@ _RANK_EXAMPLES = 200
 
 
 @lru_cache(maxsize=4)
-def measured_tasks(target: str, split: Split, examples: int) -> dict[str, TaskData]:
-    """The examples that measure: of every pre-trained task, then of the target; the same for every seed."""
-    tasks = {task: pretrained_task_data(task, split, examples) for task in PRETRAINED_TASKS}
-    return tasks | {target: target_data(target, split)[:examples]}  # type: ignore[arg-type]
+def measured_tasks(target: str, split: Split, examples: int, draw: int = 0) -> dict[str, TaskData]:
+    """The examples that measure: of every pre-trained task, then of the target. Another draw has others."""
+    tasks = {task: pretrained_task_data(task, split, examples, draw) for task in PRETRAINED_TASKS}
+    return tasks | {target: target_data(target, split, seed=draw)[:examples]}  # type: ignore[arg-type]
 
 
 def measure(
@@ -42,13 +42,14 @@ def measure(
     target: str,
     split: Split,
     examples: int,
+    draw: int = 0,
     facts: bool = False,
 ) -> dict[str, Any]:
     """Scores of all pre-trained tasks and the target, their means, and the effective rank of the visual features.
 
     With `facts` also of questions without a picture, which are in none of these means.
     """
-    tasks = measured_tasks(target, split, examples)
+    tasks = measured_tasks(target, split, examples, draw)
     answers = {task: evaluate(model, tokenizer, data) for task, data in tasks.items()}
     exact = {task: answer.exact for task, answer in answers.items()}
     kept = {task: exact[task] for task in PRETRAINED_TASKS}
@@ -89,6 +90,7 @@ def measure_features(
     split: Split,
     examples: int,
     checkpoint: Path,
+    draw: int = 0,
 ) -> dict[str, Mapping[str, float]]:
     """For each task, of the hidden states z at image tokens: effective rank, and how far they are from pre-trained.
 
@@ -96,9 +98,9 @@ def measure_features(
         "rank": of z. "drift": L_v, the mean of |z − z_pre|. "relative_drift": the same over the mean of |z_pre|.
     """
     model.eval()
-    before = pretrained_features(checkpoint, target, split, examples)
+    before = pretrained_features(checkpoint, target, split, examples, draw)
     found: dict[str, dict[str, float]] = {"rank": {}, "drift": {}, "relative_drift": {}}
-    for task, data in measured_tasks(target, split, examples).items():
+    for task, data in measured_tasks(target, split, examples, draw).items():
         z = _features(model, tokenizer, data)
         drift = float(visual_alignment_loss(z, before[task]))
         found["rank"][task] = effective_rank(z)
@@ -108,10 +110,12 @@ def measure_features(
 
 
 @lru_cache(maxsize=4)
-def pretrained_features(checkpoint: Path, target: str, split: Split, examples: int) -> dict[str, torch.Tensor]:
+def pretrained_features(
+    checkpoint: Path, target: str, split: Split, examples: int, draw: int = 0
+) -> dict[str, torch.Tensor]:
     """The checkpoint's z for each task: (16 × examples, 128)."""
     model, tokenizer = load_checkpoint(checkpoint)
-    tasks = measured_tasks(target, split, examples)
+    tasks = measured_tasks(target, split, examples, draw)
     return {task: _features(model, tokenizer, data) for task, data in tasks.items()}
 
 
@@ -123,12 +127,13 @@ def divergence(
     split: Split,
     examples: int,
     checkpoint: Path,
+    draw: int = 0,
 ) -> float:
     """KL(p_φ ‖ p_θ) on the target's prompts, in nats a token: what RL's Razor says forgetting follows (2509.04259).
 
     The mean over the tokens of φ's own greedy answers, which stand for samples of p_φ. φ is the checkpoint.
     """
-    batches, before = pretrained_answers(checkpoint, target, split, examples)
+    batches, before = pretrained_answers(checkpoint, target, split, examples, draw)
     model.eval()
     sums = [
         float((was.exp() * (was - _log_probabilities(model, batch))).sum())
@@ -140,11 +145,11 @@ def divergence(
 @lru_cache(maxsize=4)
 @torch.no_grad()
 def pretrained_answers(
-    checkpoint: Path, target: str, split: Split, examples: int, size: int = 100
+    checkpoint: Path, target: str, split: Split, examples: int, draw: int = 0, size: int = 100
 ) -> tuple[list[dict[str, torch.Tensor]], list[torch.Tensor]]:
     """The target's prompts with the checkpoint's greedy answers, and its log-probabilities: (answer tokens, words)."""
     model, tokenizer = load_checkpoint(checkpoint)
-    data = target_data(target, split)[:examples]  # type: ignore[arg-type]
+    data = target_data(target, split, seed=draw)[:examples]  # type: ignore[arg-type]
     said = evaluate(model, tokenizer, data).predictions
     answered = [replace(example, answer=answer) for example, answer in zip(data.examples, said, strict=True)]
     batches = [training_batch(answered[start : start + size], tokenizer) for start in range(0, len(answered), size)]

@@ -34,7 +34,7 @@ class Run:
         method: how.
         target: "digits", "caption" or "tiles".
         split: which examples measure it; "validation" to choose settings, "test" to report.
-        seed: draws the batches. The examples that measure are the same for every seed.
+        seed: draws the batches.
         steps: optimizer steps.
         examples: how many measure each task.
         checkpoint: the pre-trained model.
@@ -46,6 +46,8 @@ class Run:
         first: other targets that are fine-tuned before, one after the other, in the same way.
         reference: what φ is for each of them: "renewed", the weights that it begins with; or "kept", those of the
             checkpoint.
+        draw: which of the split's measure it, by the seed that draws them; 0 for those that runs share by default. The
+            split of digits has 300 scans, so that draws of them overlap.
     """
 
     method: Method
@@ -59,6 +61,7 @@ class Run:
     record: Literal["answers", "study", "scores"] = "answers"
     first: tuple[str, ...] = ()
     reference: Phi = "renewed"
+    draw: int = 0
 
     def __post_init__(self) -> None:
         for name, target in (("target", self.target), *(("first", target) for target in self.first)):
@@ -124,14 +127,14 @@ def execute(run: Run, on_step: OnStep = nothing) -> dict[str, Any]:
         "processor_seconds": processor_seconds,
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "numpy")},
         "losses": course.losses,
-        **measure(model, tokenizer, run.target, run.split, run.examples, knows_facts(run.checkpoint)),
+        **measure(model, tokenizer, run.target, run.split, run.examples, run.draw, knows_facts(run.checkpoint)),
     }
     if run.first:
-        before = [target_data(target, run.split)[: run.examples] for target in run.first]  # type: ignore[arg-type]
-        kept = (evaluate(model, tokenizer, data).words for data in before)
+        before = [target_data(target, run.split, seed=run.draw) for target in run.first]  # type: ignore[arg-type]
+        kept = (evaluate(model, tokenizer, data[: run.examples]).words for data in before)
         result |= {f"T_{place}": words for place, words in zip(("first", "second"), kept, strict=False)}
     if run.record == "study":
-        measured = run.target, run.split, run.examples, run.checkpoint
+        measured = run.target, run.split, run.examples, run.checkpoint, run.draw
         result |= measure_features(model, tokenizer, *measured)
         result["kl"] = divergence(model, tokenizer, *measured)
         result["traces"] = course.traces

@@ -4,7 +4,7 @@ Each part is a list of runs in a file of JSON lines, so that it can be killed an
 """
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -37,12 +37,14 @@ class Size:
         batch: examples a step.
         tuning_examples: validation examples a task.
         examples: test examples a task.
+        own_examples: whether each test seed is measured by a draw of its own, and not all by one.
     """
 
     steps: int | None = None
     batch: int = BATCH
     tuning_examples: int = 150
     examples: int = 200
+    own_examples: bool = False
 
 
 def checkpoint_of(seed: int, architecture: str = "llava") -> Path:
@@ -123,9 +125,12 @@ def test_runs(
 
 
 def runs_of(cell: Cell, methods: Sequence[Method], seeds: Sequence[int], size: Size) -> list[Run]:
-    """Tests of methods whose settings are chosen; what trains nothing once for each checkpoint."""
+    """Tests of methods whose settings are chosen; what trains nothing once for each checkpoint and draw of examples."""
     runs = [
-        _run(method, cell, seed if method.learning_rate is not None else seed % 2, size, "test")
+        replace(
+            _run(method, cell, seed if method.learning_rate is not None else seed % 2, size, "test"),
+            draw=seed + 1 if size.own_examples else 0,
+        )
         for seed in seeds
         for method in methods
     ]

@@ -1,5 +1,6 @@
 """The report on made-up results: verdicts by their rules, tables of what is there, a page that stands alone."""
 
+import itertools
 import json
 import math
 import re
@@ -257,6 +258,22 @@ def test_the_claims_are_run_again_with_the_chosen_settings(tmp_path, monkeypatch
     assert "captions, AdamW: " in called.output
     assert "cannot tell: αv alone keeps more" in called.output
     assert CliRunner().invoke(app, ["claims", "--seeds", "100"]).exit_code == 2
+
+
+def test_each_seed_of_the_claims_can_have_test_examples_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(rerun, "NAMES", ("zero-shot",))
+    out = tmp_path / "out"
+    call = ["claims", "--settings", str(made_up(tmp_path / "study")), "--output", str(out), "--workers", "1"]
+    threads = torch.get_num_threads()
+    called = CliRunner().invoke(app, [*call, "--seeds", "0,2", "--examples", "40", "--own-examples"])
+    torch.set_num_threads(threads)
+    assert called.exit_code == 0, called.output
+    runs = [json.loads(line) for line in (out / "test.jsonl").read_text().splitlines()]
+    assert len(runs) == 4, "one model, which is not trained, by the examples of two seeds, for each of two targets"
+    answers = [run["answers"]["object"] for run in runs]
+    draws = [json.loads(run["key"])["draw"] for run in runs]
+    for (one, x), (other, y) in itertools.combinations(zip(draws, answers, strict=True), 2):
+        assert (x == y) == (one == other), "the old tasks' examples are those of the draw"
 
 
 def test_kl_on_the_new_task_stands_beside_forgetting_where_results_hold_it(tmp_path):

@@ -276,6 +276,30 @@ def test_each_seed_of_the_claims_can_have_test_examples_of_its_own(tmp_path, mon
         assert (x == y) == (one == other), "the old tasks' examples are those of the draw"
 
 
+def test_what_is_told_of_other_test_examples_is_what_came_out():
+    folder = Path(study.__file__).parents[1] / "results" / "study"
+
+    def told(name):
+        lines = [json.loads(line) for line in (folder / name).read_text(encoding="utf-8").splitlines()]
+        return {(line["cell"], line["claim"]): line for line in lines}
+
+    shared, own = told("claims.jsonl"), told("claims-own-examples.jsonl")
+    assert [claim for _, claim in own] == [claim.text for _ in rerun.PLACES for claim in RECOMMENDATION]
+    turned = {key: (shared[key]["outcome"], line["outcome"]) for key, line in own.items()}
+    others = [pair for pair in turned.values() if pair[0] != pair[1]]
+    assert set(others) == {("cannot tell", "holds here")}
+    same = f"Of the {len(own)} claims {len(own) - len(others)} fall"
+    assert same in (Path(study.__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    differences = [
+        abs(float(one) - float(other))
+        for key, line in own.items()
+        for one, other in zip(
+            *(re.findall(r"Δ\w ([+-]\d+\.\d)", x["evidence"]) for x in (shared[key], line)), strict=True
+        )
+    ]
+    assert max(differences) == pytest.approx(1.7)
+
+
 def test_kl_on_the_new_task_stands_beside_forgetting_where_results_hold_it(tmp_path):
     folder = made_up(tmp_path, noise=0)
     assert not diverged(load(folder)[0])

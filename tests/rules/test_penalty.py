@@ -30,14 +30,10 @@ def covariance(x, rank):
     return held, formed
 
 
-def difference(now, then):
-    return lambda i: now[i] - then[i]
-
-
 def pulled(layer, c, g, now, then, factor):
     """What is added to gradients."""
     out = [None if x is None else x.clone() for x in g]
-    penalty.pull_(layer, c, out, now, difference(now, then), factor)
+    penalty.pull_(layer, c, out, now, lambda i: now[i] - then[i], factor)
     return [None if x is None else x - y for x, y in zip(out, g, strict=True)]
 
 
@@ -51,9 +47,10 @@ def test_a_plain_layer(rows, width, rank, bias, missing, seed):
     if missing is not None and missing < len(g):
         g[missing] = None
     theta = [p.clone().requires_grad_() for p in now]
-    # One without a gradient counts as unmoved.
+    # What has no gradient takes no part in the step, and nothing pulls the other at it.
     moved = [torch.zeros_like(p) if y is None else p - p0 for p, p0, y in zip(theta, then, g, strict=True)]
     D = torch.cat([moved[0], moved[1][:, None]], dim=1) if bias else moved[0]
+    # The sum keeps a graph where nothing moves.
     (torch.trace(D @ C @ D.T) / 2 + 0 * sum(p.sum() for p in theta)).backward()
     layer = Linear("layer", torch.nn.Identity(), True, 0, 1 if bias else None, width=width + bias)
     for p, y in zip(theta, pulled(layer, held, g, now, then, 0.7), strict=True):

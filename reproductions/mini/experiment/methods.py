@@ -30,6 +30,7 @@ from torch_mdgd import (
     Random,
     Rule,
     TopK,
+    VisualTap,
 )
 from torch_mdgd.models.parts import text_decoder
 
@@ -170,7 +171,7 @@ class Method:
         if self.anchor:
             rule = Anchor(model, self.anchor, rank=self.rank, tokens=self.tokens, relative=self.relative, rule=rule)
             if self.calibration != "running":
-                rule.calibrate(prompts(), _image_tokens(model))
+                rule.calibrate(prompts(), VisualTap.for_model(model).mask)
         with warnings.catch_warnings():
             # Norms are trained freely in every system.
             warnings.filterwarnings("ignore", "Anchor holds linear layers")
@@ -276,10 +277,6 @@ def _inputs(model: Any, layers: str, energy: float) -> Rule:
         "mlp": [layer.mlp for layer in decoder.layers],
     }
     return ProtectInputs(model, energy, parts=parts[layers])
-
-
-def _image_tokens(model: Any) -> Callable[[Mapping[str, Any]], torch.Tensor]:
-    return lambda batch: batch["input_ids"] == model.config.image_token_id
 
 
 _FIELDS = {f.name for f in fields(Method)}

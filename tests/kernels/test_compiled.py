@@ -3,6 +3,7 @@
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -32,6 +33,14 @@ def fails(monkeypatch):
     monkeypatch.setattr(dispatch, "_compiled", fail)
     yield
     dispatch._compiles.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_scratch_begins_at_a_cache_line(compiled, dtype):
+    held = [compiled.chunks.scratch(rows, dtype) for rows in range(1, 30)]
+    assert {x.ctypes.data % 64 for x in held} == {0}
+    assert [x.shape for x in held] == [(rows, compiled.chunks.CHUNK) for rows in range(1, 30)]
+    assert {x.dtype for x in held} == {np.dtype(dtype)}
 
 
 def test_large_lists_on_the_cpu_are_taken(compiled):

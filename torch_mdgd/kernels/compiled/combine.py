@@ -34,7 +34,6 @@ def combine_(
 
 def _run(parts: chunks.Array, at: chunks.Array, kinds: chunks.Array, weights: chunks.Array) -> None:
     def run(first: int, end: int) -> None:
-        scratch = np.empty((2, chunks.CHUNK), dtype=weights.dtype)
-        kernels.combine(first, end, parts, at, kinds, weights, scratch)
+        kernels.combine(first, end, parts, at, kinds, weights, chunks.scratch(2, weights.dtype.type))
 
     chunks.spread(run, len(parts))

@@ -32,7 +32,7 @@ def _tables(parts: chunks.Array, at: chunks.Array, kinds: chunks.Array, dtype: t
     out = np.empty((len(parts), vectors, vectors))
 
     def run(first: int, end: int) -> None:
-        kernels.products(first, end, parts, at, kinds, np.empty((vectors, chunks.CHUNK), dtype=dtype), out)
+        kernels.products(first, end, parts, at, kinds, chunks.scratch(vectors, dtype), out)
 
     chunks.spread(run, len(parts))
     return out

@@ -117,7 +117,7 @@ class _Search:
         return self.parts, self.at, self.kinds
 
     def _scratch(self) -> chunks.Array:
-        return np.empty((2, chunks.CHUNK), dtype=self.dtype)
+        return chunks.scratch(2, self.dtype)
 
 
 def _largest(scores: chunks.Array, k: int) -> chunks.Array:

@@ -10,7 +10,7 @@ from benchmarks.peers import PEERS, TORCHJD_PCGRAD
 from benchmarks.report import Goal, Section, Table, mega, on
 from benchmarks.settings import Settings
 from benchmarks.setups import Captured, gradients
-from benchmarks.timing import NOTE, PATIENCE, Contender, Ratio, Times, copy_of, median_ratio, ratio, threads
+from benchmarks.timing import NOTE, PATIENCE, Contender, Ratio, Times, copy_of, median_ratio, ratio
 from torch_mdgd import Project
 
 OURS, PROJECTION = "torch_mdgd, (6)-(9)", "torch_mdgd, one projection"
@@ -56,14 +56,17 @@ def section(settings: Settings) -> Section:
     series: dict[str, dict[str, Ratio | None]] = {}
     others: dict[str, dict[str, Ratio | None]] = {}
     goals = []
+    many = {
+        dtype: settings.race_on(settings.threads, contenders(settings.values, dtype, names))
+        for dtype, names in ROWS.items()
+    }
+    few = settings.race_on(settings.threads, contenders(settings.few, torch.float32, OTHERS))
     for count in settings.threads:
-        with threads(count):
-            times = {dtype: settings.race(contenders(settings.values, dtype, ROWS[dtype])) for dtype in ROWS}
-            few = settings.race(contenders(settings.few, torch.float32, OTHERS))
+        times = {dtype: many[dtype][count] for dtype in ROWS}
         for dtype, names in ROWS.items():
             label = f"{str(dtype).removeprefix('torch.')}, {on(count)}"
             series[label] = {name: ratio(times[dtype], name) for name in names}
-        others[on(count)] = {name: ratio(few, name) for name in OTHERS}
+        others[on(count)] = {name: ratio(few[count], name) for name in OTHERS}
         goals += _goals(times, on(count))
     tables = [
         Table(

@@ -1,5 +1,8 @@
 """A random Llama, and batches for it: all that the benchmarks of training need of transformers."""
 
+from copy import deepcopy
+from functools import cache
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +12,11 @@ IMAGE_TOKEN = 0
 
 def llama(hidden: int, layers: int, vocabulary: int = VOCABULARY, positions: int = 64, heads: int = 4) -> nn.Module:
     """A random LlamaForCausalLM with tied embeddings; token 0 stands for a piece of a picture."""
+    return deepcopy(_llama(hidden, layers, vocabulary, positions, heads))
+
+
+@cache
+def _llama(hidden: int, layers: int, vocabulary: int, positions: int, heads: int) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)

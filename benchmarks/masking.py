@@ -9,7 +9,7 @@ from torch import Tensor
 from benchmarks import figures
 from benchmarks.report import Goal, Section, Table, mega, on
 from benchmarks.settings import Settings
-from benchmarks.setups import gradients
+from benchmarks.setups import gradients, normal
 from benchmarks.timing import NOTE, PATIENCE, Contender, Ratio, copy_of, median_ratio, ratio, threads
 from torch_mdgd import kernels
 
@@ -41,24 +41,28 @@ def by_partition(scores: Tensor, k: int) -> Tensor:
     return torch.from_numpy(array >= np.partition(array, len(array) - k)[len(array) - k])
 
 
+def of_scores(scores: Tensor, fraction: float = FRACTION, names: Sequence[str] = (OURS, PARTITION)) -> list[Contender]:
+    """The named rows of those that are given scores."""
+    k = max(1, round(fraction * len(scores)))
+    found = {
+        OURS: lambda: kernels.top_k_masks([scores], k),
+        TOPK: lambda: by_topk(scores, k),
+        KTHVALUE: lambda: by_kthvalue(scores, k),
+        PARTITION: lambda: by_partition(scores, k),
+    }
+    return [Contender(x, found[x], limit=PATIENCE if x in RIVALS else None) for x in found if x in names]
+
+
 def contenders(
     n: int, fraction: float = FRACTION, names: Sequence[str] = NAMES, dtype: torch.dtype = torch.float32
 ) -> list[Contender]:
     """The named rows for n scores, and the copy that is their unit."""
     k = max(1, round(fraction * n))
-    if FUSED in names:
-        g, v, g0 = (tensors for _, tensors in zip(range(3), gradients([(n,)], dtype).values(), strict=False))
-        a = torch.full((1,), 0.3, dtype=torch.float64)
-    scores = torch.randn(n, generator=torch.Generator().manual_seed(1)).to(dtype)
-    found = {
-        OURS: lambda: kernels.top_k_masks([scores], k),
-        FUSED: lambda: kernels.top_k_similarity_masks(g, v, g0, a, k),
-        TOPK: lambda: by_topk(scores, k),
-        KTHVALUE: lambda: by_kthvalue(scores, k),
-        PARTITION: lambda: by_partition(scores, k),
-    }
-    patience = {name: PATIENCE if name in RIVALS else None for name in names}
-    return [copy_of(n), *(Contender(name, found[name], limit=patience[name]) for name in names)]
+    g, v, g0, _ = gradients([(n,)], dtype).values()
+    a = torch.full((1,), 0.3, dtype=torch.float64)
+    fused = Contender(FUSED, lambda: kernels.top_k_similarity_masks(g, v, g0, a, k))
+    scores = normal((n,), torch.Generator().manual_seed(1), dtype)
+    return [copy_of(n), fused, *of_scores(scores, fraction, names)]
 
 
 def section(settings: Settings) -> Section:
@@ -67,13 +71,12 @@ def section(settings: Settings) -> Section:
     series: dict[str, dict[str, Ratio | None]] = {}
     half: dict[str, dict[str, Ratio | None]] = {}
     goals = []
-    for count in settings.threads:
-        with threads(count):
-            times = settings.race(contenders(n))
-            for dtype in HALF:
-                label = f"{str(dtype).removeprefix('torch.')}, {on(count)}"
-                found = settings.race(contenders(n, FRACTION, OWN, dtype))
-                half[label] = {name: ratio(found, name) for name in OWN}
+    single = settings.race_on(settings.threads, contenders(n))
+    halved = {dtype: settings.race_on(settings.threads, contenders(n, FRACTION, OWN, dtype)) for dtype in HALF}
+    for count, times in single.items():
+        for dtype in HALF:
+            label = f"{str(dtype).removeprefix('torch.')}, {on(count)}"
+            half[label] = {name: ratio(halved[dtype][count], name) for name in OWN}
         series[on(count)] = {name: ratio(times, name) for name in NAMES}
         goals += [
             Goal(f"exact mask, {on(count)}", 4, median_ratio(times, OURS), unit="copies"),

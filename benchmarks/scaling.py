@@ -16,11 +16,11 @@ from torch_mdgd import Project
 
 UPDATES = (combine.OURS, combine.NAIVE)
 MASKS = (masking.OURS, masking.PARTITION)
-# float32 vectors of size n that a comparison holds at its worst moment; and numbers up to which there is a naive form.
-VECTORS = {"update": 6, "mask": 4}
+# Vectors of n float32 that the rows hold at their worst moment; and numbers up to which there is a naive form.
+VECTORS = 7
 LARGEST_NAIVE = 16_000_000
-# From here on a round takes seconds, and rounds are few.
-LARGE, FEW = 64_000_000, 2
+# The largest number whose orthogonality is measured.
+LARGE = 64_000_000
 
 
 def slope(points: Sequence[tuple[int, float]]) -> float:
@@ -51,33 +51,26 @@ def residuals(n: int) -> tuple[float, float]:
     return residual(projection.work["task"][0], g, v), residual(naive.project(g, v), g, v)
 
 
-def sizes(wanted: Sequence[int], vectors: int) -> list[int]:
-    """Those at which so many float32 vectors fit into half of the machine's memory."""
+def sizes(wanted: Sequence[int]) -> list[int]:
+    """Those whose vectors fit into half of the machine's memory."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return [n for n in wanted if 4 * n * vectors <= memory / 2]
+    return [n for n in wanted if 4 * n * VECTORS <= memory / 2]
 
 
 def section(settings: Settings) -> Section:
     """Time both at each size, on the largest number of threads."""
     with threads(settings.threads[-1]):
-        updates = _sweep(sizes(settings.sweep, VECTORS["update"]), settings, _updates)
-        masks = _sweep(sizes(settings.mask_sweep, VECTORS["mask"]), settings, _masks)
-        left = {n: residuals(n) for n in updates if n <= LARGE}
-    tables, lines, goals = [], {}, []
-    for title, names, sweep in (("The update (6)-(9)", UPDATES, updates), ("The top 10 %", MASKS, masks)):
+        sweep = {n: settings.race(contenders(n)) for n in sizes(settings.sweep)}
+        left = {n: residuals(n) for n in sweep if n <= LARGE}
+    tables, goals = [], []
+    for title, names in (("The update (6)-(9)", UPDATES), ("The top 10 %", MASKS)):
         rows = []
         for n, times in sweep.items():
             cells = [str(ratio(times, name) or "left out") for name in names]
             rows.append((mega(n), *cells, *(_throughput(times, name, n) for name in names)))
         tables.append(Table(title, ("n", *(f"{x}, copies" for x in names), *(f"{x}, values/s" for x in names)), rows))
-        for name in (COPY, *names):
-            points = [(n, _median(times[name])) for n, times in sweep.items() if name in times]
-            label = f"{name} ({title.lower()})" if name == COPY else name
-            lines[label] = [(n, 1e3 * t) for n, t in points]
-            if name == names[0]:
-                linear = slope(points) if len(points) > 1 else None
-                what = f"{title}: exponent p of time ~ n^p up to n = {mega(max(sweep))}"
-                goals.append(Goal(what, 1.1, linear, unit=""))
+        linear = slope(_points(sweep, names[0])) if len(sweep) > 1 else None
+        goals.append(Goal(f"{title}: exponent p of time ~ n^p up to n = {mega(max(sweep))}", 1.1, linear, unit=""))
     largest = max(left)
     tables.append(
         Table(
@@ -92,12 +85,17 @@ def section(settings: Settings) -> Section:
         f"{on(settings.threads[-1])}; np.partition uses one. Vectors that fit into the processor's cache have a "
         f"cheaper copy. The naive form stops at {mega(LARGEST_NAIVE)}: it takes more memory. {NOTE}"
     )
+    lines = {name: [(n, 1e3 * t) for n, t in _points(sweep, name)] for name in (COPY, *UPDATES, *MASKS)}
     figure = figures.curves("Time against n", "n", "milliseconds", lines)
     return Section("scaling", "Scaling", about, tables, goals, figure)
 
 
-def _updates(n: int) -> list[Contender]:
-    """The copy goes into θ, and each round's gradients are what the one before left: few vectors, to reach far."""
+def contenders(n: int) -> list[Contender]:
+    """The rows of both tables, and the copy.
+
+    Few vectors, to reach far: the copy goes into θ, each round's gradients are what the one before left, and v holds
+    the scores.
+    """
     originals = gradients([(n,)])
     update = Captured(originals, originals)
     # Before θ is written over, which would be warned of.
@@ -107,15 +105,11 @@ def _updates(n: int) -> list[Contender]:
     found = [Contender(COPY, lambda: theta.copy_(v)), Contender(combine.OURS, update.combine, update.prepare)]
     if n <= LARGEST_NAIVE:
         found.append(Contender(combine.NAIVE, lambda: naive.mdgd(g, v, g0, v0), limit=PATIENCE))
-    return found
+    return [*found, *masking.of_scores(v)]
 
 
-def _masks(n: int) -> list[Contender]:
-    return masking.contenders(n, masking.FRACTION, MASKS)
-
-
-def _sweep(ns: Sequence[int], settings: Settings, contenders) -> dict[int, Times]:
-    return {n: settings.race(contenders(n), FEW if n >= LARGE else None) for n in ns}
+def _points(sweep: dict[int, Times], name: str) -> list[tuple[int, float]]:
+    return [(n, _median(times[name])) for n, times in sweep.items() if name in times]
 
 
 def _median(values: Sequence[float]) -> float:

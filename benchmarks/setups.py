@@ -1,6 +1,7 @@
 """What the suites and the tables share: vectors, lists of shapes, and optimizers with their captures set."""
 
 from collections.abc import Sequence
+from functools import cache
 from math import prod
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch_mdgd import MDGDOptimizer
 
 Shape = tuple[int, ...]
 KINDS = ("task", "visual", "reference_task", "reference_visual")
+DRAWN = 1 << 22
 
 
 def decoder_layer(hidden: int, inner: int) -> list[Shape]:
@@ -38,6 +40,26 @@ def count(shapes: Sequence[Shape]) -> int:
     return sum(map(prod, shapes))
 
 
+def normal(shape: Shape, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Normal numbers in memory of their own: pieces of one draw, each from another place and scaled by 0.9 to 1.1.
+
+    To draw them all takes ten times as long, and a run makes its vectors anew in every lap.
+    """
+    out, drawn = torch.empty(shape, dtype=dtype), _drawn()
+    for piece in out.view(-1).split(DRAWN):
+        place, scale = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
+        start = int(place * DRAWN)
+        ahead, behind = piece.split([min(len(piece), DRAWN - start), max(0, len(piece) - DRAWN + start)])
+        torch.mul(drawn[start : start + len(ahead)], 0.9 + 0.2 * scale, out=ahead)
+        torch.mul(drawn[: len(behind)], 0.9 + 0.2 * scale, out=behind)
+    return out
+
+
+@cache
+def _drawn() -> Tensor:
+    return torch.randn(DRAWN, generator=torch.Generator().manual_seed(0))
+
+
 def gradients(shapes: Sequence[Shape], dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, list[Tensor]]:
     """The four gradients of every parameter: normal numbers, correlated as those of one network are.
 
@@ -45,14 +67,16 @@ def gradients(shapes: Sequence[Shape], dtype: torch.dtype = torch.float32, seed:
         per kind a list of tensors of these shapes.
     """
     generator = torch.Generator().manual_seed(seed)
-
-    def normal() -> list[Tensor]:
-        return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
-
-    found = {kind: normal() for kind in KINDS}
+    found = {kind: [normal(shape, generator, dtype) for shape in shapes] for kind in KINDS}
     for kind in KINDS[1:]:
         torch._foreach_add_(found[kind], found["task"], alpha=0.3)
     return found
+
+
+def parameters(like: Sequence[Tensor], seed: int = 1) -> list[Tensor]:
+    """Weights of these tensors' shapes and dtypes, to be trained."""
+    generator = torch.Generator().manual_seed(seed)
+    return [normal(tuple(x.shape), generator, x.dtype).mul_(0.02).requires_grad_() for x in like]
 
 
 class Captured:
@@ -76,8 +100,7 @@ class Captured:
     ) -> None:
         self.originals = originals
         self.work = work if work is not None else overwritable(originals)
-        parameters = [torch.zeros_like(x).normal_(std=0.02).requires_grad_() for x in originals["task"]]
-        self.optimizer = MDGDOptimizer(base(parameters, lr=1e-6), **settings)
+        self.optimizer = MDGDOptimizer(base(parameters(originals["task"]), lr=1e-6), **settings)
 
     def prepare(self) -> None:
         """Captures set, nothing combined."""

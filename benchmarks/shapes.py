@@ -5,7 +5,7 @@ from benchmarks.report import Goal, Section, Table, on
 from benchmarks.settings import Settings
 from benchmarks.setups import Captured, Shape, gradients, llava
 from benchmarks.setups import count as numbers
-from benchmarks.timing import Contender, Ratio, copy_of, ratio, threads
+from benchmarks.timing import Contender, Ratio, copy_of, ratio
 from torch_mdgd import kernels
 
 ONE = "one tensor"
@@ -45,10 +45,13 @@ def section(settings: Settings) -> Section:
     names = list(lists(settings.divide))
     rows, goals = [], []
     series: dict[str, dict[str, Ratio | None]] = {}
+    timed = {
+        operation: settings.race_on(settings.threads, make(settings.divide))
+        for operation, make in (("(6)-(9)", combine_contenders), ("top-k mask", mask_contenders))
+    }
     for count in settings.threads:
-        for operation, make in (("(6)-(9)", combine_contenders), ("top-k mask", mask_contenders)):
-            with threads(count):
-                times = settings.race(make(settings.divide))
+        for operation, found in timed.items():
+            times = found[count]
             what = f"{operation}, {on(count)}"
             series[what] = {name: ratio(times, name) for name in names}
             for name in names:

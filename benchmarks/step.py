@@ -11,8 +11,8 @@ from benchmarks.llama import batch_of, llama
 from benchmarks.methods import WRAPPED
 from benchmarks.report import Goal, Section, Table, on
 from benchmarks.settings import Settings
-from benchmarks.setups import Captured, Shape, count, gradients, llava, overwritable
-from benchmarks.timing import Contender, Ratio, copy_of, median_ratio, over, ratio, threads
+from benchmarks.setups import Captured, Shape, count, gradients, llava, overwritable, parameters
+from benchmarks.timing import Contender, Ratio, copy_of, median_ratio, over, ratio
 from torch_mdgd import MDGD, Anchor, MDGDOptimizer, Project
 
 FUSED, FOREACH, JOINT, ANCHOR = "AdamW(fused)", "AdamW(foreach)", "αv", "anchor, on a Llama"
@@ -48,10 +48,10 @@ def contenders(shapes: Sequence[Shape], names: Sequence[str] = NAMES) -> list[Co
 
 
 def _plain(task: Sequence[torch.Tensor], fused: bool):
-    parameters = [torch.zeros_like(x).normal_(std=0.02).requires_grad_() for x in task]
-    for p, x in zip(parameters, task, strict=True):
+    trained = parameters(task)
+    for p, x in zip(trained, task, strict=True):
         p.grad = x
-    return torch.optim.AdamW(parameters, lr=1e-6, fused=fused, foreach=not fused).step
+    return torch.optim.AdamW(trained, lr=1e-6, fused=fused, foreach=not fused).step
 
 
 def overheads(settings: Settings) -> dict[str, Ratio]:
@@ -62,8 +62,7 @@ def overheads(settings: Settings) -> dict[str, Ratio]:
     for name, rule in (("Project()", Project()), ("published", MDGD())):
         wrapped = Captured(originals, None, adamw, rule=rule)
         rows.append(Contender(name, wrapped.step, wrapped.prepare))
-    with threads(1):
-        times = settings.race(rows)
+    (times,) = settings.race_on([1], rows).values()
     return {name: over(times, name, FUSED) for name in times if name != FUSED}
 
 
@@ -81,8 +80,8 @@ def _joint(task: Sequence[torch.Tensor]) -> Contender:
     return Contender(JOINT, optimizer.step, prepare)
 
 
-def anchored(settings: Settings) -> Ratio | None:
-    """What a step of the anchor, its pull and AdamW(fused), takes in steps of AdamW(fused), on a small Llama."""
+def anchored(settings: Settings) -> dict[int, Ratio | None]:
+    """What a step of the anchor, its pull and AdamW(fused), takes in steps of AdamW(fused), by number of threads."""
     model = llama(settings.hidden, settings.layers)
     parameters = list(model.parameters())
     task = gradients([tuple(p.shape) for p in parameters])["task"]
@@ -101,8 +100,9 @@ def anchored(settings: Settings) -> Ratio | None:
             for p, x in zip(parameters, work, strict=True):
                 p.grad = x
 
-    times = settings.race([Contender(FUSED, _plain(task, fused=True)), Contender(ANCHOR, optimizer.step, prepare)])
-    return ratio(times, ANCHOR, FUSED)
+    rows = [Contender(FUSED, _plain(task, fused=True)), Contender(ANCHOR, optimizer.step, prepare)]
+    timed = settings.race_on(settings.threads, rows)
+    return {count: ratio(times, ANCHOR, FUSED) for count, times in timed.items()}
 
 
 def section(settings: Settings) -> Section:
@@ -111,10 +111,9 @@ def section(settings: Settings) -> Section:
     series: dict[str, dict[str, Ratio | None]] = {}
     anchors: dict[str, Ratio | None] = {}
     goals = []
-    for number in settings.threads:
-        with threads(number):
-            times = settings.race(contenders(shapes))
-            anchors[on(number)] = pull = anchored(settings)
+    timed, pulls = settings.race_on(settings.threads, contenders(shapes)), anchored(settings)
+    for number, times in timed.items():
+        anchors[on(number)] = pull = pulls[number]
         series[f"copies, {on(number)}"] = {name: ratio(times, name) for name in NAMES}
         series[f"{FUSED} steps, {on(number)}"] = {name: ratio(times, name, FUSED) for name in NAMES}
         against = f"against {FUSED} alone, {on(number)}"

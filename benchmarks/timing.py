@@ -98,6 +98,7 @@ def interleave(
     *,
     rounds: int = 7,
     seconds: float = 0.0,
+    warm: bool = False,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Times:
     """Times of A B C A B C ..., after one warm-up of each, without garbage collection in between.
@@ -106,6 +107,7 @@ def interleave(
         contenders: with distinct names.
         rounds: at least so many.
         seconds: more rounds until the timed parts add up to this, at most 20 times ``rounds``.
+        warm: they have been warmed up already.
         clock: seconds.
 
     Returns:
@@ -118,7 +120,7 @@ def interleave(
     if len(set(names)) < len(names):
         raise ValueError(f"interleave: contenders must have distinct names, got {names}")
     with _collected():
-        staying = [c for c in contenders if _warm_up(c, clock)]
+        staying = [c for c in contenders if warm or _warm_up(c, clock)]
         times: Times = {c.name: [] for c in staying}
         done = 0
         while staying and (done < rounds or (done < 20 * rounds and sum(map(sum, times.values())) < seconds)):
@@ -141,7 +143,9 @@ def over(times: Times, name: str, unit: str) -> Ratio:
 
 
 def quartiles(values: Sequence[float]) -> Ratio:
-    """Of the numbers of single rounds."""
+    """Of the numbers of single rounds; a lone one is all three."""
+    if len(values) == 1:
+        return Ratio(values[0], values[0], values[0])
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")
     return Ratio(statistics.median(values), low, high)
 

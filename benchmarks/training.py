@@ -6,8 +6,8 @@ from benchmarks import figures
 from benchmarks.language_model import build
 from benchmarks.methods import CHEAPER, COMPACT, FRACTION, MDGD, METHODS, PLAIN, SHIRA, Method
 from benchmarks.report import Goal, Section, Table, on
-from benchmarks.settings import STEPS, Settings
-from benchmarks.timing import Contender, median_ratio, ratio, threads
+from benchmarks.settings import Settings
+from benchmarks.timing import Contender, median_ratio, ratio
 
 UPDATE = "3 forward and 4 backward passes are 3.33 of a step's; the update itself comes on top"
 FORWARD = "SHiRA makes one forward pass, MDGD-GM a second one at φ, without a graph"
@@ -21,9 +21,7 @@ def contenders(settings: Settings, methods: Sequence[Method] = METHODS) -> list[
 def section(settings: Settings) -> Section:
     """Time all methods on each number of threads."""
     series, goals = {}, []
-    for count in settings.threads:
-        with threads(count):
-            times = settings.race(contenders(settings), STEPS)
+    for count, times in settings.race_on(settings.threads, contenders(settings)).items():
         series[on(count)] = {method.name: ratio(times, method.name, PLAIN.name) for method in METHODS}
         pairs = [
             (MDGD, PLAIN, 3.4),

@@ -3,8 +3,10 @@
 import gc
 
 import pytest
+import torch
 
-from benchmarks.timing import COPY, Contender, Races, digits, interleave, median_ratio, over, ratio
+from benchmarks.settings import Settings
+from benchmarks.timing import COPY, Contender, Races, Ratio, digits, interleave, median_ratio, over, ratio
 
 
 class Clock:
@@ -37,6 +39,25 @@ def test_contenders_run_in_turn_after_one_warm_up_each() -> None:
     times = interleave([clock.contender("a", [9, 1, 2, 3]), clock.contender("b", [9, 4])], rounds=3, clock=clock)
     assert clock.log == ["prepare a", "a", "prepare b", "b"] * 4
     assert times == {"a": [1, 2, 3], "b": [4, 4, 4]}
+
+
+def test_what_is_warm_runs_in_rounds_alone() -> None:
+    clock = Clock()
+    times = interleave([clock.contender("a", [1, 2, 3])], rounds=2, warm=True, clock=clock)
+    assert times == {"a": [1, 2]}
+
+
+def test_each_number_of_threads_has_its_rounds_after_one_warm_up() -> None:
+    seen: list[int] = []
+    counts = [torch.get_num_threads() + 1, 1]
+    rows = [Contender("a", lambda: seen.append(torch.get_num_threads())), Contender("rival", lambda: 1 / 0, limit=9.0)]
+    with pytest.warns(UserWarning, match="rival is left out") as told:
+        found = Settings(rounds=2, seconds=0.0).race_on(counts, rows)
+    assert seen == [*3 * counts[:1], *2 * counts[1:]]
+    assert len(told) == 1
+    assert {count: {name: len(x) for name, x in times.items()} for count, times in found.items()} == {
+        count: {"a": 2} for count in counts
+    }
 
 
 def test_more_rounds_until_the_time_is_up() -> None:
@@ -86,6 +107,10 @@ def test_ratio_is_a_median_with_quartiles() -> None:
     assert found is not None
     assert (found.low, found.median, found.high) == (2, 3, 4)
     assert median_ratio(times, "b") == 3
+
+
+def test_a_lone_round_is_median_and_quartiles() -> None:
+    assert ratio({COPY: [2.0], "b": [3.0]}, "b") == Ratio(1.5, 1.5, 1.5)
 
 
 def test_milliseconds_over_another() -> None:

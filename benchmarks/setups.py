@@ -43,7 +43,7 @@ def count(shapes: Sequence[Shape]) -> int:
 def normal(shape: Shape, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Tensor:
     """Normal numbers in memory of their own: pieces of one draw, each from another place and scaled by 0.9 to 1.1.
 
-    To draw them all takes ten times as long, and a run makes its vectors anew in every lap.
+    To draw them all takes six times as long, and a run makes its vectors anew in every lap.
     """
     out, drawn = torch.empty(shape, dtype=dtype), _drawn()
     for piece in out.view(-1).split(DRAWN):

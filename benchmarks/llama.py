@@ -12,6 +12,7 @@ IMAGE_TOKEN = 0
 
 def llama(hidden: int, layers: int, vocabulary: int = VOCABULARY, positions: int = 64, heads: int = 4) -> nn.Module:
     """A random LlamaForCausalLM with tied embeddings; token 0 stands for a piece of a picture."""
+    # Each row of a table has one in every lap, and to draw the weights takes longer than to copy them.
     return deepcopy(_llama(hidden, layers, vocabulary, positions, heads))
 
 

@@ -41,8 +41,8 @@ def by_partition(scores: Tensor, k: int) -> Tensor:
     return torch.from_numpy(array >= np.partition(array, len(array) - k)[len(array) - k])
 
 
-def of_scores(scores: Tensor, fraction: float = FRACTION, names: Sequence[str] = (OURS, PARTITION)) -> list[Contender]:
-    """The named rows of those that are given scores."""
+def of_scores(scores: Tensor, fraction: float, names: Sequence[str]) -> list[Contender]:
+    """The named rows, of those that are given scores."""
     k = max(1, round(fraction * len(scores)))
     found = {
         OURS: lambda: kernels.top_k_masks([scores], k),
@@ -62,7 +62,7 @@ def contenders(
     a = torch.full((1,), 0.3, dtype=torch.float64)
     fused = Contender(FUSED, lambda: kernels.top_k_similarity_masks(g, v, g0, a, k))
     scores = normal((n,), torch.Generator().manual_seed(1), dtype)
-    return [copy_of(n), fused, *of_scores(scores, fraction, names)]
+    return [copy_of(n), *([fused] if FUSED in names else []), *of_scores(scores, fraction, names)]
 
 
 def section(settings: Settings) -> Section:

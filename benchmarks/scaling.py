@@ -105,7 +105,7 @@ def contenders(n: int) -> list[Contender]:
     found = [Contender(COPY, lambda: theta.copy_(v)), Contender(combine.OURS, update.combine, update.prepare)]
     if n <= LARGEST_NAIVE:
         found.append(Contender(combine.NAIVE, lambda: naive.mdgd(g, v, g0, v0), limit=PATIENCE))
-    return [*found, *masking.of_scores(v)]
+    return [*found, *masking.of_scores(v, masking.FRACTION, MASKS)]
 
 
 def _points(sweep: dict[int, Times], name: str) -> list[tuple[int, float]]:
